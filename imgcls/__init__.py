@@ -1,0 +1,1 @@
+"""Image classifiers, from packed images to a page of answers. Knows nothing of Ray."""

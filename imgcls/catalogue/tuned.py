@@ -1,0 +1,29 @@
+"""The same networks and inputs as `paper`, trained as well as we can. First guesses; unmeasured."""
+
+from dataclasses import replace
+
+from imgcls.catalogue import paper
+from imgcls.recipe import AdamW, Augment, FromRun, Length, OneCycle, Recipe
+
+
+def _tuned(recipe: Recipe, *, lr: float, epochs: int, augment: Augment) -> Recipe:
+    return replace(
+        recipe,
+        optimizer=AdamW(lr=lr, weight_decay=0.05),
+        schedule=OneCycle(warmup=0.2),
+        length=Length(epochs=epochs),
+        augment=augment,
+        label_smoothing=0.1,
+    )
+
+
+_PHOTOS = Augment(flip=True, crop_min_area=0.35, brightness=0.2, contrast=0.2)
+_THUMBNAILS = Augment(flip=True, crop_min_area=0.6, rotate_degrees=10, brightness=0.2, contrast=0.2, saturation=0.2)
+
+BASIC_CNN = _tuned(paper.BASIC_CNN, lr=1e-3, epochs=40, augment=_PHOTOS)
+RESNET18 = _tuned(paper.RESNET18, lr=2e-3, epochs=40, augment=_PHOTOS)
+REGULARIZED = _tuned(paper.REGULARIZED, lr=2e-3, epochs=30, augment=_THUMBNAILS)
+SCRATCH = _tuned(paper.SCRATCH, lr=1e-3, epochs=20, augment=Augment(flip=True))
+FINETUNED = replace(SCRATCH, name="finetuned", init=FromRun(recipe="resnet18"))
+
+SUITE = (BASIC_CNN, RESNET18, REGULARIZED, SCRATCH, FINETUNED)

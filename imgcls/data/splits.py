@@ -1,0 +1,67 @@
+"""Which samples a recipe trains on, validates on and is tested on: a pure function of recipe and manifest."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgcls.data.order import Ids, stratified_cut
+from imgcls.errors import RecipeError
+from imgcls.recipe import BasicCNN, Recipe
+from imgcls.records import Manifest, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Sample ids, that is rows of the cache, ascending; no two share one."""
+
+    train: Ids
+    val: Ids
+    test: Ids
+
+
+def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
+    """The packed splits; validation is cut from train where the set brings none; then the recipe's fraction of train.
+
+    Raises RecipeError where too little is left to train on.
+    """
+    train, val, test = (_rows(manifest, split) for split in ("train", "val", "test"))
+    labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype=np.int64)
+    if not len(val):
+        kept, cut = stratified_cut(labels[train], fraction=recipe.validation.fraction, seed=recipe.validation.seed)
+        train, val = train[kept], train[cut]
+    if recipe.train_fraction < 1:
+        _, used = stratified_cut(labels[train], fraction=recipe.train_fraction, seed=recipe.validation.seed + 1)
+        train = train[used]
+    if len(train) < recipe.global_batch_size:
+        raise RecipeError(
+            f"recipe {recipe.name}: {len(train)} training samples are less than a global batch of "
+            f"{recipe.global_batch_size}\n  do: --set global_batch_size={_power_of_two_below(len(train))}"
+        )
+    return Splits(train, val, test)
+
+
+def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
+    """Every rank's smallest part can be normalized by a batch norm: two samples or more. Raises RecipeError."""
+    smallest_batch = recipe.global_batch_size
+    if recipe.last_batch == "keep" and num_train % recipe.global_batch_size:
+        smallest_batch = num_train % recipe.global_batch_size
+    needed = 1 if isinstance(recipe.model, BasicCNN) else 2
+    if smallest_batch // world_size < needed:
+        raise RecipeError(
+            f"recipe {recipe.name}: a global batch of {smallest_batch} leaves {smallest_batch // world_size} samples to "
+            f"each of {world_size} workers; {recipe.model.kind} needs {needed}\n"
+            f"  do: fewer --num-workers, a larger --set global_batch_size=, or --set last_batch=drop"
+        )
+
+
+def _rows(manifest: Manifest, split: Split) -> Ids:
+    rows, start = [np.empty(0, dtype=np.int64)], 0
+    for shard in manifest.shards:
+        if shard.split == split:
+            rows.append(np.arange(start, start + shard.num_samples))
+        start += shard.num_samples
+    return np.concatenate(rows)
+
+
+def _power_of_two_below(n: int) -> int:
+    return max(2, 1 << (n // 2).bit_length() - 1) if n >= 2 else 2

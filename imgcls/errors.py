@@ -1,0 +1,35 @@
+"""The exceptions that a person can act on.
+
+    ImgclsError
+    |-- RecipeError       the request is wrong: change the command or the recipe
+    |-- DataError         images, shards or a manifest are wrong: mend or pack again
+    |-- StorageError      bytes could not be read or written: mend the place or the rights
+    |-- CheckpointError   a checkpoint does not fit, or is damaged
+    `-- PlacementError    it can never run on the workers that were asked for
+
+Each takes one string, so that it survives pickling between processes: what was wrong, where, what to do.
+"""
+
+
+class ImgclsError(Exception):
+    """Something that the message tells how to mend; shown without a traceback."""
+
+
+class RecipeError(ImgclsError):
+    pass
+
+
+class DataError(ImgclsError):
+    pass
+
+
+class StorageError(ImgclsError):
+    pass
+
+
+class CheckpointError(ImgclsError):
+    pass
+
+
+class PlacementError(ImgclsError):
+    pass

@@ -1,0 +1,1 @@
+"""The networks. A new one: a file here, its fields in `imgcls.recipe`, a branch in `build`."""

@@ -1,0 +1,248 @@
+"""The types of a recipe: all that decides a result, and nothing else.
+
+Goes in: values from `imgcls.catalogue`, from `--set` or from a TOML file. Comes out: one frozen `Recipe` with a digest.
+Called by the jobs (to choose), by `training.fit` (to build), by `results` (to show).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from imgcls.errors import RecipeError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict:
+    """Fields are checked strictly where a recipe comes in from outside (`--set`, TOML, JSON)."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input(_Strict):
+    px: Count
+    """Side of the network's square input, pixels."""
+    channels: Literal[1, 3]
+    """1 is gray (luminance), 3 is RGB."""
+    stored_px: Count
+    """Side at which the cache keeps images; enlarged on the device where it differs from `px`."""
+    mean: float = 0.5
+    std: Annotated[float, Field(gt=0)] = 0.25
+    """Inputs are (pixel / 255 - mean) / std. One number for all channels: only so does a gray network, inflated to
+    RGB, compute exactly what it computed (see `imgcls.models.resnet18.inflate_gray_to_rgb`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BasicCNN(_Strict):
+    kind: Literal["basic-cnn"] = "basic-cnn"
+    dropout: Probability = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResNet18(_Strict):
+    kind: Literal["resnet18"] = "resnet18"
+    dropout: Probability = 0.0
+    """Before the classifier."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scratch(_Strict):
+    kind: Literal["scratch"] = "scratch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromRun(_Strict):
+    """Weights of the best checkpoint of the source recipe's run with the same seed, under the same id."""
+
+    kind: Literal["from-run"] = "from-run"
+    recipe: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augment(_Strict):
+    """How a training sample is changed; every number is drawn from (seed, epoch, sample), see `data.augment`."""
+
+    flip: bool = False
+    """Mirrored left to right with probability one half."""
+    rotate_degrees: Amount = 0.0
+    """Turned by an angle drawn from plus or minus this; what comes from outside the image is black."""
+    crop_min_area: Fraction = 1.0
+    """A square crop of at least this fraction of the image's area, enlarged to the input size; 1 is no crop."""
+    brightness: Probability = 0.0
+    contrast: Probability = 0.0
+    saturation: Probability = 0.0
+    """Factors drawn from 1 plus or minus this."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Turns of the colour circle, drawn from plus or minus this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adam(_Strict):
+    kind: Literal["adam"] = "adam"
+    lr: Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW(_Strict):
+    kind: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Amount = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constant(_Strict):
+    kind: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneCycle(_Strict):
+    """Linear from 0 to the optimizer's rate over `warmup`, then linear to 0 at the last planned step."""
+
+    kind: Literal["one-cycle"] = "one-cycle"
+    warmup: Fraction = 0.25
+    """Fraction of all planned steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length(_Strict):
+    epochs: Count
+    """At most this many."""
+    patience: Count | None = None
+    """Stop after this many epochs without a lower val/loss; None never stops early."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut(_Strict):
+    """Validation where the data set brings none beside its test set: cut from the training split, stratified."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe(_Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    dataset: str
+    """Name of a packed set, `<data>/<dataset>/`."""
+    input: Input
+    model: Annotated[BasicCNN | ResNet18, Field(discriminator="kind")]
+    init: Annotated[Scratch | FromRun, Field(discriminator="kind")] = Scratch()
+    augment: Augment = Augment()
+    optimizer: Annotated[Adam | AdamW, Field(discriminator="kind")]
+    schedule: Annotated[Constant | OneCycle, Field(discriminator="kind")] = Constant()
+    length: Length
+    global_batch_size: Annotated[int, Field(ge=2)]
+    """Samples a step over all ranks; the placement only cuts it into parts."""
+    last_batch: Literal["drop", "keep"] = "drop"
+    """What happens to the last partial global batch of an epoch."""
+    validation: Cut = Cut()
+    train_fraction: Fraction = 1.0
+    """Of the training samples that the cut leaves, stratified, by the cut's seed."""
+    label_smoothing: Probability = 0.0
+    """In training only; val/loss and test/loss are plain cross-entropy."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast; weights and sums stay fp32."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 of all fields; nothing is left out because nothing irrelevant is in."""
+        return digest_of(self.to_json())
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, written in one way only."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def recipe_from_json(value: dict[str, Any], *, where: str) -> Recipe:
+    """A checked recipe. Raises RecipeError with each wrong field by its path and, for unknown ones, those that exist."""
+    try:
+        return _ADAPTER.validate_json(json.dumps(value))
+    except ValidationError as error:
+        lines = [_explain(value, e["loc"], e["msg"]) for e in error.errors()]
+        raise RecipeError(f"{where}: " + "\n  ".join(lines)) from None
+
+
+def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """`recipe` with the fields at dotted paths replaced: `derive(RESNET18, {"optimizer.lr": 0.2})`."""
+    value = recipe.to_json()
+    for path, new in changes.items():
+        *parents, leaf = path.split(".")
+        place: Any = value
+        for depth, name in enumerate([*parents, leaf]):
+            if not isinstance(place, dict) or name not in place:
+                where = ".".join(path.split(".")[:depth]) or "the recipe"
+                exist = f"; {where} has: {', '.join(place)}" if isinstance(place, dict) else f"; {where} is one value"
+                raise RecipeError(f"recipe {recipe.name} has no field {path}{exist}")
+            if depth < len(parents):
+                place = place[name]
+        place[leaf] = new
+    return recipe_from_json(value, where=f"recipe {recipe.name} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
+
+
+def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
+    """`--set FIELD=VALUE` texts; a value is JSON where it reads as JSON, else a string."""
+    changes = {}
+    for text in texts:
+        path, equals, raw = text.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set {text}: write --set FIELD=VALUE, as --set optimizer.lr=0.01")
+        try:
+            changes[path] = json.loads(raw)
+        except json.JSONDecodeError:
+            changes[path] = raw
+    return changes
+
+
+def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two JSON objects differ, each with both values."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differing_fields(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left} / {right}")
+    return found
+
+
+def _explain(value: Any, loc: tuple[int | str, ...], message: str) -> str:
+    path = [str(part) for part in loc]
+    known = _known_fields(loc)
+    if message.startswith("Unexpected") or "unexpected" in message.lower():
+        return f"unknown field {'.'.join(_without_tags(value, path))}; known here: {', '.join(known)}"
+    return f"{'.'.join(_without_tags(value, path))}: {message}"
+
+
+def _without_tags(value: Any, path: list[str]) -> list[str]:
+    """Drop the union tags that pydantic puts into a location (`optimizer.adam.lr` -> `optimizer.lr`)."""
+    shown, place = [], value
+    for name in path:
+        if isinstance(place, dict) and name not in place and place.get("kind") == name:
+            continue
+        shown.append(name)
+        place = place.get(name) if isinstance(place, dict) else None
+    return shown
+
+
+def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
+    kinds = (BasicCNN, ResNet18, Scratch, FromRun, Adam, AdamW, Constant, OneCycle)
+    parts = {fields(cls)[0].default: cls for cls in kinds}
+    by_field = {"input": Input, "augment": Augment, "length": Length, "validation": Cut}
+    known: Any = Recipe
+    for name in loc[:-1]:
+        known = parts.get(str(name)) or by_field.get(str(name)) or known
+    return [f.name for f in fields(known)] if is_dataclass(known) else []

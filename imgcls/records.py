@@ -1,0 +1,229 @@
+"""What is written as JSON and read back at the door: manifest, run configuration, run result, suite.
+
+Strict and closed: a field that is missing, unknown or of another type is an error that names it. Written by
+`data.shards`, `training.fit` and `cluster.suite`; read by whoever needs a fact that another process found.
+"""
+
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from imgcls import storage
+from imgcls.errors import DataError
+from imgcls.recipe import FromRun, Recipe, digest_of
+
+Split = Literal["train", "val", "test"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> Self:
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise DataError(
+                f"{where} is not a {cls.__name__} of this version: {place}: {first['msg']} ({error.error_count()} in all)"
+            ) from None
+
+    def to_bytes(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read(kind: type[R], url: str) -> R:
+    return kind.from_bytes(storage.read_bytes(url), where=url)
+
+
+def read_if_there(kind: type[R], url: str) -> R | None:
+    data = storage.read_bytes_if_there(url)
+    return None if data is None else kind.from_bytes(data, where=url)
+
+
+class Shard(Record):
+    name: str
+    split: Split
+    num_bytes: int
+    sha256: str
+    labels: tuple[int, ...]
+    """One a sample, in the order of the shard."""
+    paths: tuple[str, ...]
+    """Where each sample lay in the source."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+
+class Manifest(Record):
+    """What was packed. Sample ids of a split count through its shards in this order."""
+
+    format: Literal[1] = 1
+    name: str
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    pixels_sha256: str
+    """Of `pixels.u64`: 8 bytes of the SHA-256 of each image's pixels, little endian, in the order of the shards."""
+    source: str
+    """What was packed, by its own name; never a path of the machine."""
+    source_sha256: str
+    """Over (path, SHA-256) of every file of the source, sorted by path."""
+    synthetic: bool
+    notes: tuple[str, ...]
+    """What was decided or found while packing: how splits came about, leaks between them, files left out."""
+    digest: str
+    """SHA-256 over all other fields."""
+
+    @classmethod
+    def sealed(cls, **fields: Any) -> Self:
+        unsealed = cls(digest="", **fields)
+        return unsealed.model_copy(update={"digest": unsealed.expected_digest()})
+
+    def expected_digest(self) -> str:
+        return digest_of(self.model_dump(mode="json", exclude={"digest"}))
+
+    def labels(self, split: Split) -> tuple[int, ...]:
+        return tuple(label for shard in self.shards if shard.split == split for label in shard.labels)
+
+    def has(self, split: Split) -> bool:
+        return any(shard.split == split for shard in self.shards)
+
+
+class LineageEntry(Record):
+    """A data set that a checkpoint or one of its ancestors saw; the images' digests lie in `model.pt`."""
+
+    dataset: str
+    digest: str
+    run: str
+
+
+class InitSource(Record):
+    """Where a run's first weights come from, where not from scratch."""
+
+    run: str
+    """`<recipe>-seed<N>` under the same id, or the URL that was given."""
+    identity: str
+    """Digest of the source run's request, or the SHA-256 of the weights that were named."""
+
+
+class RunConfig(Record):
+    """A run's request: everything that decides its result. The placement is not in it."""
+
+    catalogue: str
+    recipe: Recipe
+    seed: int
+    data_digest: str
+    init: InitSource | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}-seed{self.seed}"
+
+    @property
+    def source_run(self) -> str | None:
+        """The run of the same suite that has to be finished first."""
+        waits = isinstance(self.recipe.init, FromRun) and self.init is not None
+        return self.init.run if waits and self.init and "/" not in self.init.run else None
+
+    def digest(self) -> str:
+        decisive = self.model_dump(mode="json", exclude={"catalogue"})
+        return digest_of(decisive)
+
+
+class Scores(Record):
+    """Exact: each sample of the split counted once, at any number of workers."""
+
+    num_samples: int
+    loss: float
+    accuracy: float
+    confusion: tuple[tuple[int, ...], ...]
+    """confusion[label][prediction]"""
+
+
+class Example(Record):
+    """One prediction for the page, with its image."""
+
+    label: int
+    prediction: int
+    probability: float
+    png_base64: str
+
+
+class Placement(Record):
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+class RunResult(Record):
+    """What a run came to. A run is over when this lies in its folder."""
+
+    name: str
+    catalogue: str
+    recipe: Recipe
+    seed: int
+    digest: str
+    status: Literal["finished", "failed"]
+    error: str | None = None
+    log_tail: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int | None = None
+    num_train: int = 0
+    val: Scores | None = None
+    """Of the best checkpoint."""
+    test: Scores | None = None
+    """Of the best checkpoint, looked at once."""
+    examples: tuple[Example, ...] = ()
+    seconds: dict[str, float] = {}
+    """By phase."""
+    images_per_s: float | None = None
+    """Training samples per second, augmentation and steps, without validation."""
+    checkpoint: str | None = None
+    weights_sha256: str | None = None
+    """Of the last step's state_dict."""
+    best_weights_sha256: str | None = None
+    """Of the state_dict in model.pt."""
+    num_parameters: int = 0
+    data_digest: str
+    synthetic: bool = False
+    lineage: tuple[LineageEntry, ...] = ()
+    placement: Placement | None = None
+    attempts: int = 1
+    versions: dict[str, str] = {}
+    hardware: dict[str, str] = {}
+    commit: str | None = None
+
+
+class SuiteRecord(Record):
+    """What was asked for so far under one id; later commands extend it."""
+
+    id: str
+    catalogue: str
+    data: str
+    runs: dict[str, str]
+    """Name to digest."""
+
+
+class SuiteRow(Record):
+    """One run in the suite's table; `blocked` waited for a source that failed."""
+
+    name: str
+    status: Literal["finished", "failed", "blocked"]
+    error: str | None = None
+    result: RunResult | None = None
+
+
+class SuiteResults(Record):
+    id: str
+    catalogue: str
+    synthetic: bool
+    rows: tuple[SuiteRow, ...]
+    seconds: float
+    command: str

@@ -1,0 +1,144 @@
+"""URLs to bytes and files, through fsspec: a folder, `s3://`, or whatever fsspec knows.
+
+Whole objects only. A write is whole or absent; a file on a disk is put in place by a rename.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from imgcls.errors import StorageError
+
+
+def _split(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"{url} is not a place that can be read or written: {error}") from None
+
+
+@contextmanager
+def _told(verb: str, url: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"{url} does not exist") from None
+    except OSError as error:
+        raise StorageError(f"{url} cannot be {verb}: {error.strerror or error}") from None
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/"), *names])
+
+
+def absolute(url: str) -> str:
+    """The same place seen from any working directory; URLs with a scheme stay as they are."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def name_of(url: str) -> str:
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(url: str) -> bool:
+    fs, path = _split(url)
+    with _told("read", url):
+        return bool(fs.exists(path))
+
+
+def read_bytes(url: str) -> bytes:
+    fs, path = _split(url)
+    with _told("read", url):
+        return fs.cat_file(path)
+
+
+def read_bytes_if_there(url: str) -> bytes | None:
+    fs, path = _split(url)
+    with _told("read", url):
+        try:
+            return fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """The object holds `data`, or what it held before; never a part."""
+    fs, path = _split(url)
+    with _told("written", url):
+        if isinstance(fs, LocalFileSystem):
+            _write_file(Path(path), data)
+        else:
+            fs.pipe_file(path, data)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def put_file(local: Path, url: str) -> None:
+    write_bytes(url, local.read_bytes())
+
+
+def folders(url: str) -> list[str]:
+    """Names of the folders directly in a place, sorted; none where the place does not exist."""
+    return sorted(_names(url, "directory"))
+
+
+def files(url: str) -> list[str]:
+    """Names of the files directly in a place, sorted; none where the place does not exist."""
+    return sorted(_names(url, "file"))
+
+
+def _names(url: str, kind: str) -> list[str]:
+    fs, path = _split(url)
+    with _told("listed", url):
+        try:
+            found = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return [name_of(entry["name"]) for entry in found if entry["type"] == kind]
+
+
+def delete(url: str) -> None:
+    """The file or folder is gone; it may have been gone before."""
+    fs, path = _split(url)
+    with _told("deleted", url):
+        try:
+            fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            pass
+
+
+def check_writable(url: str) -> None:
+    """A small object can be written there and is gone again. Raises StorageError with the reason."""
+    probe = join(url, f".writable-{os.getpid()}")
+    try:
+        write_bytes(probe, b"")
+    except StorageError as error:
+        raise StorageError(f"{error}\n  do: name a place that can be written with --storage or --to") from None
+    delete(probe)
+
+
+def sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

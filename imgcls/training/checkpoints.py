@@ -1,0 +1,118 @@
+"""Checkpoints of one run: written, read back, committed by a marker, kept or deleted. Behind Lightning's `CheckpointIO`.
+
+    <run>/checkpoints/step-00000268/checkpoint.ckpt     what Lightning resumes from
+                                    committed.json      the marker, written last: a folder without it is never read
+
+The same store with and without Ray; rank 0 writes, all ranks read.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from imgcls import records, storage
+from imgcls.errors import CheckpointError, StorageError
+from imgcls.records import Record
+from imgcls.training.weights import load_tensors
+
+
+class Committed(Record):
+    """The marker: what the checkpoint beside it is."""
+
+    step: int
+    epoch: int
+    """Whole epochs behind it."""
+    val_loss: float
+    finished: bool
+    """Nothing is left to train."""
+    num_bytes: int
+    sha256: str
+    recipe_digest: str
+
+
+class Facts(Record):
+    """What the writer of a checkpoint knows of it."""
+
+    epoch: int
+    step: int
+    val_loss: float
+    finished: bool
+    recipe_digest: str
+
+
+class CheckpointStore(CheckpointIO):
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def place(self, step: int) -> str:
+        return storage.join(self.url, f"step-{step:08d}")
+
+    def committed(self) -> list[Committed]:
+        """By step, ascending."""
+        found = []
+        for folder in storage.folders(self.url):
+            marker = records.read_if_there(Committed, storage.join(self.url, folder, "committed.json"))
+            if marker is not None:
+                found.append(marker)
+        return sorted(found, key=lambda one: one.step)
+
+    def last(self) -> Committed | None:
+        found = self.committed()
+        return found[-1] if found else None
+
+    def best(self) -> Committed | None:
+        """The lowest val/loss; of equals the earliest."""
+        return min(self.committed(), key=lambda one: (one.val_loss, one.step), default=None)
+
+    def keep_best_and_last(self) -> None:
+        best, last = self.best(), self.last()
+        for one in self.committed():
+            if best and last and one.step not in (best.step, last.step):
+                self.remove_checkpoint(self.place(one.step))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Committed at `path`: the data are there and were read back before the marker is. `storage_options`: Facts."""
+        assert isinstance(storage_options, Facts)
+        file = io.BytesIO()
+        torch.save(checkpoint, file)
+        data = file.getbuffer()
+        digest = storage.sha256(data)
+        target = storage.join(str(path), "checkpoint.ckpt")
+        storage.write_bytes(target, bytes(data))
+        if storage.sha256(storage.read_bytes(target)) != digest:
+            raise StorageError(f"{target}: what was read back is not what was written\n  do: look at the disk or bucket")
+        marker = Committed(num_bytes=len(data), sha256=digest, **storage_options.model_dump())
+        storage.write_bytes(storage.join(str(path), "committed.json"), marker.to_bytes())
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The checked content of a committed checkpoint, on the CPU."""
+        return read_checkpoint(str(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        # The marker goes first: a kill in between leaves a folder that nobody reads.
+        storage.delete(storage.join(str(path), "committed.json"))
+        storage.delete(str(path))
+
+
+def read_checkpoint(url: str) -> dict[str, Any]:
+    """Raises CheckpointError where it is not committed, or its bytes have another SHA-256."""
+    marker = records.read_if_there(Committed, storage.join(url, "committed.json"))
+    if marker is None:
+        raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
+    target = storage.join(url, "checkpoint.ckpt")
+    data = storage.read_bytes(target)
+    if storage.sha256(data) != marker.sha256:
+        raise CheckpointError(
+            f"{target}: SHA-256 differs from committed.json ({len(data):,} bytes, {marker.num_bytes:,} expected)\n"
+            f"  do: delete {url}; the run goes on from the checkpoint before it"
+        )
+    return load_tensors(data, where=target)
+
+
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The network's state_dict out of a Lightning checkpoint of ours."""
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -1,0 +1,312 @@
+"""A run's request + a packed set + a world -> the run's result. Plain Lightning; knows nothing of Ray.
+
+Called by `cluster.run` in every worker, and by a test in one process. Each rank calls `fit` with its own `World`;
+rank 0 writes into the run's folder. Called again after a kill, it goes on from the last committed checkpoint.
+"""
+
+import base64
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from imgcls import records, storage
+from imgcls.data import order
+from imgcls.data.augment import inputs
+from imgcls.data.batches import EVALUATION_BATCH, ImageData
+from imgcls.data.cache import Cache, open_cache
+from imgcls.data.images import encode_png
+from imgcls.data.shards import read_manifest, read_pixel_digests
+from imgcls.data.splits import Splits, check_parts, split_ids
+from imgcls.errors import CheckpointError, DataError
+from imgcls.models.build import build_model, start_from
+from imgcls.recipe import differing_fields
+from imgcls.records import Example, LineageEntry, Manifest, Placement, RunConfig, RunResult, Scores
+from imgcls.training import environment
+from imgcls.training.checkpoints import CheckpointStore, network_weights
+from imgcls.training.module import Classifier
+from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
+from imgcls.training.weights import Model, Seen, load_model, refuse_seen_images, save_model, weights_sha256
+
+NUM_EXAMPLES = 8
+"""Of right and of wrong predictions each, for the page."""
+
+
+def _no_report(progress: Progress) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """What a rank needs from outside: who it is, and where to report."""
+
+    rank: int = 0
+    size: int = 1
+    accelerator: str = "cpu"
+    strategy: Any = "auto"
+    """Lightning's; whoever launches several ranks hands in one that knows them."""
+    plugins: tuple[Any, ...] = ()
+    report: Callable[[Progress], None] = _no_report
+    """Called by every rank, equally often."""
+    placement: Placement | None = None
+    started_s: float = field(default_factory=time.time)
+    """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
+
+
+def fit(config: RunConfig, *, data_url: str, run_url: str, world: World) -> RunResult:
+    """The run is trained to its end and its result lies in its folder. Every rank returns the same result.
+
+    Raises DataError, CheckpointError or StorageError; the log then ends with the reason.
+    """
+    log = RunLog(run_url, writes=world.rank == 0)
+    try:
+        return _Fit(config, data_url, run_url, world, log).run()
+    except Exception:
+        log.line(traceback.format_exc())
+        raise
+
+
+class _Fit:
+    """The parts of one call of `fit`, in the order in which they are made."""
+
+    def __init__(self, config: RunConfig, data_url: str, run_url: str, world: World, log: RunLog) -> None:
+        self.config, self.recipe, self.run_url, self.world, self.log = config, config.recipe, run_url, world, log
+        self.set_url = storage.join(data_url, self.recipe.dataset)
+        self.store = CheckpointStore(storage.join(run_url, "checkpoints"))
+        self.clock = Stopwatch()
+        self.clock.add("start", max(0.0, time.time() - world.started_s))
+
+    def run(self) -> RunResult:
+        began = time.perf_counter()
+        self.manifest = self._manifest()
+        self.cache = self._cache()
+        self.splits = split_ids(self.recipe, self.manifest)
+        check_parts(self.recipe, len(self.splits.train), world_size=self.world.size)
+        self.recorder = self._recorder()
+        self.module, self.lineage = self._module()
+        self._train()
+        result = self._finish(began)
+        if self.world.rank == 0:
+            storage.write_bytes(storage.join(self.run_url, "result.json"), result.to_bytes())
+        self.recorder.close()
+        return result
+
+    def _manifest(self) -> Manifest:
+        manifest = read_manifest(self.set_url)
+        if manifest.digest != self.config.data_digest:
+            raise DataError(
+                f"{self.set_url} has digest {manifest.digest[:12]}, {self.config.name} was asked for with "
+                f"{self.config.data_digest[:12]}: it was packed again\n  do: take another --id, or bring the old set back"
+            )
+        return manifest
+
+    def _cache(self) -> Cache:
+        self.world.report(Progress(phase="cache"))
+        with self.clock.of("cache"):
+            into = self.recipe.input
+            return open_cache(self.set_url, self.manifest, px=into.stored_px, channels=into.channels)
+
+    def _recorder(self) -> Recorder:
+        return Recorder(
+            self.run_url,
+            self.store,
+            recipe_digest=self.config.digest(),
+            epochs=self.recipe.length.epochs,
+            patience=self.recipe.length.patience,
+            writes=self.world.rank == 0,
+            log=self.log,
+            report=self.world.report,
+        )
+
+    def _module(self) -> tuple[Classifier, tuple[Seen, ...]]:
+        network = build_model(self.recipe, num_classes=len(self.manifest.class_names), seed=self.config.seed)
+        pixels = read_pixel_digests(self.set_url, self.manifest)
+        ancestors: tuple[Seen, ...] = ()
+        if self.config.init is not None:
+            url = source_model_url(self.config, self.run_url)
+            source = load_model(url)
+            refuse_seen_images(source.lineage, source=url, dataset=self.recipe.dataset, pixels=pixels)
+            start_from(network, source.weights, source=url)
+            ancestors = source.lineage
+        entry = LineageEntry(dataset=self.recipe.dataset, digest=self.manifest.digest, run=self.config.name)
+        steps = order.num_steps(
+            len(self.splits.train), size=self.recipe.global_batch_size, keep_last=self.recipe.last_batch == "keep"
+        )
+        module = Classifier(
+            network,
+            self.recipe,
+            num_classes=len(self.manifest.class_names),
+            total_steps=steps * self.recipe.length.epochs,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        return module, (*ancestors, Seen(entry, np.sort(pixels)))
+
+    def _trainer(self) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator=self.world.accelerator,
+            devices=1 if self.world.strategy == "auto" else "auto",
+            strategy=self.world.strategy,
+            plugins=[*self.world.plugins, self.store],
+            precision="bf16-mixed" if self.recipe.precision == "bf16" else "32-true",
+            max_epochs=self.recipe.length.epochs,
+            callbacks=[self.recorder],
+            deterministic=True,
+            logger=False,
+            enable_checkpointing=True,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+
+    def _train(self) -> None:
+        self.trainer, self.data = self._trainer(), self._data()
+        last = self.store.last()
+        if last is None:
+            self.log.line(f"{self.config.name}: {self._plan()}")
+        else:
+            self._check_resume(last.recipe_digest)
+            self.log.line(f"{self.config.name}: goes on after epoch {last.epoch}, step {last.step}")
+        if last is not None and last.finished:
+            state = self.store.load_checkpoint(self.store.place(last.step))
+            self.module.network.load_state_dict(network_weights(state))
+            self.recorder.load_state_dict(state["callbacks"][self.recorder.state_key])
+            return
+        with warnings.catch_warnings():
+            # It advises DataLoader worker processes; ours is one gather a batch.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            resume = self.store.place(last.step) if last else None
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+
+    def _check_resume(self, found: str) -> None:
+        if found != self.config.digest():
+            raise CheckpointError(
+                f"{self.store.url} holds checkpoints of another request ({found[:12]}, not {self.config.digest()[:12]})\n"
+                "  do: take another --id"
+            )
+
+    def _data(self) -> ImageData:
+        return ImageData(
+            self.recipe, self.cache, self.splits, seed=self.config.seed, rank=self.world.rank, world_size=self.world.size
+        )
+
+    def _plan(self) -> str:
+        s = self.splits
+        return (
+            f"{len(s.train)} training, {len(s.val)} validation, {len(s.test)} test samples of {self.manifest.name}, "
+            f"{len(self.data.train_dataloader())} steps an epoch, {self.world.size} workers"
+        )
+
+    def _finish(self, began: float) -> RunResult:
+        last_sha256 = weights_sha256(self.module.network.state_dict())
+        best = self.store.best()
+        assert best is not None
+        best_state = self.store.load_checkpoint(self.store.place(best.step))
+        self.module.network.load_state_dict(network_weights(best_state))
+        self.world.report(Progress(phase="test", epoch=len(self.recorder.history), epochs=self.recipe.length.epochs))
+        with self.clock.of("test"):
+            self.trainer.test(self.module, datamodule=self.data, verbose=False)
+        test, model_url = self.module.scores["test"], storage.join(self.run_url, "model.pt")
+        check_counted(test, len(self.splits.test))
+        model = Model(
+            recipe=self.recipe,
+            class_names=self.manifest.class_names,
+            weights=self.module.network.state_dict(),
+            lineage=self.lineage,
+            synthetic=self.manifest.synthetic,
+        )
+        best_sha256 = save_model(model, model_url) if self.world.rank == 0 else model.weights_sha256
+        timing = self.recorder.timing
+        for phase in ("train", "validate", "checkpoint"):
+            self.clock.add(phase, sum(float(row[f"{phase}_s"]) for row in timing))
+        self.clock.add("fit", time.perf_counter() - began)
+        self.log.line(f"tested once, on the best checkpoint (epoch {best.epoch}): accuracy {test.accuracy:.4f}")
+        trained = sum(float(row["samples"]) for row in self.recorder.history)
+        return RunResult(
+            name=self.config.name,
+            catalogue=self.config.catalogue,
+            recipe=self.recipe,
+            seed=self.config.seed,
+            digest=self.config.digest(),
+            status="finished",
+            class_names=self.manifest.class_names,
+            epochs=len(self.recorder.history),
+            steps=int(self.recorder.history[-1]["step"]),
+            best_epoch=best.epoch,
+            num_train=len(self.splits.train),
+            val=self.recorder.best,
+            test=test,
+            examples=self._examples() if self.world.rank == 0 else (),
+            seconds={phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
+            images_per_s=round(trained / max(1e-9, self.clock.seconds["train"]), 1),
+            checkpoint=f"checkpoints/{storage.name_of(self.store.place(best.step))}",
+            weights_sha256=last_sha256,
+            best_weights_sha256=best_sha256,
+            num_parameters=sum(p.numel() for p in self.module.network.parameters()),
+            data_digest=self.manifest.digest,
+            synthetic=self.manifest.synthetic,
+            lineage=tuple(seen.entry for seen in self.lineage),
+            placement=self.world.placement,
+            versions=environment.versions(),
+            hardware=environment.hardware(),
+            commit=environment.commit(),
+        )
+
+    @torch.no_grad()
+    def _examples(self) -> tuple[Example, ...]:
+        """Right and wrong predictions among one fixed batch of test samples, whatever the number of workers."""
+        ids = self.splits.test
+        some = np.sort(ids[order.permutation(0, 0, len(ids))[:EVALUATION_BATCH]])
+        device = next(self.module.network.parameters()).device
+        images = torch.from_numpy(self.cache.images[some]).to(device)
+        probabilities = self.module.network.eval()(inputs(images, self.recipe.input)).float().softmax(1).cpu()
+        found = []
+        for row, label in zip(range(len(some)), self.cache.labels[some], strict=True):
+            top = int(probabilities[row].argmax())
+            example = Example(
+                label=int(label),
+                prediction=top,
+                probability=float(probabilities[row, top]),
+                png_base64=base64.b64encode(encode_png(self.cache.images[some[row]])).decode(),
+            )
+            found.append(example)
+        right = [one for one in found if one.label == one.prediction][:NUM_EXAMPLES]
+        wrong = [one for one in found if one.label != one.prediction][:NUM_EXAMPLES]
+        return (*right, *wrong)
+
+
+def source_model_url(config: RunConfig, run_url: str) -> str:
+    """Where the `model.pt` lies that this run starts from."""
+    assert config.init is not None
+    if config.source_run is None:
+        return config.init.run
+    return storage.join(run_url.rstrip("/").rpartition("/")[0], config.source_run, "model.pt")
+
+
+def check_counted(scores: Scores, expected: int) -> None:
+    assert scores.num_samples == expected, f"{scores.num_samples} samples were counted, the split has {expected}"
+
+
+def write_config(config: RunConfig, run_url: str) -> None:
+    """The request lies in the run's folder. Raises CheckpointError where another request's run lies there."""
+    url = storage.join(run_url, "config.json")
+    there = records.read_if_there(RunConfig, url)
+    if there is not None and there.digest() != config.digest():
+        before, now = there.model_dump(mode="json"), config.model_dump(mode="json")
+        differing = "\n  ".join(differing_fields(before, now)[:6])
+        raise CheckpointError(
+            f"{run_url} holds a run with digest {there.digest()[:12]}, this one has {config.digest()[:12]}; "
+            f"there / here:\n  {differing}\n  do: take another --id"
+        )
+    if there is None:
+        storage.write_bytes(url, config.to_bytes())
+
+

@@ -1,0 +1,245 @@
+"""What a run leaves while it trains: history, times, log, events, checkpoints. The last of Lightning's callbacks.
+
+`history.csv` holds only what the recipe decides; it is part of the checkpoint and written from it, so that a resumed
+run cuts it back to where it goes on. Times stand apart, in `timing.csv`.
+"""
+
+import csv
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from imgcls import storage
+from imgcls.records import Scores
+from imgcls.training.checkpoints import CheckpointStore, Facts
+from imgcls.training.module import Classifier
+
+HISTORY = ("epoch", "step", "lr", "samples", "train_loss", "train_accuracy", "val_samples", "val_loss", "val_accuracy")
+TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
+
+Row = dict[str, float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is, for whoever shows it."""
+
+    phase: str
+    """cache, train, validate, test."""
+    epoch: int = 0
+    """The one under way, from 1."""
+    epochs: int = 0
+    step: int = 0
+    total_steps: int = 0
+    images_per_s: float = 0.0
+    row: Row = field(default_factory=dict)
+    """The history's newest row, where one was just added."""
+
+
+class RunLog:
+    """The run's log.txt: kept in memory, and put whole into the run's folder."""
+
+    def __init__(self, url: str, *, writes: bool) -> None:
+        self.url, self.writes = storage.join(url, "log.txt"), writes
+        old = storage.read_bytes_if_there(self.url) if writes else None
+        self.lines = old.decode().splitlines() if old else []
+
+    def line(self, text: str) -> None:
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.lines += [f"{stamp} {part}" for part in text.splitlines()]
+        self.put()
+
+    def put(self) -> None:
+        if self.writes:
+            storage.write_bytes(self.url, ("\n".join(self.lines) + "\n").encode())
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - begin)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class Recorder(Checkpoint):
+    """Keeps the history, commits each epoch, reports progress. Runs after early stopping, at each epoch's end."""
+
+    REPORTS_AN_EPOCH = 8
+
+    def __init__(
+        self,
+        run_url: str,
+        store: CheckpointStore,
+        *,
+        recipe_digest: str,
+        epochs: int,
+        patience: int | None,
+        writes: bool,
+        log: RunLog,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self.run_url, self.store, self.recipe_digest = run_url, store, recipe_digest
+        self.epochs, self.patience, self.writes, self.run_log, self.report = epochs, patience, writes, log, report
+        self.history: list[Row] = []
+        self.timing: list[Row] = []
+        self.best: Scores | None = None
+        self._marks: dict[str, float] = {}
+        self._events_folder = tempfile.TemporaryDirectory()
+        self._events: Any = None
+
+    # What the checkpoint carries of it.
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "timing": self.timing,
+            "best": self.best.model_dump_json() if self.best else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])
+        self.best = Scores.model_validate_json(state_dict["best"]) if state_dict["best"] else None
+
+    def stops(self) -> bool:
+        """Nothing is left to train: the epochs are done, or patience is at its end. A function of the history."""
+        if len(self.history) >= self.epochs:
+            return True
+        losses = [row["val_loss"] for row in self.history]
+        return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._marks = {"start": time.perf_counter()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        steps = int(trainer.num_training_batches)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        # By step, not by time: every rank has to report equally often.
+        if done % max(10, -(-steps // self.REPORTS_AN_EPOCH)) == 0 and done < steps:
+            self.report(self._progress("train", trainer, pl_module))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and "trained" not in self._marks:
+            self._marks["trained"] = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        validated = time.perf_counter()
+        self._add_row(trainer, pl_module)
+        if self.stops():
+            trainer.should_stop = True
+        self._commit(trainer)
+        train_s = self._marks["trained"] - self._marks["start"]
+        timing: Row = {
+            "epoch": len(self.history),
+            "train_s": round(train_s, 3),
+            "validate_s": round(validated - self._marks["trained"], 3),
+            "checkpoint_s": round(time.perf_counter() - validated, 3),
+            "images_per_s": round(self.history[-1]["samples"] / train_s, 1),
+        }
+        self.timing.append(timing)
+        self._write()
+        row = self.history[-1]
+        self.run_log.line(" ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        progress = self._progress("train", trainer, pl_module)
+        self.report(replace(progress, images_per_s=float(timing["images_per_s"]), row=row))
+
+    def _add_row(self, trainer: pl.Trainer, module: Classifier) -> None:
+        train, val = module.scores["train"], module.scores["val"]
+        rate = module.lr_at(trainer.global_step - 1)
+        row: Row = {
+            "epoch": len(self.history) + 1,
+            "step": trainer.global_step,
+            "lr": rate,
+            "samples": train.num_samples,
+            "train_loss": train.loss,
+            "train_accuracy": train.accuracy,
+            "val_samples": val.num_samples,
+            "val_loss": val.loss,
+            "val_accuracy": val.accuracy,
+        }
+        if self.best is None or val.loss < self.best.loss:
+            self.best = val
+        self.history.append(row)
+
+    def _commit(self, trainer: pl.Trainer) -> None:
+        row = self.history[-1]
+        facts = Facts(
+            epoch=int(row["epoch"]),
+            step=int(row["step"]),
+            val_loss=float(row["val_loss"]),
+            finished=self.stops(),
+            recipe_digest=self.recipe_digest,
+        )
+        trainer.save_checkpoint(self.store.place(facts.step), storage_options=facts)
+        if self.writes:
+            self.store.keep_best_and_last()
+
+    def _write(self) -> None:
+        if not self.writes:
+            return
+        storage.write_bytes(storage.join(self.run_url, "history.csv"), csv_bytes(HISTORY, self.history))
+        storage.write_bytes(storage.join(self.run_url, "timing.csv"), csv_bytes(TIMING, self.timing))
+        self._write_events(self.history[-1])
+
+    def _write_events(self, row: Row) -> None:
+        """TensorBoard events, whole again each epoch: one file, whatever was killed in between."""
+        from tensorboardX import SummaryWriter
+
+        folder = Path(self._events_folder.name)
+        if self._events is None:
+            self._events = SummaryWriter(str(folder))
+            for earlier in self.history[:-1]:
+                self._add_events(earlier)
+        self._add_events(row)
+        self._events.flush()
+        (file,) = folder.glob("events.*")
+        storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
+
+    def _add_events(self, row: Row) -> None:
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
+            self._events.add_scalar(name.replace("_", "/"), row[name], row["step"])
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+        self._events_folder.cleanup()
+
+    def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule) -> Progress:
+        assert isinstance(module, Classifier)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        rate = done * module.recipe.global_batch_size / max(1e-9, time.perf_counter() - self._marks["start"])
+        return Progress(
+            phase=phase,
+            epoch=trainer.current_epoch + 1,
+            epochs=self.epochs,
+            step=trainer.global_step,
+            total_steps=module.total_steps,
+            images_per_s=rate,
+        )
+
+
+def csv_bytes(columns: tuple[str, ...], rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

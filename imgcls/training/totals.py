@@ -1,0 +1,42 @@
+"""Loss, accuracy and confusion over a split, in integers: no order of adding changes a bit, at any number of ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from imgcls.records import Scores
+
+_LOSS_UNIT = 2.0**-32
+"""Losses are added as multiples of this; sums stay exact up to 2**31 samples of loss 1."""
+
+
+class Totals(Metric):
+    """Added over batches and, by torchmetrics, over ranks."""
+
+    full_state_update = False
+    loss: Tensor
+    confusion: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("loss", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """logits: (b, classes); labels: int64, (b,)."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none").double().nan_to_num(nan=1e6).clamp(max=1e6)
+        self.loss += (losses / _LOSS_UNIT).round().long().sum()
+        pairs = labels * self.num_classes + logits.argmax(dim=1)
+        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
+
+    def compute(self) -> Scores:
+        confusion = self.confusion.cpu()
+        count = int(confusion.sum())
+        return Scores(
+            num_samples=count,
+            loss=int(self.loss) * _LOSS_UNIT / max(1, count),
+            accuracy=int(confusion.diagonal().sum()) / max(1, count),
+            confusion=tuple(tuple(row) for row in confusion.tolist()),
+        )
