@@ -212,10 +212,11 @@ class SuiteRecord(Record):
 
 
 class SuiteRow(Record):
-    """One run in the suite's table; `blocked` waited for a source that failed."""
+    """One run in the suite's table."""
 
     name: str
-    status: Literal["finished", "failed", "blocked"]
+    status: Literal["finished", "failed", "blocked", "open"]
+    """`blocked` waited for a source that failed; `open` is not finished yet."""
     error: str | None = None
     result: RunResult | None = None
 

@@ -47,6 +47,10 @@ def name_of(url: str) -> str:
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 
+def is_local(url: str) -> bool:
+    return isinstance(_split(url)[0], LocalFileSystem)
+
+
 def exists(url: str) -> bool:
     fs, path = _split(url)
     with _told("read", url):

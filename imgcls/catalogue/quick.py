@@ -25,8 +25,7 @@ RESNET18 = replace(
     name="resnet18",
     model=ResNet18(),
     optimizer=AdamW(lr=2e-3, weight_decay=0.05),
-    length=Length(epochs=5),
-    global_batch_size=64,
+    length=Length(epochs=4),
 )
 
 REGULARIZED = Recipe(

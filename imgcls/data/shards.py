@@ -306,11 +306,14 @@ def read_pixel_digests(set_url: str, manifest: Manifest) -> np.ndarray:
     return np.frombuffer(data, dtype="<u8")
 
 
-def check_shards_there(set_url: str, manifest: Manifest) -> None:
-    """Every shard is there; their bytes are compared when they are read."""
+def check_shards(set_url: str, manifest: Manifest) -> None:
+    """Every shard is there; on a disk its bytes are compared too. In a bucket that happens when a node fetches it."""
     missing = sorted({shard.name for shard in manifest.shards} - set(storage.files(set_url)))
     if missing:
         raise DataError(f"{set_url} lacks {', '.join(missing[:5])}, which its manifest names\n  do: pack again")
+    if storage.is_local(set_url):
+        for shard in manifest.shards:
+            fetch_shard(set_url, shard)
 
 
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:

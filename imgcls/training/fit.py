@@ -8,15 +8,10 @@ import base64
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
-import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.data import order
 from imgcls.data.augment import inputs
 from imgcls.data.batches import EVALUATION_BATCH, ImageData
@@ -26,37 +21,17 @@ from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import Splits, check_parts, split_ids
 from imgcls.errors import CheckpointError, DataError
 from imgcls.models.build import build_model, start_from
-from imgcls.recipe import differing_fields
-from imgcls.records import Example, LineageEntry, Manifest, Placement, RunConfig, RunResult, Scores
+from imgcls.records import Example, LineageEntry, Manifest, RunConfig, RunResult, Scores
 from imgcls.training import environment
 from imgcls.training.checkpoints import CheckpointStore, network_weights
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
-from imgcls.training.weights import Model, Seen, load_model, refuse_seen_images, save_model, weights_sha256
+from imgcls.training.lineage import Seen, refuse_seen_images
+from imgcls.training.world import World, make_trainer
+from imgcls.training.weights import Model, about, load_model, save_model, weights_sha256
 
 NUM_EXAMPLES = 8
 """Of right and of wrong predictions each, for the page."""
-
-
-def _no_report(progress: Progress) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class World:
-    """What a rank needs from outside: who it is, and where to report."""
-
-    rank: int = 0
-    size: int = 1
-    accelerator: str = "cpu"
-    strategy: Any = "auto"
-    """Lightning's; whoever launches several ranks hands in one that knows them."""
-    plugins: tuple[Any, ...] = ()
-    report: Callable[[Progress], None] = _no_report
-    """Called by every rank, equally often."""
-    placement: Placement | None = None
-    started_s: float = field(default_factory=time.time)
-    """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
 
 
 def fit(config: RunConfig, *, data_url: str, run_url: str, world: World) -> RunResult:
@@ -88,8 +63,8 @@ class _Fit:
         self.cache = self._cache()
         self.splits = split_ids(self.recipe, self.manifest)
         check_parts(self.recipe, len(self.splits.train), world_size=self.world.size)
-        self.recorder = self._recorder()
         self.module, self.lineage = self._module()
+        self.recorder = self._recorder()
         self._train()
         result = self._finish(began)
         if self.world.rank == 0:
@@ -117,6 +92,7 @@ class _Fit:
             self.run_url,
             self.store,
             recipe_digest=self.config.digest(),
+            about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.manifest.synthetic),
             epochs=self.recipe.length.epochs,
             patience=self.recipe.length.patience,
             writes=self.world.rank == 0,
@@ -149,26 +125,15 @@ class _Fit:
         )
         return module, (*ancestors, Seen(entry, np.sort(pixels)))
 
-    def _trainer(self) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator=self.world.accelerator,
-            devices=1 if self.world.strategy == "auto" else "auto",
-            strategy=self.world.strategy,
-            plugins=[*self.world.plugins, self.store],
-            precision="bf16-mixed" if self.recipe.precision == "bf16" else "32-true",
-            max_epochs=self.recipe.length.epochs,
-            callbacks=[self.recorder],
-            deterministic=True,
-            logger=False,
-            enable_checkpointing=True,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-
     def _train(self) -> None:
-        self.trainer, self.data = self._trainer(), self._data()
+        self.data = self._data()
+        self.trainer = make_trainer(
+            self.world,
+            precision=self.recipe.precision,
+            plugins=[self.store],
+            callbacks=[self.recorder],
+            max_epochs=self.recipe.length.epochs,
+        )
         last = self.store.last()
         if last is None:
             self.log.line(f"{self.config.name}: {self._plan()}")
@@ -293,20 +258,3 @@ def source_model_url(config: RunConfig, run_url: str) -> str:
 
 def check_counted(scores: Scores, expected: int) -> None:
     assert scores.num_samples == expected, f"{scores.num_samples} samples were counted, the split has {expected}"
-
-
-def write_config(config: RunConfig, run_url: str) -> None:
-    """The request lies in the run's folder. Raises CheckpointError where another request's run lies there."""
-    url = storage.join(run_url, "config.json")
-    there = records.read_if_there(RunConfig, url)
-    if there is not None and there.digest() != config.digest():
-        before, now = there.model_dump(mode="json"), config.model_dump(mode="json")
-        differing = "\n  ".join(differing_fields(before, now)[:6])
-        raise CheckpointError(
-            f"{run_url} holds a run with digest {there.digest()[:12]}, this one has {config.digest()[:12]}; "
-            f"there / here:\n  {differing}\n  do: take another --id"
-        )
-    if there is None:
-        storage.write_bytes(url, config.to_bytes())
-
-

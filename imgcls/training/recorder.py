@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,10 @@ from imgcls import storage
 from imgcls.records import Scores
 from imgcls.training.checkpoints import CheckpointStore, Facts
 from imgcls.training.module import Classifier
+from imgcls.training.progress import Progress, Row
 
 HISTORY = ("epoch", "step", "lr", "samples", "train_loss", "train_accuracy", "val_samples", "val_loss", "val_accuracy")
 TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
-
-Row = dict[str, float | int]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run is, for whoever shows it."""
-
-    phase: str
-    """cache, train, validate, test."""
-    epoch: int = 0
-    """The one under way, from 1."""
-    epochs: int = 0
-    step: int = 0
-    total_steps: int = 0
-    images_per_s: float = 0.0
-    row: Row = field(default_factory=dict)
-    """The history's newest row, where one was just added."""
-
 
 class RunLog:
     """The run's log.txt: kept in memory, and put whole into the run's folder."""
@@ -92,13 +74,14 @@ class Recorder(Checkpoint):
         store: CheckpointStore,
         *,
         recipe_digest: str,
+        about: dict[str, Any],
         epochs: int,
         patience: int | None,
         writes: bool,
         log: RunLog,
         report: Callable[[Progress], None],
     ) -> None:
-        self.run_url, self.store, self.recipe_digest = run_url, store, recipe_digest
+        self.run_url, self.store, self.recipe_digest, self.about = run_url, store, recipe_digest, about
         self.epochs, self.patience, self.writes, self.run_log, self.report = epochs, patience, writes, log, report
         self.history: list[Row] = []
         self.timing: list[Row] = []
@@ -118,6 +101,9 @@ class Recorder(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])
         self.best = Scores.model_validate_json(state_dict["best"]) if state_dict["best"] else None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.about)
 
     def stops(self) -> bool:
         """Nothing is left to train: the epochs are done, or patience is at its end. A function of the history."""

@@ -1,4 +1,4 @@
-"""The portable `model.pt`, digests of weights, and the check that a source never saw the target's images."""
+"""The portable `model.pt`, and digests of weights."""
 
 import io
 import json
@@ -13,17 +13,9 @@ from imgcls import storage
 from imgcls.errors import CheckpointError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
 from imgcls.records import LineageEntry
+from imgcls.training.lineage import Seen
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A data set that weights were trained on."""
-
-    entry: LineageEntry
-    pixels: np.ndarray
-    """8 bytes of each image's pixel SHA-256: uint64, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +45,9 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 def save_model(model: Model, url: str) -> str:
     """`model` lies at `url` and was read back; returns the SHA-256 of its weights."""
-    about = {
-        "format": FORMAT,
-        "recipe": model.recipe.to_json(),
-        "class_names": list(model.class_names),
-        "preprocessing": _preprocessing(model.recipe),
-        "synthetic": model.synthetic,
-        "lineage": [seen.entry.model_dump() for seen in model.lineage],
-        "weights_sha256": model.weights_sha256,
-    }
-    content = {
-        "about": json.dumps(about),
-        "weights": {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()},
-        "lineage_pixels": [torch.from_numpy(seen.pixels.view(np.int64).copy()) for seen in model.lineage],
-    }
+    content = about(model.recipe, model.class_names, model.lineage, synthetic=model.synthetic)
+    content["weights"] = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
+    content["weights_sha256"] = model.weights_sha256
     file = io.BytesIO()
     torch.save(content, file)
     storage.write_bytes(url, file.getvalue())
@@ -76,28 +57,43 @@ def save_model(model: Model, url: str) -> str:
 def load_model(url: str) -> Model:
     """A checked `model.pt`. Raises CheckpointError where it is none, or its weights have another SHA-256."""
     content = load_tensors(storage.read_bytes(url), where=url)
+    model = model_of(content, content.get("weights"), where=url)
+    found, expected = model.weights_sha256, content.get("weights_sha256")
+    if found != expected:
+        raise CheckpointError(f"{url}: the weights' SHA-256 is {found[:12]}.., not {str(expected)[:12]}..: it was altered")
+    return model
+
+
+def about(
+    recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool
+) -> dict[str, Any]:
+    """All of a model but its weights: what `model.pt` and every checkpoint carry."""
+    facts = {
+        "format": FORMAT,
+        "recipe": recipe.to_json(),
+        "class_names": list(class_names),
+        "preprocessing": _preprocessing(recipe),
+        "synthetic": synthetic,
+        "lineage": [seen.entry.model_dump() for seen in lineage],
+    }
+    pixels = [torch.from_numpy(seen.pixels.view(np.int64).copy()) for seen in lineage]
+    return {"about": json.dumps(facts), "lineage_pixels": pixels}
+
+
+def model_of(content: dict[str, Any], weights: Any, *, where: str) -> Model:
+    """The model that `content`, made by `about`, tells of. Raises CheckpointError."""
     try:
-        about: dict[str, Any] = json.loads(content["about"])
-        if about["format"] != FORMAT:
-            raise CheckpointError(f"{url} has format {about['format']}, this version reads {FORMAT}")
+        facts: dict[str, Any] = json.loads(content["about"])
+        if facts["format"] != FORMAT:
+            raise CheckpointError(f"{where} has format {facts['format']}, this version reads {FORMAT}")
         lineage = tuple(
             Seen(LineageEntry.model_validate(entry), pixels.numpy().view(np.uint64))
-            for entry, pixels in zip(about["lineage"], content["lineage_pixels"], strict=True)
+            for entry, pixels in zip(facts["lineage"], content["lineage_pixels"], strict=True)
         )
-        model = Model(
-            recipe=recipe_from_json(about["recipe"], where=url),
-            class_names=tuple(about["class_names"]),
-            weights=dict(content["weights"]),
-            lineage=lineage,
-            synthetic=about["synthetic"],
-        )
-        expected = about["weights_sha256"]
+        recipe = recipe_from_json(facts["recipe"], where=where)
+        return Model(recipe, tuple(facts["class_names"]), dict(weights), lineage, facts["synthetic"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{url} is not a model.pt of this system: {error}") from None
-    found = model.weights_sha256
-    if found != expected:
-        raise CheckpointError(f"{url}: the weights' SHA-256 is {found[:12]}.., it says {expected[:12]}..: it was altered")
-    return model
+        raise CheckpointError(f"{where} is not a model of this system: {error}") from None
 
 
 def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
@@ -122,17 +118,3 @@ def _preprocessing(recipe: Recipe) -> dict[str, Any]:
         "mean": into.mean,
         "std": into.std,
     }
-
-
-def refuse_seen_images(lineage: tuple[Seen, ...], *, source: str, dataset: str, pixels: np.ndarray) -> None:
-    """No ancestor of `source` saw the data set or one of its images, else it is no transfer. Raises CheckpointError."""
-    for seen in lineage:
-        shared = np.isin(pixels, seen.pixels).sum()
-        if seen.entry.dataset == dataset or shared:
-            raise CheckpointError(
-                f"{source} is no source for {dataset}: its lineage saw {seen.entry.dataset} (run {seen.entry.run}), "
-                f"which shares {shared:,} of {len(pixels):,} images\n"
-                "  do: start from weights that never saw them, or train from scratch"
-            )
-
-

@@ -1,0 +1,42 @@
+# The table of contents. `make run` and `make test` do their own set-up on a machine that has Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test check setup lock readme clean
+
+# Real images where there are any, the five runs, one page: runs/quick/report.html
+run: setup
+	$(BIN)/python -m jobs.suite --pack
+
+test: check
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+setup: $(VENV)/installed
+
+# Installed again only when the lock or the package's own description changes.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is another: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Two weeks old at the least: an index may know a release before it can serve it.
+lock:
+	uv pip compile --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	  --python-version 3.11 --extra dev --exclude-newer "$$(date -d '14 days ago' +%F)" pyproject.toml -o requirements.txt
+
+# The README's tables, from the records in docs/measurements/.
+readme: setup
+	$(BIN)/python -m jobs.bench readme
+
+clean:
+	rm -rf $(VENV)

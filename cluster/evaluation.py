@@ -1,0 +1,81 @@
+"""A checkpoint on a split: here in this process for one worker, under Ray Train for more. The same scores either way."""
+
+import tempfile
+from typing import Any
+
+from cluster import placement as placements
+from cluster import session
+from cluster.run import quiet, world_of
+from imgcls.errors import PlacementError
+from imgcls.records import Placement, Record, Scores, Split
+
+
+class Evaluation(Record):
+    """What a checkpoint scored."""
+
+    checkpoint: str
+    weights_sha256: str
+    dataset: str
+    split: Split
+    synthetic: bool
+    class_names: tuple[str, ...]
+    scores: Scores
+
+
+def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_workers: int, verbose: bool) -> Evaluation:
+    """Raises CheckpointError, DataError, and PlacementError where the workers can never run."""
+    asked = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
+    if num_workers == 1 and not session.names_cluster():
+        return _evaluate(asked, placement=None)
+    from imgcls.training.evaluate import find_model
+
+    find_model(checkpoint)  # what is wrong with it is said before Ray starts
+    if not session.names_cluster():
+        _choose([placements.local_node()], num_workers)
+    with session.session(verbose=verbose):
+        return _under_ray(asked, _choose(placements.cluster_nodes(), num_workers))
+
+
+def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:
+    return placements.choose(nodes, num_workers=num_workers, cpus_per_worker=None, gpus_per_worker=None)
+
+
+def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = TorchTrainer(
+            _worker,
+            train_loop_config={"asked": asked, "placement": placement.model_dump_json()},
+            scaling_config=placements.scaling_config(placement),
+            run_config=ray.train.RunConfig(
+                name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
+            ),
+        ).fit()
+    if result.return_value is None:
+        raise PlacementError("the workers ended without a result; --verbose shows why")
+    return Evaluation.model_validate_json(result.return_value)
+
+
+def _worker(given: dict[str, Any]) -> str:
+    return _evaluate(given["asked"], placement=Placement.model_validate_json(given["placement"])).model_dump_json()
+
+
+def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluation:
+    from imgcls.training.evaluate import evaluate, find_model
+    from imgcls.training.world import World
+
+    quiet(asked["verbose"])
+    found = find_model(asked["checkpoint"])
+    world = world_of(placement) if placement else World()
+    scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)
+    return Evaluation(
+        checkpoint=found.url,
+        weights_sha256=found.model.weights_sha256,
+        dataset=found.model.recipe.dataset,
+        split=asked["split"],
+        synthetic=found.model.synthetic,
+        class_names=found.model.class_names,
+        scores=scores,
+    )

@@ -1,0 +1,210 @@
+"""A request -> the runs that it means, each with all that decides its result. Before Ray, before any training.
+
+Reads manifests and what lies under the id; writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgcls import records, storage
+from imgcls.catalogue import CATALOGUES
+from imgcls.data.shards import check_shards, read_manifest, read_pixel_digests
+from imgcls.data.splits import check_parts, split_ids
+from imgcls.errors import CheckpointError, RecipeError
+from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields, digest_of
+from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, SuiteRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a person asked for; the same for a single run and for a suite."""
+
+    catalogue: str
+    recipes: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    id: str
+    data_url: str
+    storage_url: str
+    init_from: str | None = None
+    num_workers: int = 1
+    cpus_per_worker: float | None = None
+    gpus_per_worker: float | None = None
+    max_failures: int = 3
+    retry_failed: bool = False
+    verbose: bool = False
+
+    @property
+    def suite_url(self) -> str:
+        return storage.join(self.storage_url, self.id)
+
+    def run_url(self, run: str) -> str:
+        return storage.join(self.suite_url, run)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    configs: dict[str, RunConfig]
+    """By name, in the order of the request."""
+    manifests: dict[str, Manifest]
+    """By data set."""
+    notes: tuple[str, ...]
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        return {name: config.source_run for name, config in self.configs.items()}
+
+    @property
+    def synthetic(self) -> bool:
+        return any(manifest.synthetic for manifest in self.manifests.values())
+
+
+def default_id(catalogue: str, recipes: Sequence[Recipe], *, changed: bool) -> str:
+    """The catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time."""
+    if not changed:
+        return catalogue
+    return f"{catalogue}-{digest_of([recipe.to_json() for recipe in recipes])[:8]}"
+
+
+def make_plan(request: Request) -> Plan:
+    """Raises RecipeError, DataError or CheckpointError for all that can be known to be wrong before training."""
+    recipes, notes = _with_sources(request)
+    manifests = {dataset: _checked_set(request, dataset) for dataset in dict.fromkeys(r.dataset for r in recipes)}
+    for recipe in recipes:
+        splits = split_ids(recipe, manifests[recipe.dataset])
+        check_parts(recipe, len(splits.train), world_size=request.num_workers)
+    given = _given_source(request.init_from) if request.init_from else None
+    configs: dict[str, RunConfig] = {}
+    for seed in request.seeds:
+        for recipe in _sources_first(recipes):
+            init = _init(recipe, seed, configs, given)
+            config = RunConfig(
+                catalogue=request.catalogue,
+                recipe=recipe,
+                seed=seed,
+                data_digest=manifests[recipe.dataset].digest,
+                init=init,
+            )
+            configs[config.name] = config
+    _check_lineage(request, recipes, manifests)
+    wanted = [f"{recipe.name}-seed{seed}" for seed in request.seeds for recipe in recipes]
+    return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes))
+
+
+def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
+    """The recipes asked for, and the source of each that starts from another run."""
+    recipes, notes = list(request.recipes), list[str]()
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"two recipes have the same name: {', '.join(names)}")
+    if request.init_from:
+        if not any(isinstance(recipe.init, FromRun) for recipe in recipes) and len(recipes) > 1:
+            raise RecipeError("--init-from: none of these recipes starts from another run; name one recipe")
+        return recipes, notes
+    for recipe in recipes:  # grows while it is walked: a source may have a source
+        if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:
+            source = _catalogued(request.catalogue, recipe.init.recipe, needed_by=recipe.name)
+            recipes.append(source)
+            notes.append(f"{recipe.name} starts from {source.name}, which is added")
+    return recipes, notes
+
+
+def _catalogued(catalogue: str, name: str, *, needed_by: str) -> Recipe:
+    by_name = {recipe.name: recipe for recipe in CATALOGUES[catalogue]}
+    if name not in by_name:
+        raise RecipeError(
+            f"recipe {needed_by} starts from {name}, which is not in the catalogue {catalogue} "
+            f"({', '.join(by_name)})\n  do: name a source with --init-from CHECKPOINT, or --set init.recipe="
+        )
+    return by_name[name]
+
+
+def _sources_first(recipes: Sequence[Recipe]) -> list[Recipe]:
+    by_name = {recipe.name: recipe for recipe in recipes}
+    ordered: dict[str, Recipe] = {}
+
+    def add(recipe: Recipe, path: tuple[str, ...]) -> None:
+        if recipe.name in path:
+            raise RecipeError(f"recipes start from each other in a circle: {' -> '.join([*path, recipe.name])}")
+        if isinstance(recipe.init, FromRun) and recipe.init.recipe in by_name:
+            add(by_name[recipe.init.recipe], (*path, recipe.name))
+        ordered[recipe.name] = recipe
+
+    for recipe in recipes:
+        add(recipe, ())
+    return list(ordered.values())
+
+
+def _checked_set(request: Request, dataset: str) -> Manifest:
+    set_url = storage.join(request.data_url, dataset)
+    manifest = read_manifest(set_url)
+    check_shards(set_url, manifest)
+    return manifest
+
+
+def _given_source(checkpoint: str) -> InitSource:
+    from imgcls.training.evaluate import find_model
+
+    url = storage.absolute(checkpoint)
+    model = find_model(url)
+    return InitSource(run=model.url, identity=model.model.weights_sha256)
+
+
+def _init(recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: InitSource | None) -> InitSource | None:
+    if given is not None:
+        return given
+    if not isinstance(recipe.init, FromRun):
+        return None
+    source = f"{recipe.init.recipe}-seed{seed}"
+    return InitSource(run=source, identity=configs[source].digest())
+
+
+def _check_lineage(request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest]) -> None:
+    """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target."""
+    from imgcls.training.lineage import Seen, refuse_seen_images
+
+    pixels = {name: read_pixel_digests(storage.join(request.data_url, name), m) for name, m in manifests.items()}
+    by_name = {recipe.name: recipe for recipe in recipes}
+
+    def seen_by(recipe: Recipe) -> tuple[Seen, ...]:
+        entry = LineageEntry(dataset=recipe.dataset, digest=manifests[recipe.dataset].digest, run=recipe.name)
+        own = Seen(entry, np.sort(pixels[recipe.dataset]))
+        above = seen_by(by_name[recipe.init.recipe]) if isinstance(recipe.init, FromRun) else ()
+        return (*above, own)
+
+    for recipe in recipes:
+        if request.init_from:
+            from imgcls.training.evaluate import find_model
+
+            lineage, source = find_model(storage.absolute(request.init_from)).model.lineage, request.init_from
+        elif isinstance(recipe.init, FromRun):
+            lineage, source = seen_by(by_name[recipe.init.recipe]), recipe.init.recipe
+        else:
+            continue
+        refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
+        if isinstance(recipe.model, BasicCNN):
+            raise RecipeError(f"recipe {recipe.name}: {recipe.model.kind} cannot start from other weights; use resnet18")
+
+
+def extended(before: SuiteRecord | None, request: Request, plan: Plan) -> SuiteRecord:
+    """What was asked for under the id so far, with this request. Raises CheckpointError where a run differs."""
+    runs = dict(before.runs) if before else {}
+    for name, config in plan.configs.items():
+        if runs.setdefault(name, config.digest()) != config.digest():
+            there = records.read_if_there(RunConfig, storage.join(request.run_url(name), "config.json"))
+            raise CheckpointError(_other_digest(request, name, there, config))
+    return SuiteRecord(id=request.id, catalogue=request.catalogue, data=request.data_url, runs=runs)
+
+
+def _other_digest(request: Request, name: str, there: RunConfig | None, here: RunConfig) -> str:
+    differing = ""
+    if there is not None:
+        fields = differing_fields(there.model_dump(mode="json"), here.model_dump(mode="json"))
+        differing = "; there / here:\n  " + "\n  ".join(fields[:6])
+    return (
+        f"{request.run_url(name)} is a run of another request, digest {there.digest()[:12] if there else 'unknown'}, "
+        f"not {here.digest()[:12]}{differing}\n  do: take another --id, or the request that it was begun with"
+    )
+
+

@@ -1,0 +1,91 @@
+"""A connection to Ray: a local one that we start and stop, or the cluster that `RAY_ADDRESS` names.
+
+The one place that reads or sets Ray's environment.
+"""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from imgcls.errors import PlacementError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Tune's own table and its loggers; the run's folder holds what it wrote itself.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    # print() in a worker would appear twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+NEEDED = {
+    # Token authentication is set on purpose; left alone it depends on how Ray was started.
+    "RAY_AUTH_MODE": "token",
+    # Train takes one report at each health check; at its 2 s every report of a short epoch would wait.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A hung worker ends after this, not after 600 s.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # Else Tune starts runs one after another.
+    "TUNE_MAX_PENDING_TRIALS_PG": "8",
+    # Ctrl-C comes to us as KeyboardInterrupt, instead of Tune ending as if nothing were wrong.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Under `uv run` Ray would start every worker with uv again.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+OBJECT_STORE_BYTES = 200 << 20
+"""Only reports and small records go through it."""
+COLLECTIVE_TIMEOUT_S = 120
+
+
+def names_cluster() -> bool:
+    """Whether `RAY_ADDRESS` names a cluster to join."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+@contextmanager
+def session(*, verbose: bool) -> Iterator[None]:
+    """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in (NEEDED | ({} if verbose else QUIET)).items() if name not in before})
+    joins = names_cluster()
+    options = {} if joins else _local_options()
+    import ray
+
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        try:
+            ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"no Ray cluster answers at RAY_ADDRESS={before['RAY_ADDRESS']}: {str(error).splitlines()[0]}\n"
+                "  do: start it, unset RAY_ADDRESS to run here, or give its token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+            ) from None
+        yield
+    finally:
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _local_options() -> dict[str, object]:
+    """A head of our own on loopback, beside whatever other Ray is on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    # Ray's helper processes look for the cluster in their environment: beside another head on this machine they
+    # would find two, and never free a stopped run's resources.
+    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "object_store_memory": OBJECT_STORE_BYTES,
+        # Without the dashboard Train cannot see that a stopped run's placement group is to be removed.
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+    }

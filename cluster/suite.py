@@ -1,0 +1,181 @@
+"""Recipes -> Ray Tune runs, by `decide`. A single run is a suite of one.
+
+Comes in: a `Request`. Goes out: the suite's results, from the runs' own records. The suite's state is its storage:
+the same request again does what is left, whoever made it and wherever it stopped.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cluster import placement as placements
+from cluster import session
+from cluster.decide import Status, blocked_by, start_order
+from cluster.plan import Plan, Request, extended
+from cluster.run import make_order, record_failure, trial
+from imgcls import records, storage
+from imgcls.records import Placement, RunConfig, RunResult, SuiteRecord, SuiteResults, SuiteRow
+from imgcls.training import environment
+
+if TYPE_CHECKING:
+    from cluster.searcher import View
+
+
+def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
+    """Every run of the plan is finished, failed, or blocked by a failed one; the suite's records say so.
+
+    Raises what `prepare` raises, and PlacementError where the workers can never run.
+    """
+    began = time.monotonic()
+    placement = None if session.names_cluster() else choose(request, [placements.local_node()])
+    statuses = prepare(request, plan)
+    if Status.OPEN in statuses.values():
+        with session.session(verbose=request.verbose):
+            placement = placement or choose(request, placements.cluster_nodes())
+            _carry_out(request, plan, statuses, placement, view)
+    return publish(request.suite_url, seconds=time.monotonic() - began, command=command)
+
+
+def choose(request: Request, nodes: list[placements.Node]) -> Placement:
+    return placements.choose(
+        nodes,
+        num_workers=request.num_workers,
+        cpus_per_worker=request.cpus_per_worker,
+        gpus_per_worker=request.gpus_per_worker,
+    )
+
+
+def prepare(request: Request, plan: Plan) -> dict[str, Status]:
+    """What is asked for is written down; each run's status, in the order in which they start.
+
+    Raises StorageError where nothing can be written, CheckpointError where a run of the same name differs.
+    """
+    storage.check_writable(request.suite_url)
+    url = storage.join(request.suite_url, "suite.json")
+    before = records.read_if_there(SuiteRecord, url)
+    after = extended(before, request, plan)
+    if after != before:
+        storage.write_bytes(url, after.to_bytes())
+    for name, config in plan.configs.items():
+        target = storage.join(request.run_url(name), "config.json")
+        if not storage.exists(target):
+            storage.write_bytes(target, config.to_bytes())
+    if request.retry_failed:
+        for name in plan.configs:
+            if status_of(request.run_url(name)) is Status.FAILED:
+                storage.delete(storage.join(request.run_url(name), "result.json"))
+    return {name: status_of(request.run_url(name)) for name in start_order(plan.sources)}
+
+
+def status_of(run_url: str) -> Status:
+    return _status(records.read_if_there(RunResult, storage.join(run_url, "result.json")))
+
+
+def _carry_out(
+    request: Request, plan: Plan, statuses: dict[str, Status], placement: Placement, view: "View"
+) -> None:
+    from ray import tune
+
+    from cluster.searcher import PlanSearcher, ProgressCallback
+
+    def came_to(run: str) -> Status:
+        status = status_of(request.run_url(run))
+        if status is Status.OPEN:
+            record_failure(plan.configs[run], request.run_url(run), "its process died; the node's logs may say why")
+            status = Status.FAILED
+        return status
+
+    def room() -> int:
+        return placements.how_many_fit(placements.cluster_nodes(), placement)
+
+    searcher = PlanSearcher(statuses, plan.sources, room=room, came_to=came_to, view=view)
+    carried = tune.with_parameters(_trial_of, make=_Orders(request, plan, placement))
+    folder = tempfile.mkdtemp(prefix="imgcls-tune-")
+    try:
+        tune.Tuner(
+            tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1),
+            run_config=tune.RunConfig(
+                name=storage.name_of(folder), storage_path=folder, verbose=0, callbacks=[ProgressCallback(view)]
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Orders:
+    """Makes a run's order in its trial: only there the time of its start is known."""
+
+    def __init__(self, request: Request, plan: Plan, placement: Placement) -> None:
+        self.request, self.configs, self.placement = request, plan.configs, placement
+        self.commit = environment.commit()
+
+    def __call__(self, run: str) -> dict[str, Any]:
+        order = make_order(
+            self.configs[run],
+            data_url=self.request.data_url,
+            run_url=self.request.run_url(run),
+            placement=self.placement,
+            max_failures=self.request.max_failures,
+            verbose=self.request.verbose,
+            commit=self.commit,
+        )
+        return {"order": order.model_dump_json()}
+
+
+def _trial_of(config: dict[str, Any], make: Callable[[str], dict[str, Any]]) -> None:
+    trial(make(config["run"]))
+
+
+def publish(suite_url: str, *, seconds: float, command: str) -> SuiteResults:
+    """The suite's results from its runs' records; `results.json` and `report.html` lie beside them."""
+    from imgcls.results.page import render
+
+    suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
+    results = read_results(suite_url, suite, seconds=seconds, command=command)
+    storage.write_bytes(storage.join(suite_url, "results.json"), results.to_bytes())
+    storage.write_bytes(storage.join(suite_url, "report.html"), render(results, histories(suite_url, results)).encode())
+    return results
+
+
+def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
+    """Each run's history.csv, where it has one."""
+    found = {row.name: storage.read_bytes_if_there(storage.join(suite_url, row.name, "history.csv")) for row in results.rows}
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command: str) -> SuiteResults:
+    """All runs that were ever asked for under the id."""
+    found: dict[str, RunResult | None] = {}
+    configs: dict[str, RunConfig] = {}
+    for name in suite.runs:
+        found[name] = records.read_if_there(RunResult, storage.join(suite_url, name, "result.json"))
+        configs[name] = records.read(RunConfig, storage.join(suite_url, name, "config.json"))
+    statuses = {name: _status(result) for name, result in found.items()}
+    blocked = blocked_by(statuses, {name: config.source_run for name, config in configs.items()})
+    rows = [_row(name, found[name], blocked) for name in suite.runs]
+    return SuiteResults(
+        id=suite.id,
+        catalogue=suite.catalogue,
+        synthetic=any(row.result is not None and row.result.synthetic for row in rows),
+        rows=tuple(rows),
+        seconds=round(seconds, 1),
+        command=command,
+    )
+
+
+def _status(result: RunResult | None) -> Status:
+    if result is None:
+        return Status.OPEN
+    return Status.FINISHED if result.status == "finished" else Status.FAILED
+
+
+def _row(name: str, result: RunResult | None, blocked: Mapping[str, str]) -> SuiteRow:
+    if result is not None:
+        return SuiteRow(name=name, status=result.status, error=result.error, result=result)
+    if name in blocked:
+        return SuiteRow(name=name, status="blocked", error=f"its source {blocked[name]} failed")
+    return SuiteRow(name=name, status="open", error="not finished yet: the same command goes on")
+

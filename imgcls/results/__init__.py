@@ -1,0 +1,1 @@
+"""From the records of runs to five answers on one page."""

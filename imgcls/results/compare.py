@@ -1,0 +1,124 @@
+"""Records -> the table's rows and the answers. Called by the page and by the printed table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imgcls.catalogue.published import PUBLISHED
+from imgcls.records import RunResult, SuiteResults
+from imgcls.results.statistics import (
+    Interval,
+    accuracy_interval,
+    difference_interval,
+    paired_interval,
+    seeds_interval,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    question: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    text: str
+    first: str
+    second: str
+    asks: frozenset[str]
+    """The fields of a recipe that it asks about."""
+
+
+QUESTIONS = (
+    Question("Which network?", "resnet18", "basic-cnn", frozenset({"model"})),
+    Question("Does regularization help?", "regularized", "scratch", frozenset({"model", "augment"})),
+    Question("Does transfer help?", "finetuned", "scratch", frozenset({"init"})),
+)
+
+
+def finished(results: SuiteResults, recipe: str) -> dict[int, RunResult]:
+    """Finished runs of a recipe by seed."""
+    found = [row.result for row in results.rows if row.result is not None and row.status == "finished"]
+    return {one.seed: one for one in found if one.recipe.name == recipe and one.test is not None}
+
+
+def counts(result: RunResult) -> tuple[int, int]:
+    """(correct, counted) on the test split."""
+    assert result.test is not None
+    return round(result.test.accuracy * result.test.num_samples), result.test.num_samples
+
+
+def interval_of(runs: Sequence[RunResult]) -> Interval:
+    """Over seeds where there are several, else over the test set."""
+    if len(runs) > 1:
+        return seeds_interval([one.test.accuracy for one in runs if one.test])
+    return accuracy_interval(*counts(runs[0]))
+
+
+def answers(results: SuiteResults) -> list[Answer]:
+    return [_answer(results, question) for question in QUESTIONS]
+
+
+def _answer(results: SuiteResults, question: Question) -> Answer:
+    a, b = finished(results, question.first), finished(results, question.second)
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        missing = question.first if not a else question.second
+        return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
+    gap = _gap([a[seed] for seed in shared], [b[seed] for seed in shared])
+    seeds = f"{len(shared)} seeds" if len(shared) > 1 else "one seed"
+    size = f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    detail = f"{question.first} minus {question.second}: {size} ({seeds}"
+    detail += "; the interval covers the test set's sampling, not the seeds' spread)" if len(shared) == 1 else ")"
+    if other := _other_differences(a[shared[0]], b[shared[0]], question):
+        detail += f". They also differ in {other}."
+    if gap.low > 0:
+        verdict = f"{question.first} is better"
+    elif gap.high < 0:
+        verdict = f"{question.second} is better"
+    else:
+        verdict = "not decided by these runs"
+    return Answer(question.text, verdict, detail)
+
+
+def _gap(a: list[RunResult], b: list[RunResult]) -> Interval:
+    if len(a) > 1:
+        return paired_interval([x.test.accuracy for x in a if x.test], [x.test.accuracy for x in b if x.test])
+    return difference_interval(counts(a[0]), counts(b[0]))
+
+
+def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
+    """Fields in which two recipes differ besides what is asked about: the answer is then not about that alone."""
+    one, two = a.recipe.to_json(), b.recipe.to_json()
+    differ = [name for name in one if one[name] != two[name] and name != "name"]
+    return ", ".join(name for name in differ if name not in question.asks)
+
+
+HEADER = ("run", "status", "test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "s", "published")
+
+
+def table_rows(results: SuiteResults) -> list[tuple[str, ...]]:
+    """The header, and a row a run."""
+    return [HEADER, *(_table_row(row.name, row.status, row.result, row.error) for row in results.rows)]
+
+
+def _table_row(name: str, status: str, result: RunResult | None, error: str | None) -> tuple[str, ...]:
+    published = PUBLISHED.get(name.rpartition("-seed")[0])
+    beside = f"{published.accuracy:.4f}" if published else ""
+    if result is None or result.test is None or result.val is None:
+        return (name, status, *[""] * 8, beside)
+    interval = accuracy_interval(*counts(result))
+    return (
+        name,
+        status,
+        f"{result.test.accuracy:.4f}",
+        f"{interval.low:.3f}-{interval.high:.3f}",
+        f"{result.test.num_samples:,}",
+        f"{result.test.loss:.4f}",
+        f"{result.val.accuracy:.4f}",
+        f"{result.epochs}",
+        f"{result.images_per_s:,.0f}" if result.images_per_s else "",
+        f"{result.seconds.get('fit', 0):,.0f}",
+        beside,
+    )

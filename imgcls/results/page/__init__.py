@@ -1,0 +1,52 @@
+"""Results -> one self-contained HTML page: template, style and figures lie beside this file."""
+
+import csv
+import io
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from imgcls.catalogue.published import PUBLISHED
+from imgcls.records import RunResult, SuiteResults
+from imgcls.results.compare import answers, finished, interval_of
+from imgcls.results.page import figures
+
+
+def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
+    """histories: each run's history.csv, by run."""
+    here = files(__package__)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "right": lambda examples: [one for one in examples if one.label == one.prediction],
+        "wrong": lambda examples: [one for one in examples if one.label != one.prediction],
+    }
+    template = environment.from_string((here / "template.html").read_text())
+    curves = {name: _rows(data) for name, data in histories.items()}
+    done = [row.result for row in results.rows if row.result is not None and row.status == "finished"]
+    return template.render(
+        results=results,
+        style=(here / "style.css").read_text(),
+        answers=answers(results),
+        published=PUBLISHED,
+        intervals={name: interval_of(list(runs.values())) for name, runs in _by_recipe(results).items()},
+        accuracy_figure=figures.accuracies(_by_recipe(results), PUBLISHED) if done else "",
+        curves={one.name: figures.curves(curves[one.name]) for one in done if one.name in curves},
+        confusions={one.name: figures.confusion(one) for one in done},
+        done=done,
+        problems=[row for row in results.rows if row.status != "finished"],
+        commands={one.name: _command(one) for one in done},
+    )
+
+
+def _by_recipe(results: SuiteResults) -> dict[str, dict[int, RunResult]]:
+    names = dict.fromkeys(row.name.rpartition("-seed")[0] for row in results.rows)
+    return {name: runs for name in names if (runs := finished(results, name))}
+
+
+def _rows(data: bytes) -> list[dict[str, float]]:
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(data.decode()))]
+
+
+def _command(result: RunResult) -> str:
+    at = f"git checkout {result.commit.removesuffix('+changes')} && " if result.commit and result.commit != "unknown" else ""
+    return f"{at}python -m jobs.train {result.recipe.name} --catalogue {result.catalogue} --seed {result.seed}"

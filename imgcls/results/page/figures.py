@@ -1,0 +1,97 @@
+"""The page's figures, as SVG text to be put into HTML."""
+
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from imgcls.catalogue.published import Published
+from imgcls.records import RunResult
+from imgcls.results.compare import interval_of
+
+INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "imgcls",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GROUND,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def accuracies(runs: Mapping[str, Mapping[int, RunResult]], published: Mapping[str, Published]) -> str:
+    """Test accuracy of each recipe with its interval, beside the published figure."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(runs)), layout="constrained")
+        axes = figure.subplots()
+        for place, (recipe, by_seed) in enumerate(runs.items()):
+            found = interval_of(list(by_seed.values()))
+            axes.plot([found.low, found.high], [place, place], color=FIRST, linewidth=2)
+            axes.plot(found.center, place, "o", color=FIRST, label="ours, 95% interval" if place == 0 else None)
+            if recipe in published:
+                label = "published" if not axes.get_legend_handles_labels()[1].count("published") else None
+                axes.plot(published[recipe].accuracy, place, "D", color=SECOND, markersize=5, label=label)
+        axes.set_yticks(range(len(runs)), list(runs))
+        axes.invert_yaxis()
+        axes.set_xlabel("test accuracy")
+        axes.grid(axis="x", color=GROUND, linewidth=0.5)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        return _svg(figure)
+
+
+def curves(rows: Sequence[Mapping[str, float]]) -> str:
+    """Loss and accuracy over epochs, training and validation."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.3), layout="constrained")
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            epochs = [row["epoch"] for row in rows]
+            for split, color in (("train", FIRST), ("val", SECOND)):
+                axes.plot(epochs, [row[f"{split}_{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
+            axes.set_title(name, fontsize=9)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(color=GROUND, linewidth=0.5)
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def confusion(result: RunResult) -> str:
+    """Rows are labels, columns predictions; a cell is the share of its row."""
+    assert result.test is not None
+    matrix, names = result.test.confusion, result.class_names
+    with rc_context(STYLE):
+        side = max(3.4, 0.33 * len(names) + 1.4)
+        figure = Figure(figsize=(side + 0.4, side), layout="constrained")
+        axes = figure.subplots()
+        shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if len(names) <= 20:
+            for i, row in enumerate(matrix):
+                for j, count in enumerate(row):
+                    color = "white" if shares[i][j] > 0.5 else INK
+                    axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_xlabel("prediction")
+        axes.set_ylabel("label")
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    # Inside HTML neither the XML head nor fixed points: the page decides the width.
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="figure"', svg, count=1)

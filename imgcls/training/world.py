@@ -1,0 +1,54 @@
+"""What a rank needs from outside, and Lightning's trainer made of it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+
+from imgcls.records import Placement
+from imgcls.training.progress import Progress
+
+
+def _no_report(progress: Progress) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Who this rank is, and where it reports."""
+
+    rank: int = 0
+    size: int = 1
+    accelerator: str = "cpu"
+    strategy: Any = "auto"
+    """Lightning's; whoever launches several ranks hands in one that knows them."""
+    plugins: tuple[Any, ...] = ()
+    report: Callable[[Progress], None] = _no_report
+    """Called by every rank, equally often."""
+    placement: Placement | None = None
+    started_s: float = field(default_factory=time.time)
+    """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
+
+
+def make_trainer(
+    world: World, *, precision: str, plugins: Sequence[Any] = (), callbacks: Sequence[pl.Callback] = (), max_epochs: int = 1
+) -> pl.Trainer:
+    """Silent and deterministic, without Lightning's own loggers, checkpoints and samplers: ours stand in their place."""
+    return pl.Trainer(
+        accelerator=world.accelerator,
+        devices=1 if world.strategy == "auto" else "auto",
+        strategy=world.strategy,
+        plugins=[*world.plugins, *plugins],
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=max_epochs,
+        callbacks=list(callbacks),
+        deterministic=True,
+        logger=False,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )

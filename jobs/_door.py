@@ -1,0 +1,57 @@
+"""What every door shares: reading the command line, exit codes, and errors without a traceback."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from imgcls.errors import ImgclsError, PlacementError, RecipeError
+
+DONE, SOME_FAILED, WRONG_COMMAND, MISSING_OR_BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def enter(command: Callable[..., int]) -> None:
+    """Runs `command` with the command line's arguments and exits with its code.
+
+    An ImgclsError is printed as it is; Ctrl-C and SIGTERM end with how to go on.
+    """
+    arguments = _repeated(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = tyro.cli(command, prog=f"python -m jobs.{Path(sys.argv[0]).stem}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    except ImgclsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if "--verbose" in arguments:
+            raise
+        code = WRONG_COMMAND if isinstance(error, RecipeError | PlacementError) else MISSING_OR_BROKEN
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """`--set a=1 b=2` as `--set a=1 --set b=2`: a parser that took lists would let the last --set win in silence."""
+    found: list[str] = []
+    in_set = False
+    for argument in arguments:
+        if in_set and not argument.startswith("-") and found[-1] != "--set":
+            if "=" in argument:
+                found.append("--set")
+            else:
+                in_set = False
+        found.append(argument)
+        if argument.startswith("-"):
+            in_set = argument == "--set"
+    return found

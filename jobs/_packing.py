@@ -1,0 +1,80 @@
+"""From a DATASET's name to a packed set: the way that `pack` and `suite --pack` share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from imgcls import storage
+from imgcls.data import archives, shards
+from imgcls.data.sources import Source, find_source, open_source
+from imgcls.data.synthetic import synthetic_source
+from imgcls.errors import DataError
+from imgcls.recipe import Recipe
+from imgcls.records import Manifest
+from jobs._request import Flags
+from jobs._terminal import Lines, bar
+
+DOWNLOADS = Path("data/sources")
+
+
+def source_of(dataset: str, lines: Lines) -> Source:
+    """The samples of DATASET: from `IMGCLS_SOURCES`, `data/sources/`, or the official archive. Raises DataError."""
+    found = find_source(dataset)
+    if found is None and dataset in archives.OFFICIAL:
+        archive = archives.OFFICIAL[dataset]
+        lines.say(f"{dataset}: fetching {archive.url}")
+        with bar(lines, archive.name) as progress:
+            try:
+                found = archives.download(archive, DOWNLOADS, progress=progress)
+            except DataError as error:
+                raise DataError(f"{error}\n{_remedies(dataset)}") from None
+    if found is None:
+        raise DataError(f"no source for {dataset}\n{_remedies(dataset)}")
+    lines.say(f"{dataset}: from {found}")
+    return open_source(found)
+
+
+def _remedies(dataset: str) -> str:
+    return (
+        f"  do: name a folder or tar with --source PATH; or put {dataset}* into data/sources/ or the folder that\n"
+        f"      IMGCLS_SOURCES names; or try without data: --source synthetic"
+    )
+
+
+def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Manifest:
+    """The packed set, with what was noticed on the way said."""
+    lines = Lines(synthetic=source.synthetic)
+    set_url = storage.join(to, dataset)
+    storage.check_writable(set_url)
+    with bar(lines, f"packing {dataset}") as progress:
+        manifest = shards.pack(source, set_url, name=dataset, max_bad=max_bad, progress=progress)
+    for note in manifest.notes:
+        lines.say(f"{dataset}: {note}")
+    splits = {split: len(manifest.labels(split)) for split in ("train", "val", "test") if manifest.has(split)}
+    counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+    lines.say(
+        f"{dataset}: packed {counts}; {len(manifest.class_names)} classes, {len(manifest.shards)} shards, "
+        f"digest {manifest.digest[:12]}"
+    )
+    return manifest
+
+
+def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
+    """All sets of the recipes are packed. Without data and network they are synthetic ones, at a place of their own."""
+    missing = _not_packed(flags.data, recipes)
+    lines = Lines()
+    try:
+        sources = {dataset: source_of(dataset, lines) for dataset in missing}
+    except DataError as error:
+        lines.say(f"no data: {str(error).splitlines()[0]}")
+        lines.say("SYNTHETIC images take its place; give data with IMGCLS_SOURCES or data/sources/ and run it again")
+        folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
+        flags = replace(flags, data=folder, id=f"{flags.id or flags.catalogue}-synthetic")
+        sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(folder, recipes)}
+    for dataset, source in sources.items():
+        pack_set(source, dataset, flags.data)
+    return flags
+
+
+def _not_packed(data: str, recipes: tuple[Recipe, ...]) -> list[str]:
+    datasets = dict.fromkeys(recipe.dataset for recipe in recipes)
+    return [name for name in datasets if not storage.exists(shards.manifest_url(storage.join(data, name)))]

@@ -1,0 +1,123 @@
+"""The flags that `train` and `suite` share, and the way from them to results."""
+
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from imgcls import storage
+from imgcls.catalogue import recipe_of, suite_of
+from imgcls.errors import RecipeError
+from imgcls.recipe import Recipe, derive, parse_changes, recipe_from_json
+from jobs._door import DONE, SOME_FAILED
+from jobs._terminal import Lines, SuiteView, say_results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    catalogue: str = "quick"
+    """quick, paper or tuned."""
+    data: str = "data/packed"
+    """Folder or URL of packed sets; a set is <data>/<dataset>/."""
+    storage: str = "runs"
+    """Folder or URL for what runs leave; a run is <storage>/<id>/<recipe>-seed<N>/."""
+    id: str | None = None
+    """Name of the suite; the catalogue's, with 8 hex of the changes where --set or --recipe changes something."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE"), tyro.conf.UseAppendAction] = ()
+    """Change a field of the recipe by its path, as optimizer.lr=0.01."""
+    recipe: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A recipe from a TOML file, in place of one from the catalogue."""
+    seed: int = 0
+    """The first seed."""
+    init_from: str | None = None
+    """Start from these weights: a run's folder, a checkpoint or a model.pt."""
+    num_workers: int = 1
+    """Workers of each run; two or more is DDP."""
+    cpus_per_worker: float | None = None
+    """One unless said."""
+    gpus_per_worker: float | None = None
+    """One where there are GPUs, else none."""
+    max_failures: int = 3
+    """How often a run is begun again after a worker died."""
+    retry_failed: bool = False
+    """Try runs again that failed."""
+    verbose: bool = False
+    """Ray's and Lightning's own lines too, and tracebacks."""
+
+
+def chosen_recipes(flags: Flags, names: tuple[str, ...] | None) -> tuple[Recipe, ...]:
+    """The catalogue's recipes of these names (None: all), or those from files; changed by --set."""
+    suite_of(flags.catalogue)
+    if flags.recipe and names is not None:
+        raise RecipeError(f"{', '.join(names)} and --recipe {flags.recipe[0]}: give one or the other")
+    if flags.recipe:
+        recipes = tuple(_from_file(path) for path in flags.recipe)
+    elif names is not None:
+        recipes = tuple(recipe_of(flags.catalogue, name) for name in names)
+    else:
+        recipes = suite_of(flags.catalogue)
+    changes = parse_changes(flags.set)
+    return tuple(derive(recipe, changes) for recipe in recipes) if changes else recipes
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        value = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"--recipe {path} cannot be read as TOML: {error}") from None
+    return recipe_from_json(value, where=str(path))
+
+
+def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
+    """Plans, runs, prints; the exit code."""
+    from cluster.plan import Request, default_id, make_plan
+    from cluster.suite import run_suite
+
+    if num_seeds < 1:
+        raise RecipeError(f"--num-seeds {num_seeds}: one or more")
+    if flags.seed < 0:
+        raise RecipeError(f"--seed {flags.seed}: zero or more")
+    if flags.max_failures < 0:
+        raise RecipeError(f"--max-failures {flags.max_failures}: zero or more")
+    changed = bool(flags.set or flags.recipe)
+    request = Request(
+        catalogue=flags.catalogue,
+        recipes=recipes,
+        seeds=tuple(range(flags.seed, flags.seed + num_seeds)),
+        id=checked_id(flags.id) if flags.id else default_id(flags.catalogue, recipes, changed=changed),
+        data_url=storage.absolute(flags.data),
+        storage_url=storage.absolute(flags.storage),
+        init_from=flags.init_from,
+        num_workers=flags.num_workers,
+        cpus_per_worker=flags.cpus_per_worker,
+        gpus_per_worker=flags.gpus_per_worker,
+        max_failures=flags.max_failures,
+        retry_failed=flags.retry_failed,
+        verbose=flags.verbose,
+    )
+    plan = make_plan(request)
+    lines = Lines(synthetic=plan.synthetic)
+    for note in plan.notes:
+        lines.say(note)
+    view = SuiteView(lines, plan.sources)
+    with view.shown():
+        results = run_suite(request, plan, view=view, command=_command())
+    say_results(lines, results)
+    lines.say(f"page: {storage.join(flags.storage, request.id, 'report.html')}")
+    asked = [row for row in results.rows if row.name in plan.configs]
+    return DONE if all(row.status == "finished" for row in asked) else SOME_FAILED
+
+
+def checked_id(text: str) -> str:
+    if text in ("", ".", "..") or "/" in text or text.startswith("."):
+        raise RecipeError(f"--id {text}: a plain name, without / and not beginning with a dot")
+    return text
+
+
+def _command() -> str:
+    module = Path(sys.argv[0]).stem
+    return shlex.join(["python", "-m", f"jobs.{module}", *sys.argv[1:]])

@@ -1,0 +1,145 @@
+"""What a person sees while a command works: a live view on a terminal, else one line an epoch and run."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from cluster.decide import Status
+    from imgcls.records import SuiteResults
+
+
+class Lines:
+    """Prints lines; behind SYNTHETIC where no photograph is in play."""
+
+    def __init__(self, *, synthetic: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.mark = "SYNTHETIC " if synthetic else ""
+
+    def say(self, text: str) -> None:
+        for line in text.splitlines():
+            self.console.print(Text(f"{self.mark}{line}"))
+        self.console.file.flush()
+
+
+@contextmanager
+def bar(lines: Lines, what: str) -> Iterator[Any]:
+    """A function (done, total) that shows how far `what` is: a bar on a terminal, else a line every ten seconds."""
+    if lines.console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=lines.console, transient=True) as progress:
+            task = progress.add_task(f"{lines.mark}{what}")
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            lines.say(f"{what}: {done:,} of {total:,}")
+
+    yield tell
+
+
+class SuiteView:
+    """The runs of a suite while they run. A `cluster.searcher.View`."""
+
+    def __init__(self, lines: Lines, runs: Mapping[str, str | None]) -> None:
+        self.lines = lines
+        self.began = time.monotonic()
+        self.rows: dict[str, dict[str, Any]] = {run: {"state": _waiting(source)} for run, source in runs.items()}
+        self.live: Live | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if not self.lines.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True) as live:
+            self.live = live
+            yield
+
+    def already(self, run: str, status: "Status") -> None:
+        self.rows[run]["state"] = f"{status.value} before"
+
+    def started(self, run: str) -> None:
+        self.rows[run] |= {"state": "starting", "began": time.monotonic()}
+        self.lines.say(f"{run}: started")
+
+    def progress(self, run: str, progress: Mapping[str, Any]) -> None:
+        self.rows[run] |= {"state": progress["phase"], **progress}
+        row = progress.get("row")
+        if row:
+            self.lines.say(
+                f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train_loss']:.4f}  "
+                f"val/loss {row['val_loss']:.4f}  val/accuracy {row['val_accuracy']:.4f}  "
+                f"{progress['images_per_s']:,.0f} images/s{self._left(self.rows[run])}"
+            )
+
+    def ended(self, run: str, status: "Status") -> None:
+        self.rows[run]["state"] = status.value
+        self.lines.say(f"{run}: {status.value}")
+
+    def _left(self, row: Mapping[str, Any]) -> str:
+        seconds = _seconds_left(row)
+        return "" if seconds is None else f"  about {_duration(seconds)} left"
+
+    def _table(self) -> Table:
+        elapsed = _duration(time.monotonic() - self.began)
+        table = Table("run", "state", "epoch", "step", "images/s", "left", title=f"{self.lines.mark}{elapsed}")
+        for run, row in self.rows.items():
+            epochs, steps = row.get("epochs"), row.get("total_steps")
+            seconds = _seconds_left(row)
+            table.add_row(
+                run,
+                str(row["state"]),
+                f"{row['epoch']}/{epochs}" if epochs else "",
+                f"{row['step']}/{steps}" if steps else "",
+                f"{row['images_per_s']:,.0f}" if row.get("images_per_s") else "",
+                _duration(seconds) if seconds is not None else "",
+            )
+        return table
+
+
+def _waiting(source: str | None) -> str:
+    return f"waits for {source}" if source else "waits for room"
+
+
+def _seconds_left(row: Mapping[str, Any]) -> float | None:
+    if row.get("state") != "train" or not row.get("step"):
+        return None
+    passed = time.monotonic() - row["began"]
+    return passed * (row["total_steps"] - row["step"]) / row["step"]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def say_results(lines: Lines, results: "SuiteResults") -> None:
+    """The printed table, and the end of the log of what failed."""
+    from imgcls.results.compare import table_rows
+
+    rows = table_rows(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        lines.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for one in results.rows:
+        if one.status == "failed" and one.result is not None:
+            lines.say(f"{one.name} failed: {one.error}")
+            for text in one.result.log_tail[-8:]:
+                lines.say(f"  | {text}")
+
+
+def stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,48 @@
+"""Exact scores of a checkpoint on a split, at any number of workers."""
+
+from typing import Annotated
+
+import tyro
+
+from imgcls import storage
+from imgcls.records import Split
+from jobs._door import DONE, enter
+from jobs._terminal import Lines
+
+
+def evaluate(
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="CHECKPOINT")],
+    data: str = "data/packed",
+    split: Split = "test",
+    num_workers: int = 1,
+    json: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Evaluate a checkpoint: each sample of the split is counted once.
+
+    Args:
+        checkpoint: A run's folder, a checkpoint or a model.pt; a path or a URL.
+        data: Folder or URL of packed sets.
+        split: train and val are cut as the checkpoint's recipe says.
+        num_workers: Two or more share the split under Ray.
+        json: Print the scores as JSON.
+        verbose: Ray's and Lightning's own lines too, and tracebacks.
+    """
+    from cluster.evaluation import evaluate_checkpoint
+
+    found = evaluate_checkpoint(
+        storage.absolute(checkpoint), data_url=storage.absolute(data), split=split, num_workers=num_workers, verbose=verbose
+    )
+    lines, scores = Lines(synthetic=found.synthetic and not json), found.scores
+    if json:
+        lines.say(found.model_dump_json(indent=1))
+        return DONE
+    lines.say(f"{found.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}")
+    width = max(map(len, found.class_names))
+    for name, row in zip(found.class_names, scores.confusion, strict=True):
+        lines.say(f"  {name.ljust(width)}  {' '.join(f'{count:5d}' for count in row)}")
+    return DONE
+
+
+if __name__ == "__main__":
+    enter(evaluate)

@@ -1,0 +1,76 @@
+"""Pack an image folder, a tar or an official archive as WebDataset shards; or check packed sets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from imgcls import storage
+from imgcls.data import shards
+from imgcls.data.sources import open_source
+from imgcls.data.synthetic import DEFAULT_NUM_SAMPLES, synthetic_source
+from imgcls.errors import DataError, RecipeError
+from jobs._door import DONE, MISSING_OR_BROKEN, enter
+from jobs._packing import pack_set, source_of
+from jobs._request import checked_id
+from jobs._terminal import Lines, bar, stderr
+
+
+def pack(
+    dataset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATASET")] = None,
+    source: str | None = None,
+    to: str = "data/packed",
+    num_samples: int = DEFAULT_NUM_SAMPLES,
+    max_bad: int = 0,
+    verify: str | None = None,
+    verbose: bool = False,
+) -> int:
+    """Pack DATASET into <to>/DATASET/, or check what is packed.
+
+    Args:
+        dataset: imagenette, cifar10, or any name for images of your own.
+        source: An image folder or a tar, split/class/image or class/image; or `synthetic`.
+        to: Folder or URL of packed sets.
+        num_samples: Training images of a synthetic set.
+        max_bad: This many files may be no images; they are left out and named.
+        verify: Check the packed set, or folder of sets, at this URL; packs nothing.
+        verbose: Tracebacks too.
+    """
+    if verify is not None:
+        if dataset is not None or source is not None:
+            raise RecipeError("--verify stands alone")
+        return _verify(verify)
+    if dataset is None:
+        raise RecipeError("name a DATASET, as imagenette, or check one with --verify URL")
+    checked_id(dataset)
+    if source == "synthetic":
+        if num_samples < 100:
+            raise RecipeError(f"--num-samples {num_samples}: 100 or more")
+        found = synthetic_source(dataset, num_samples)
+    else:
+        found = open_source(Path(source).expanduser()) if source is not None else source_of(dataset, Lines())
+    pack_set(found, dataset, to, max_bad=max_bad)
+    return DONE
+
+
+def _verify(url: str) -> int:
+    sets = [url] if storage.exists(shards.manifest_url(url)) else [storage.join(url, name) for name in storage.folders(url)]
+    sets = [one for one in sets if storage.exists(shards.manifest_url(one))]
+    if not sets:
+        raise DataError(f"{url} holds no packed set")
+    failed, lines = 0, Lines()
+    for one in sets:
+        try:
+            with bar(lines, f"checking {one}") as progress:
+                manifest = shards.verify(one, progress=progress)
+            mark = "SYNTHETIC " if manifest.synthetic else ""
+            count = sum(shard.num_samples for shard in manifest.shards)
+            lines.say(f"{mark}{one}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {manifest.digest[:12]}")
+        except DataError as error:
+            failed += 1
+            stderr(f"error: {error}")
+    return MISSING_OR_BROKEN if failed else DONE
+
+
+if __name__ == "__main__":
+    enter(pack)

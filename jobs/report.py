@@ -1,0 +1,44 @@
+"""Draw a suite's page and table again, from its records."""
+
+from typing import Annotated
+
+import tyro
+
+from imgcls import records, storage
+from imgcls.errors import StorageError
+from imgcls.records import SuiteRecord, SuiteResults
+from jobs._door import DONE, enter
+from jobs._request import checked_id
+from jobs._terminal import Lines, say_results
+
+
+def report(
+    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="ID")],
+    storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
+    verbose: bool = False,
+) -> int:
+    """Draw a suite's page and table again, from its records.
+
+    Args:
+        id: Name of the suite, as `quick`.
+        storage_url: Folder or URL where runs leave what they found.
+        verbose: Tracebacks too.
+    """
+    from cluster.suite import publish
+
+    suite_url = storage.join(storage_url, checked_id(id))
+    suite = records.read_if_there(SuiteRecord, storage.join(suite_url, "suite.json"))
+    if suite is None:
+        there = ", ".join(storage.folders(storage_url)) or "nothing"
+        raise StorageError(f"{suite_url} holds no suite: no suite.json\n  do: name one of what is there: {there}")
+    before = records.read_if_there(SuiteResults, storage.join(suite_url, "results.json"))
+    seconds, command = (before.seconds, before.command) if before else (0.0, "")
+    results = publish(suite_url, seconds=seconds, command=command)
+    lines = Lines(synthetic=results.synthetic)
+    say_results(lines, results)
+    lines.say(f"page: {storage.join(suite_url, 'report.html')}")
+    return DONE
+
+
+if __name__ == "__main__":
+    enter(report)

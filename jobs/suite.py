@@ -1,0 +1,32 @@
+"""Train the runs of a catalogue, recipes times seeds, in parallel on the cluster; leaves one page of answers."""
+
+import tyro
+
+from jobs._door import enter
+from jobs._packing import pack_what_is_missing
+from jobs._request import Flags, carry_out, chosen_recipes
+
+
+def suite(
+    recipes: str | None = None,
+    num_seeds: int = 1,
+    pack: bool = False,
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
+) -> int:
+    """Train the runs of a catalogue and draw the page.
+
+    Args:
+        recipes: Names, separated by commas; all of the catalogue unless said.
+        num_seeds: Runs of each recipe, with seeds that count up from --seed.
+        pack: Pack the data sets first that are not in --data yet; without data and network, synthetic ones.
+        flags: Shared with jobs.train.
+    """
+    names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
+    chosen = chosen_recipes(flags, names)
+    if pack:
+        flags = pack_what_is_missing(flags, chosen)
+    return carry_out(flags, chosen, num_seeds=num_seeds)
+
+
+if __name__ == "__main__":
+    enter(suite)

@@ -1,0 +1,24 @@
+"""Train one recipe with one seed: a suite of one. Leaves <storage>/<id>/<recipe>-seed<N>/."""
+
+from typing import Annotated
+
+import tyro
+
+from imgcls.errors import RecipeError
+from jobs._door import enter
+from jobs._request import Flags, carry_out, chosen_recipes
+
+
+def train(recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="RECIPE")] = None, /, flags: tyro.conf.OmitArgPrefixes[Flags] = Flags()) -> int:
+    """Train one recipe with one seed.
+
+    recipe_name: basic-cnn, resnet18, regularized, scratch or finetuned; or give --recipe FILE.
+    """
+    if recipe_name is None and len(flags.recipe) != 1:
+        raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
+    recipes = chosen_recipes(flags, None if recipe_name is None else (recipe_name,))
+    return carry_out(flags, recipes, num_seeds=1)
+
+
+if __name__ == "__main__":
+    enter(train)
