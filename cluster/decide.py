@@ -32,9 +32,7 @@ class Done:
     """Nothing is left to start."""
 
 
-def next_action(
-    statuses: Mapping[str, Status], sources: Mapping[str, str | None], *, room: int
-) -> Start | Wait | Done:
+def next_action(statuses: Mapping[str, Status], sources: Mapping[str, str | None], *, room: int) -> Start | Wait | Done:
     """statuses: by run, in the order in which they should start. sources: the run that each one waits for.
 
     room: runs that may be under way at the same time.

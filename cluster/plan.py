@@ -206,5 +206,3 @@ def _other_digest(request: Request, name: str, there: RunConfig | None, here: Ru
         f"{request.run_url(name)} is a run of another request, digest {there.digest()[:12] if there else 'unknown'}, "
         f"not {here.digest()[:12]}{differing}\n  do: take another --id, or the request that it was begun with"
     )
-
-

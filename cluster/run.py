@@ -73,7 +73,6 @@ def _train(order: Order) -> None:
 
 def train_worker(order: dict[str, Any]) -> None:
     """One rank of one run. Whatever is the user's to mend is recorded as the run's failure and not tried again."""
-    import ray.train
 
     given = Order.model_validate_json(order["order"])
     if records.read_if_there(RunResult, storage.join(given.run_url, "result.json")) is not None:
@@ -162,7 +161,14 @@ def _reason(error: Exception) -> str:
 
 
 def make_order(
-    config: RunConfig, *, data_url: str, run_url: str, placement: Placement, max_failures: int, verbose: bool, commit: str | None
+    config: RunConfig,
+    *,
+    data_url: str,
+    run_url: str,
+    placement: Placement,
+    max_failures: int,
+    verbose: bool,
+    commit: str | None,
 ) -> Order:
     told = {"IMGCLS_COMMIT": commit or "unknown"}
     if cache := os.environ.get("IMGCLS_CACHE"):
@@ -177,5 +183,3 @@ def make_order(
         environment=told,
         started_s=time.time(),
     )
-
-

@@ -20,6 +20,8 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     # print() in a worker would appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Every Train run has helper processes; the raylet warns of their number.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
 }
 NEEDED = {
     # Token authentication is set on purpose; left alone it depends on how Ray was started.
@@ -51,9 +53,9 @@ def session(*, verbose: bool) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({name: value for name, value in (NEEDED | ({} if verbose else QUIET)).items() if name not in before})
     joins = names_cluster()
-    options = {} if joins else _local_options()
     import ray
 
+    options = {} if joins else _local_options()
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -72,18 +74,19 @@ def session(*, verbose: bool) -> Iterator[None]:
 
 
 def _local_options() -> dict[str, object]:
-    """A head of our own on loopback, beside whatever other Ray is on this machine."""
+    """A head of our own, beside whatever other Ray is on this machine."""
+    from ray.util import get_node_ip_address
+
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         port = probe.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     # Ray's helper processes look for the cluster in their environment: beside another head on this machine they
     # would find two, and never free a stopped run's resources.
-    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    os.environ["RAY_ADDRESS"] = f"{get_node_ip_address()}:{port}"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return {
         "address": "local",
-        "_node_ip_address": "127.0.0.1",
         "object_store_memory": OBJECT_STORE_BYTES,
         # Without the dashboard Train cannot see that a stopped run's placement group is to be removed.
         "include_dashboard": True,

@@ -73,9 +73,7 @@ def status_of(run_url: str) -> Status:
     return _status(records.read_if_there(RunResult, storage.join(run_url, "result.json")))
 
 
-def _carry_out(
-    request: Request, plan: Plan, statuses: dict[str, Status], placement: Placement, view: "View"
-) -> None:
+def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placement: Placement, view: "View") -> None:
     from ray import tune
 
     from cluster.searcher import PlanSearcher, ProgressCallback
@@ -178,4 +176,3 @@ def _row(name: str, result: RunResult | None, blocked: Mapping[str, str]) -> Sui
     if name in blocked:
         return SuiteRow(name=name, status="blocked", error=f"its source {blocked[name]} failed")
     return SuiteRow(name=name, status="open", error="not finished yet: the same command goes on")
-

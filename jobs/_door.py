@@ -22,7 +22,9 @@ def enter(command: Callable[..., int]) -> None:
     arguments = _repeated(sys.argv[1:])
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = tyro.cli(command, prog=f"python -m jobs.{Path(sys.argv[0]).stem}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        code = tyro.cli(
+            command, prog=f"python -m jobs.{Path(sys.argv[0]).stem}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+        )
     except ImgclsError as error:
         print(f"error: {error}", file=sys.stderr)
         if "--verbose" in arguments:

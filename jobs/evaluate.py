@@ -37,7 +37,9 @@ def evaluate(
     if json:
         lines.say(found.model_dump_json(indent=1))
         return DONE
-    lines.say(f"{found.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}")
+    lines.say(
+        f"{found.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}"
+    )
     width = max(map(len, found.class_names))
     for name, row in zip(found.class_names, scores.confusion, strict=True):
         lines.say(f"  {name.ljust(width)}  {' '.join(f'{count:5d}' for count in row)}")

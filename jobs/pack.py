@@ -65,7 +65,9 @@ def _verify(url: str) -> int:
                 manifest = shards.verify(one, progress=progress)
             mark = "SYNTHETIC " if manifest.synthetic else ""
             count = sum(shard.num_samples for shard in manifest.shards)
-            lines.say(f"{mark}{one}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {manifest.digest[:12]}")
+            lines.say(
+                f"{mark}{one}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {manifest.digest[:12]}"
+            )
         except DataError as error:
             failed += 1
             stderr(f"error: {error}")

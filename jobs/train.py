@@ -9,7 +9,11 @@ from jobs._door import enter
 from jobs._request import Flags, carry_out, chosen_recipes
 
 
-def train(recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="RECIPE")] = None, /, flags: tyro.conf.OmitArgPrefixes[Flags] = Flags()) -> int:
+def train(
+    recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="RECIPE")] = None,
+    /,
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),
+) -> int:
     """Train one recipe with one seed.
 
     recipe_name: basic-cnn, resnet18, regularized, scratch or finetuned; or give --recipe FILE.

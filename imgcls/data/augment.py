@@ -89,9 +89,7 @@ def _turned_hue(x: Tensor, turn: Tensor) -> Tensor:
     value, least = x.amax(1), x.amin(1)
     chroma = value - least
     safe = chroma.clamp_min(1e-8)
-    hue = torch.where(
-        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = hue + 6 * turn.view(-1, 1, 1)
     shifted = [(hue + n) % 6 for n in (5, 3, 1)]
     return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in shifted], 1)

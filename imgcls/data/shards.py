@@ -19,8 +19,8 @@ from imgcls.data.images import decode, decoding_pool, in_order, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, StorageError
-from imgcls.records import Manifest, Record, Shard, Split
 from imgcls.recipe import digest_of
+from imgcls.records import Manifest, Record, Shard, Split
 
 SHARD_SAMPLES, SHARD_BYTES = 2000, 32 << 20
 PACK_SEED = 42

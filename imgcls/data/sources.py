@@ -200,9 +200,7 @@ def _from_files(name: str, files: dict[str, Bytes]) -> Source:
     placed = _place(name, images, notes)
     class_dirs = sorted({class_dir for _, class_dir, _ in placed.values()})
     labels = {class_dir: label for label, class_dir in enumerate(class_dirs)}
-    samples = tuple(
-        Sample(path, labels[class_dir], split, content) for path, (split, class_dir, content) in placed.items()
-    )
+    samples = tuple(Sample(path, labels[class_dir], split, content) for path, (split, class_dir, content) in placed.items())
     class_names = tuple(IMAGENETTE_CLASSES.get(class_dir, class_dir) for class_dir in class_dirs)
     if not any(sample.split == "test" for sample in samples):
         samples = _cut_test(samples)
@@ -247,14 +245,14 @@ def _cut_test(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
     train = [i for i, sample in enumerate(samples) if sample.split == "train"]
     labels = np.array([samples[i].label for i in train])
     cut = {train[i] for i in stratified_cut(labels, fraction=TEST_FRACTION, seed=CUT_SEED)[1]}
-    return tuple(
-        Sample(s.path, s.label, "test", s.content) if i in cut else s for i, s in enumerate(samples)
-    )
+    return tuple(Sample(s.path, s.label, "test", s.content) if i in cut else s for i, s in enumerate(samples))
 
 
 def _check(name: str, class_names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
     if len(class_names) < 2:
-        raise DataError(f"{name} has one class, {class_names[0]}: nothing to tell apart\n  do: give two class folders or more")
+        raise DataError(
+            f"{name} has one class, {class_names[0]}: nothing to tell apart\n  do: give two class folders or more"
+        )
     counts = Counter((sample.split, sample.label) for sample in samples)
     for split in ("train", "test"):
         if not any(there == split for there, _ in counts):

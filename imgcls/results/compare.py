@@ -95,7 +95,19 @@ def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
     return ", ".join(name for name in differ if name not in question.asks)
 
 
-HEADER = ("run", "status", "test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "s", "published")
+HEADER = (
+    "run",
+    "status",
+    "test accuracy",
+    "95%",
+    "test n",
+    "test loss",
+    "val accuracy",
+    "epochs",
+    "images/s",
+    "s",
+    "published",
+)
 
 
 def table_rows(results: SuiteResults) -> list[tuple[str, ...]]:

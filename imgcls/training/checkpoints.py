@@ -87,7 +87,9 @@ class CheckpointStore(CheckpointIO):
         marker = Committed(num_bytes=len(data), sha256=digest, **storage_options.model_dump())
         storage.write_bytes(storage.join(str(path), "committed.json"), marker.to_bytes())
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """The checked content of a committed checkpoint, on the CPU."""
         return read_checkpoint(str(path))
 

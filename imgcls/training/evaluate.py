@@ -34,7 +34,9 @@ def find_model(checkpoint: str) -> FoundModel:
     if storage.exists(storage.join(url, "model.pt")):
         url = storage.join(url, "model.pt")
     elif storage.exists(storage.join(url, "config.json")):
-        raise CheckpointError(f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it")
+        raise CheckpointError(
+            f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
+        )
     elif not storage.exists(url):
         raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
     try:

@@ -8,6 +8,7 @@ import base64
 import time
 import traceback
 import warnings
+
 import numpy as np
 import torch
 
@@ -18,17 +19,17 @@ from imgcls.data.batches import EVALUATION_BATCH, ImageData
 from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
-from imgcls.data.splits import Splits, check_parts, split_ids
+from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import CheckpointError, DataError
 from imgcls.models.build import build_model, start_from
 from imgcls.records import Example, LineageEntry, Manifest, RunConfig, RunResult, Scores
 from imgcls.training import environment
 from imgcls.training.checkpoints import CheckpointStore, network_weights
+from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
-from imgcls.training.lineage import Seen, refuse_seen_images
-from imgcls.training.world import World, make_trainer
 from imgcls.training.weights import Model, about, load_model, save_model, weights_sha256
+from imgcls.training.world import World, make_trainer
 
 NUM_EXAMPLES = 8
 """Of right and of wrong predictions each, for the page."""

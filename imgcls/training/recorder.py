@@ -27,6 +27,7 @@ from imgcls.training.progress import Progress, Row
 HISTORY = ("epoch", "step", "lr", "samples", "train_loss", "train_accuracy", "val_samples", "val_loss", "val_accuracy")
 TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
 
+
 class RunLog:
     """The run's log.txt: kept in memory, and put whole into the run's folder."""
 

@@ -64,9 +64,7 @@ def load_model(url: str) -> Model:
     return model
 
 
-def about(
-    recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool
-) -> dict[str, Any]:
+def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool) -> dict[str, Any]:
     """All of a model but its weights: what `model.pt` and every checkpoint carry."""
     facts = {
         "format": FORMAT,

@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from imgcls.catalogue.published import Published
 from imgcls.records import RunResult
@@ -60,7 +61,8 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
                 axes.plot(epochs, [row[f"{split}_{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0.5, max(epochs) + 0.5)
             axes.grid(color=GROUND, linewidth=0.5)
         axes.legend(frameon=False)
         return _svg(figure)
