@@ -32,8 +32,6 @@ def choose(
     nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float | None
 ) -> Placement:
     """The placement asked for; a GPU a worker where there are any, one CPU a worker unless said. Checked to fit."""
-    if num_workers < 1:
-        raise PlacementError(f"--num-workers {num_workers}: one or more")
     for flag, value in (("--cpus-per-worker", cpus_per_worker), ("--gpus-per-worker", gpus_per_worker)):
         if value is not None and (value < 0 or not math.isfinite(value)):
             raise PlacementError(f"{flag} {value}: zero or more")

@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from imgcls.errors import PlacementError
 
@@ -40,6 +41,7 @@ NEEDED = {
 OBJECT_STORE_BYTES = 200 << 20
 """Only reports and small records go through it."""
 COLLECTIVE_TIMEOUT_S = 120
+CONNECT_TIMEOUT_S = 10
 
 
 def names_cluster() -> bool:
@@ -53,6 +55,8 @@ def session(*, verbose: bool) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({name: value for name, value in (NEEDED | ({} if verbose else QUIET)).items() if name not in before})
     joins = names_cluster()
+    if joins:
+        _check_answers(os.environ["RAY_ADDRESS"])
     import ray
 
     options = {} if joins else _local_options()
@@ -60,12 +64,9 @@ def session(*, verbose: bool) -> Iterator[None]:
         logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         try:
-            ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
-        except ConnectionError as error:
-            raise PlacementError(
-                f"no Ray cluster answers at RAY_ADDRESS={before['RAY_ADDRESS']}: {str(error).splitlines()[0]}\n"
-                "  do: start it, unset RAY_ADDRESS to run here, or give its token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-            ) from None
+            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise PlacementError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
         yield
     finally:
         ray.shutdown()
@@ -73,7 +74,25 @@ def session(*, verbose: bool) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _local_options() -> dict[str, object]:
+def _check_answers(address: str) -> None:
+    """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises PlacementError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PlacementError(_no_cluster(address, str(error))) from None
+
+
+def _no_cluster(address: str, reason: str) -> str:
+    return (
+        f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n"
+        "  do: start it, unset RAY_ADDRESS to run here, or give its token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+    )
+
+
+def _local_options() -> dict[str, Any]:
     """A head of our own, beside whatever other Ray is on this machine."""
     from ray.util import get_node_ip_address
 

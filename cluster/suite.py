@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import placement as placements
 from cluster import session
-from cluster.decide import Status, blocked_by, start_order
+from cluster.decide import Done, Status, blocked_by, next_action, start_order
 from cluster.plan import Plan, Request, extended
 from cluster.run import make_order, record_failure, trial
 from imgcls import records, storage
@@ -31,7 +31,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     began = time.monotonic()
     placement = None if session.names_cluster() else choose(request, [placements.local_node()])
     statuses = prepare(request, plan)
-    if Status.OPEN in statuses.values():
+    if not isinstance(next_action(statuses, plan.sources, room=1), Done):
         with session.session(verbose=request.verbose):
             placement = placement or choose(request, placements.cluster_nodes())
             _carry_out(request, plan, statuses, placement, view)

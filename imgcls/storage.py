@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,8 @@ def _names(url: str, kind: str) -> list[str]:
 def delete(url: str) -> None:
     """The file or folder is gone; it may have been gone before."""
     fs, path = _split(url)
-    with _told("deleted", url):
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            pass
+    with _told("deleted", url), suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
 
 
 def check_writable(url: str) -> None:

@@ -77,12 +77,14 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
     from cluster.plan import Request, default_id, make_plan
     from cluster.suite import run_suite
 
-    if num_seeds < 1:
-        raise RecipeError(f"--num-seeds {num_seeds}: one or more")
-    if flags.seed < 0:
-        raise RecipeError(f"--seed {flags.seed}: zero or more")
-    if flags.max_failures < 0:
-        raise RecipeError(f"--max-failures {flags.max_failures}: zero or more")
+    for flag, value, least in (
+        ("--num-seeds", num_seeds, 1),
+        ("--num-workers", flags.num_workers, 1),
+        ("--seed", flags.seed, 0),
+        ("--max-failures", flags.max_failures, 0),
+    ):
+        if value < least:
+            raise RecipeError(f"{flag} {value}: {'one' if least else 'zero'} or more")
     changed = bool(flags.set or flags.recipe)
     request = Request(
         catalogue=flags.catalogue,

@@ -12,7 +12,7 @@ from jobs._request import Flags, carry_out, chosen_recipes
 def train(
     recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="RECIPE")] = None,
     /,
-    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
 ) -> int:
     """Train one recipe with one seed.
 

@@ -15,7 +15,7 @@ BASIC_CNN = Recipe(
     augment=Augment(flip=True),
     optimizer=AdamW(lr=1e-3, weight_decay=0.05),
     schedule=OneCycle(warmup=0.25),
-    length=Length(epochs=5),
+    length=Length(epochs=4),
     global_batch_size=128,
     validation=Cut(fraction=0.1, seed=42),
 )
@@ -25,7 +25,7 @@ RESNET18 = replace(
     name="resnet18",
     model=ResNet18(),
     optimizer=AdamW(lr=2e-3, weight_decay=0.05),
-    length=Length(epochs=4),
+    length=Length(epochs=3),
 )
 
 REGULARIZED = Recipe(
@@ -39,7 +39,7 @@ REGULARIZED = Recipe(
     length=Length(epochs=2),
     global_batch_size=128,
     validation=Cut(fraction=0.1, seed=42),
-    train_fraction=0.3,
+    train_fraction=0.2,
 )
 
 SCRATCH = replace(REGULARIZED, name="scratch", model=ResNet18(), augment=Augment())

@@ -62,6 +62,17 @@ class ImageData(pl.LightningDataModule):
             return batch._replace(images=augmented_inputs(batch.images, batch.uniforms, self.recipe.augment, into))
         return batch._replace(images=inputs(batch.images, into))
 
+    def planned_batches(self, epoch: int) -> list[Ids]:
+        """The sample ids of every step of an epoch, over all ranks."""
+        recipe = self.recipe
+        return order.global_batches(
+            self.splits.train,
+            seed=self.seed,
+            epoch=epoch,
+            size=recipe.global_batch_size,
+            keep_last=recipe.last_batch == "keep",
+        )
+
     def gather(self, ids: Ids, *, uniforms: np.ndarray, global_size: int, counted: int) -> Batch:
         return Batch(
             ids=torch.from_numpy(ids),
@@ -93,15 +104,11 @@ class TrainBatches(_Stateless):
         return order.num_steps(len(self.data.splits.train), size=recipe.global_batch_size, keep_last=keep_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        data, recipe = self.data, self.data.recipe
+        data = self.data
         assert data.trainer is not None
-        epoch = data.trainer.current_epoch
+        epoch, batches = data.trainer.current_epoch, data.planned_batches(data.trainer.current_epoch)
         done = data.trainer.fit_loop.epoch_loop.batch_progress.current.completed
         start = done if done < len(self) else 0
-        keep_last = recipe.last_batch == "keep"
-        batches = order.global_batches(
-            data.splits.train, seed=data.seed, epoch=epoch, size=recipe.global_batch_size, keep_last=keep_last
-        )
         for batch in batches[start:]:
             ids = order.rank_part(batch, rank=data.rank, world_size=data.world_size)
             uniforms = order.uniforms(data.seed, epoch, ids, NUM_UNIFORMS)

@@ -92,7 +92,7 @@ def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...
                 where = storage.join(set_url, shard.name)
                 work = ((image, px, channels) for image, _ in read_samples(shard, data, where=where))
                 for pixels in in_order(pool, _decode_some, work, at_once=64):
-                    file.write(pixels)
+                    file.write(pixels.data)
                     row += len(pixels)
                     progress(row, shape[0])
         labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype="<i8")

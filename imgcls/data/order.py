@@ -4,6 +4,8 @@ Nothing here keeps state, so nothing has to be saved: whoever resumes asks again
 `training.ledger` against what was really seen.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,7 +50,7 @@ def global_batches(ids: Ids, *, seed: int, epoch: int, size: int, keep_last: boo
 
 
 def num_steps(num_samples: int, *, size: int, keep_last: bool) -> int:
-    return -(-num_samples // size) if keep_last else num_samples // size
+    return math.ceil(num_samples / size) if keep_last else num_samples // size
 
 
 def rank_part(batch: Ids, *, rank: int, world_size: int) -> Ids:
@@ -64,7 +66,7 @@ def evaluation_batches(num_samples: int, *, rank: int, world_size: int, size: in
     has the same number of batches.
     """
     mine = np.arange(rank, num_samples, world_size)
-    steps = -(-(-(-num_samples // world_size)) // size)
+    steps = math.ceil(math.ceil(num_samples / world_size) / size)
     padded = np.zeros(steps * size, dtype=np.int64)
     padded[: len(mine)] = mine
     real = [min(size, max(0, len(mine) - step * size)) for step in range(steps)]

@@ -149,13 +149,13 @@ def _pack_shard(
     identity: str,
     progress: Callable[[int], None],
 ) -> PackedShard:
-    import webdataset  # 2 s, most of it torch: only where a shard is written or read
+    from webdataset.writer import TarWriter  # 2 s, most of it torch: only where a shard is written
 
     labels, paths, sha256, pixels, bad = [], [], [], [], []
     position = 0
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, shard_name)
-        with webdataset.TarWriter(str(local), mtime=0, user="", group="") as tar:
+        with TarWriter(str(local), mtime=0, user="", group="") as tar:
             for some in reads:
                 for read in some:
                     sample = samples[position]

@@ -20,8 +20,10 @@ from imgcls.data import archives
 from imgcls.data.images import EXTENSIONS, encode_png
 from imgcls.data.order import stratified_cut
 from imgcls.errors import DataError
+from imgcls.recipe import digest_of
 from imgcls.records import Split
 
+SPLITS = frozenset({"train", "val", "test"})
 CUT_SEED, TEST_FRACTION = 42, 0.2
 """How a test set is cut from a folder that brings none."""
 
@@ -114,20 +116,22 @@ def _fits(path: Path, dataset: str) -> bool:
 def open_source(path: Path) -> Source:
     """The samples of an image folder, a tar of one, or CIFAR-10's own archive. Raises DataError on what is no source."""
     if path.is_dir():
-        return _from_files(path.name, _folder_files(path))
+        return _from_files(path.name, *_folder_files(path))
     if not path.is_file():
         raise DataError(f"--source {path}: there is no such folder or tar")
     if not tarfile.is_tarfile(path):
         raise DataError(f"--source {path} is neither a folder nor a tar")
-    files = _tar_files(_uncompressed(path))
+    files, folders = _tar_files(_uncompressed(path))
     if archives.is_cifar_archive(files):
         return _from_cifar(path, files)
-    return _from_files(path.name, files)
+    return _from_files(path.name, files, folders)
 
 
-def _folder_files(root: Path) -> dict[str, Bytes]:
-    found = {}
+def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
+    """Files, and folders, empty ones too, by their path below `root`."""
+    found, folders = {}, set[str]()
     for folder, _, names in os.walk(root, followlinks=True):
+        folders.add(Path(folder).relative_to(root).as_posix())
         for name in names:
             file = Path(folder, name)
             relative = file.relative_to(root).as_posix()
@@ -137,12 +141,13 @@ def _folder_files(root: Path) -> dict[str, Bytes]:
                 raise DataError(f"{file} cannot be read: {error.strerror}") from None
             if stat.S_ISREG(info.st_mode):
                 found[relative] = Bytes(str(file), 0, info.st_size)
-    return found
+    return found, folders
 
 
-def _tar_files(path: Path) -> dict[str, Bytes]:
-    """Members by name. Raises DataError on links, devices, doubles and names that leave the folder."""
+def _tar_files(path: Path) -> tuple[dict[str, Bytes], set[str]]:
+    """Members by name, and folders. Raises DataError on links, devices, doubles and names that leave the folder."""
     found: dict[str, Bytes] = {}
+    folders = set[str]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -150,6 +155,7 @@ def _tar_files(path: Path) -> dict[str, Bytes]:
                 if name.is_absolute() or ".." in name.parts:
                     raise DataError(f"{path}: member {member.name} would leave the folder; no such tar is read")
                 if member.isdir():
+                    folders.add(str(name))
                     continue
                 if not member.isreg():
                     kind = "a link" if member.islnk() or member.issym() else "a device or pipe"
@@ -159,7 +165,7 @@ def _tar_files(path: Path) -> dict[str, Bytes]:
                 found[str(name)] = Bytes(str(path), member.offset_data, member.size)
     except tarfile.TarError as error:
         raise DataError(f"{path} is a damaged tar: {error}\n  do: fetch it again") from None
-    return found
+    return found, folders
 
 
 def _uncompressed(path: Path) -> Path:
@@ -180,7 +186,7 @@ def _uncompressed(path: Path) -> Path:
     return whole
 
 
-def _from_files(name: str, files: dict[str, Bytes]) -> Source:
+def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source:
     notes: list[str] = []
     images, ignored = {}, []
     for path, content in sorted(files.items()):
@@ -197,6 +203,7 @@ def _from_files(name: str, files: dict[str, Bytes]) -> Source:
         )
     if ignored:
         notes.append(f"{len(ignored)} files that are not images by name were left out, as {ignored[0]}")
+    _refuse_empty_splits(name, images, folders)
     placed = _place(name, images, notes)
     class_dirs = sorted({class_dir for _, class_dir, _ in placed.values()})
     labels = {class_dir: label for label, class_dir in enumerate(class_dirs)}
@@ -209,17 +216,30 @@ def _from_files(name: str, files: dict[str, Bytes]) -> Source:
     return Source(name, class_names, samples, tuple(notes), _identity(files))
 
 
+def _refuse_empty_splits(name: str, images: dict[str, Bytes], folders: set[str]) -> None:
+    for folder in sorted(folders):
+        path = PurePosixPath(folder)
+        if (
+            path.name.lower() in SPLITS
+            and len(path.parts) <= 2
+            and not any(image.startswith(f"{path}/") for image in images)
+        ):
+            raise DataError(
+                f"{name}: the split {path} is empty\n  do: put images into {path}/<class>/, or remove the folder"
+            )
+
+
 def _place(name: str, images: dict[str, Bytes], notes: list[str]) -> dict[str, tuple[Split, str, Bytes]]:
     """Split and class folder of every image, by its path below the folder that encloses all."""
     parts = {path: PurePosixPath(path).parts for path in images}
     depth = 0
     while len({p[depth] for p in parts.values()}) == 1 and all(len(p) > depth + 2 for p in parts.values()):
-        if next(iter(parts.values()))[depth].lower() in ("train", "val", "test"):
+        if next(iter(parts.values()))[depth].lower() in SPLITS:
             break
         depth += 1
     tops = {p[depth].lower() for p in parts.values() if len(p) > depth + 1}
-    has_splits = "train" in tops and tops <= {"train", "val", "test"}
-    if tops & {"train", "val", "test"} and not has_splits:
+    has_splits = "train" in tops and tops <= SPLITS
+    if tops & SPLITS and not has_splits:
         raise DataError(
             f"{name} mixes splits and other folders at its top: {', '.join(sorted(tops))}\n"
             "  do: keep train/ with test/ or val/, or classes alone"
@@ -251,22 +271,18 @@ def _cut_test(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
 def _check(name: str, class_names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
     if len(class_names) < 2:
         raise DataError(
-            f"{name} has one class, {class_names[0]}: nothing to tell apart\n  do: give two class folders or more"
+            f"{name} has one class, {', '.join(class_names)}: nothing to tell apart\n  do: give two class folders or more"
         )
     counts = Counter((sample.split, sample.label) for sample in samples)
-    for split in ("train", "test"):
-        if not any(there == split for there, _ in counts):
-            raise DataError(f"{name}: the split {split} is empty\n  do: put images into {split}/<class>/")
     for label, class_name in enumerate(class_names):
         if not counts["train", label]:
             raise DataError(
-                f"{name}: class {class_name} has no training image\n  do: add some, or leave the class out of the other splits"
+                f"{name}: class {class_name} has no training image\n"
+                "  do: add some, or leave the class out of the other splits"
             )
 
 
 def _identity(files: dict[str, Bytes]) -> str:
-    from imgcls.recipe import digest_of
-
     stamps = {content.file: os.stat(content.file).st_mtime_ns for content in files.values()}
     return digest_of([[path, c.size, stamps[c.file]] for path, c in sorted(files.items())])
 

@@ -72,6 +72,7 @@ def _check_classes(found: FoundModel, manifest: Manifest, set_url: str) -> None:
     names = found.model.class_names
     if names != manifest.class_names:
         raise DataError(
-            f"{found.url} knows the classes {', '.join(names[:5])}..; {set_url} has {', '.join(manifest.class_names[:5])}..\n"
+            f"{found.url} knows the classes {', '.join(names[:5])}..; "
+            f"{set_url} has {', '.join(manifest.class_names[:5])}..\n"
             "  do: name the data that it was trained on with --data"
         )

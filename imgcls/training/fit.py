@@ -65,12 +65,12 @@ class _Fit:
         self.splits = split_ids(self.recipe, self.manifest)
         check_parts(self.recipe, len(self.splits.train), world_size=self.world.size)
         self.module, self.lineage = self._module()
+        self.data = self._data()
         self.recorder = self._recorder()
         self._train()
         result = self._finish(began)
         if self.world.rank == 0:
             storage.write_bytes(storage.join(self.run_url, "result.json"), result.to_bytes())
-        self.recorder.close()
         return result
 
     def _manifest(self) -> Manifest:
@@ -94,6 +94,7 @@ class _Fit:
             self.store,
             recipe_digest=self.config.digest(),
             about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.manifest.synthetic),
+            planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
             patience=self.recipe.length.patience,
             writes=self.world.rank == 0,
@@ -127,7 +128,6 @@ class _Fit:
         return module, (*ancestors, Seen(entry, np.sort(pixels)))
 
     def _train(self) -> None:
-        self.data = self._data()
         self.trainer = make_trainer(
             self.world,
             precision=self.recipe.precision,

@@ -12,6 +12,7 @@ from imgcls.data.order import hash64
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Adam, Recipe
 from imgcls.records import Scores
+from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
 
@@ -35,6 +36,9 @@ class Classifier(pl.LightningModule):
         self.recipe, self.total_steps = recipe, total_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
+        self.ledger = Ledger()
+        self.seen: Entry | None = None
+        """The ledger of the last whole epoch."""
         self.scores: dict[str, Scores] = {}
         """Of the last whole pass over each split."""
 
@@ -50,11 +54,14 @@ class Classifier(pl.LightningModule):
                 f"samples {batch.ids[:8].tolist()}..\n  do: a lower --set optimizer.lr="
             )
         self.train_totals.update(logits.detach(), batch.labels)
+        self.ledger.update(batch.ids, batch_idx)
         # DDP takes the mean over ranks; parts may differ in size. So weighted, it is the mean over the global batch.
         return summed * (self.world_size / batch.global_size)
 
     def on_train_epoch_end(self) -> None:
         self._take("train", self.train_totals)
+        self.seen = self.ledger.compute()
+        self.ledger.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.val_totals, batch)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-Row = dict[str, float | int]
+Row = dict[str, float | int | str]
 """One epoch of a history."""
 
 

@@ -6,6 +6,7 @@ run cuts it back to where it goes on. Times stand apart, in `timing.csv`.
 
 import csv
 import io
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +20,26 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from imgcls import storage
+from imgcls.data.order import Ids
+from imgcls.errors import ImgclsError
 from imgcls.records import Scores
 from imgcls.training.checkpoints import CheckpointStore, Facts
+from imgcls.training.ledger import Entry, planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
 
-HISTORY = ("epoch", "step", "lr", "samples", "train_loss", "train_accuracy", "val_samples", "val_loss", "val_accuracy")
+HISTORY = (
+    "epoch",
+    "step",
+    "lr",
+    "samples",
+    "ledger",
+    "train_loss",
+    "train_accuracy",
+    "val_samples",
+    "val_loss",
+    "val_accuracy",
+)
 TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
 
 
@@ -76,6 +91,7 @@ class Recorder(Checkpoint):
         *,
         recipe_digest: str,
         about: dict[str, Any],
+        planned_batches: Callable[[int], list[Ids]],
         epochs: int,
         patience: int | None,
         writes: bool,
@@ -83,13 +99,12 @@ class Recorder(Checkpoint):
         report: Callable[[Progress], None],
     ) -> None:
         self.run_url, self.store, self.recipe_digest, self.about = run_url, store, recipe_digest, about
+        self.planned_batches = planned_batches
         self.epochs, self.patience, self.writes, self.run_log, self.report = epochs, patience, writes, log, report
         self.history: list[Row] = []
         self.timing: list[Row] = []
         self.best: Scores | None = None
         self._marks: dict[str, float] = {}
-        self._events_folder = tempfile.TemporaryDirectory()
-        self._events: Any = None
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
@@ -102,6 +117,8 @@ class Recorder(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])
         self.best = Scores.model_validate_json(state_dict["best"]) if state_dict["best"] else None
+        # Cuts the run's files back to where it goes on.
+        self._write()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.about)
@@ -110,17 +127,19 @@ class Recorder(Checkpoint):
         """Nothing is left to train: the epochs are done, or patience is at its end. A function of the history."""
         if len(self.history) >= self.epochs:
             return True
-        losses = [row["val_loss"] for row in self.history]
+        losses = [float(row["val_loss"]) for row in self.history]
         return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._marks = {"start": time.perf_counter()}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         steps = int(trainer.num_training_batches)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = batch_idx + 1
         # By step, not by time: every rank has to report equally often.
-        if done % max(10, -(-steps // self.REPORTS_AN_EPOCH)) == 0 and done < steps:
+        if done % max(10, math.ceil(steps / self.REPORTS_AN_EPOCH)) == 0 and done < steps:
             self.report(self._progress("train", trainer, pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,23 +159,24 @@ class Recorder(Checkpoint):
             "train_s": round(train_s, 3),
             "validate_s": round(validated - self._marks["trained"], 3),
             "checkpoint_s": round(time.perf_counter() - validated, 3),
-            "images_per_s": round(self.history[-1]["samples"] / train_s, 1),
+            "images_per_s": round(float(self.history[-1]["samples"]) / train_s, 1),
         }
         self.timing.append(timing)
         self._write()
         row = self.history[-1]
-        self.run_log.line(" ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
         progress = self._progress("train", trainer, pl_module)
         self.report(replace(progress, images_per_s=float(timing["images_per_s"]), row=row))
 
     def _add_row(self, trainer: pl.Trainer, module: Classifier) -> None:
-        train, val = module.scores["train"], module.scores["val"]
+        train, val, seen = module.scores["train"], module.scores["val"], self._checked_ledger(trainer, module)
         rate = module.lr_at(trainer.global_step - 1)
         row: Row = {
             "epoch": len(self.history) + 1,
             "step": trainer.global_step,
             "lr": rate,
-            "samples": train.num_samples,
+            "samples": seen.samples,
+            "ledger": seen.digest,
             "train_loss": train.loss,
             "train_accuracy": train.accuracy,
             "val_samples": val.num_samples,
@@ -166,6 +186,15 @@ class Recorder(Checkpoint):
         if self.best is None or val.loss < self.best.loss:
             self.best = val
         self.history.append(row)
+
+    def _checked_ledger(self, trainer: pl.Trainer, module: Classifier) -> Entry:
+        """What was seen is what was planned, or the run stops."""
+        plan, seen = planned(self.planned_batches(trainer.current_epoch)), module.seen
+        if seen != plan:
+            raise ImgclsError(
+                f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
+            )
+        return plan
 
     def _commit(self, trainer: pl.Trainer) -> None:
         row = self.history[-1]
@@ -185,34 +214,23 @@ class Recorder(Checkpoint):
             return
         storage.write_bytes(storage.join(self.run_url, "history.csv"), csv_bytes(HISTORY, self.history))
         storage.write_bytes(storage.join(self.run_url, "timing.csv"), csv_bytes(TIMING, self.timing))
-        self._write_events(self.history[-1])
+        self._write_events()
 
-    def _write_events(self, row: Row) -> None:
-        """TensorBoard events, whole again each epoch: one file, whatever was killed in between."""
+    def _write_events(self) -> None:
+        """TensorBoard events of the whole history, as one file: whatever was killed in between, nothing stands twice."""
         from tensorboardX import SummaryWriter
 
-        folder = Path(self._events_folder.name)
-        if self._events is None:
-            self._events = SummaryWriter(str(folder))
-            for earlier in self.history[:-1]:
-                self._add_events(earlier)
-        self._add_events(row)
-        self._events.flush()
-        (file,) = folder.glob("events.*")
-        storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
-
-    def _add_events(self, row: Row) -> None:
-        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
-            self._events.add_scalar(name.replace("_", "/"), row[name], row["step"])
-
-    def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-        self._events_folder.cleanup()
+        with tempfile.TemporaryDirectory() as folder:
+            with SummaryWriter(folder) as events:
+                for row in self.history:
+                    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
+                        events.add_scalar(name.replace("_", "/"), row[name], row["step"])
+            (file,) = Path(folder).iterdir()
+            storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
 
     def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule) -> Progress:
         assert isinstance(module, Classifier)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         rate = done * module.recipe.global_batch_size / max(1e-9, time.perf_counter() - self._marks["start"])
         return Progress(
             phase=phase,
@@ -222,6 +240,10 @@ class Recorder(Checkpoint):
             total_steps=module.total_steps,
             images_per_s=rate,
         )
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
 
 
 def csv_bytes(columns: tuple[str, ...], rows: list[Row]) -> bytes:

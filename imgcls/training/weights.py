@@ -38,7 +38,7 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     facts = []
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
-        data = storage.sha256(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        data = storage.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
         facts.append([name, str(tensor.dtype), list(tensor.shape), data])
     return digest_of(facts)
 

@@ -14,7 +14,7 @@ from imgcls.results.page import figures
 
 def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
     """histories: each run's history.csv, by run."""
-    here = files(__package__)
+    here = files("imgcls.results.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "right": lambda examples: [one for one in examples if one.label == one.prediction],
@@ -44,7 +44,8 @@ def _by_recipe(results: SuiteResults) -> dict[str, dict[int, RunResult]]:
 
 
 def _rows(data: bytes) -> list[dict[str, float]]:
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(data.decode()))]
+    rows = csv.DictReader(io.StringIO(data.decode()))
+    return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
 
 
 def _command(result: RunResult) -> str:

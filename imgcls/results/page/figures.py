@@ -4,6 +4,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -16,7 +17,7 @@ from imgcls.records import RunResult
 from imgcls.results.compare import interval_of
 
 INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "imgcls",
     "font.family": "sans-serif",
@@ -55,7 +56,8 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
     """Loss and accuracy over epochs, training and validation."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.3), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        left, right = figure.subplots(1, 2)
+        for axes, name in ((left, "loss"), (right, "accuracy")):
             epochs = [row["epoch"] for row in rows]
             for split, color in (("train", FIRST), ("val", SECOND)):
                 axes.plot(epochs, [row[f"{split}_{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
@@ -64,7 +66,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlim(0.5, max(epochs) + 0.5)
             axes.grid(color=GROUND, linewidth=0.5)
-        axes.legend(frameon=False)
+        right.legend(frameon=False)
         return _svg(figure)
 
 
@@ -96,4 +98,5 @@ def _svg(figure: Figure) -> str:
     svg = text.getvalue()
     # Inside HTML neither the XML head nor fixed points: the page decides the width.
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="figure"', svg, count=1)

@@ -1,0 +1,61 @@
+"""Which samples were really seen, counted in the training step from the ids that came with the pixels.
+
+The digest is a sum of hashes of (step, sample): it does not depend on how a step was cut into parts, nor on the order
+inside it, so that every number of workers must come to the same, planned one.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from imgcls.data.order import Ids, hash64
+
+_KEY = -3
+"""Apart from the keys of the order and of the uniforms."""
+
+
+class Entry(NamedTuple):
+    """An epoch in the ledger."""
+
+    samples: int
+    digest: str
+
+
+class Ledger(Metric):
+    """Added over steps and, by torchmetrics, over ranks."""
+
+    full_state_update = False
+    samples: Tensor
+    digest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("digest", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, ids: Tensor, step: int) -> None:
+        """ids: int64, (b,), of this rank's part; step: in the epoch."""
+        hashes = hash64(_KEY, step, ids.cpu().numpy())
+        self.samples += len(ids)
+        self.digest += int(hashes.sum(dtype=np.uint64).astype(np.int64))
+
+    def compute(self) -> Entry:
+        return _entry(int(self.samples), int(self.digest))
+
+
+def planned(batches: Iterable[Ids]) -> Entry:
+    """What the ledger of an epoch of these global batches has to say."""
+    samples, digest = 0, np.uint64(0)
+    with np.errstate(over="ignore"):
+        for step, ids in enumerate(batches):
+            samples += len(ids)
+            digest += hash64(_KEY, step, ids).sum(dtype=np.uint64)
+    return _entry(samples, int(digest))
+
+
+def _entry(samples: int, digest: int) -> Entry:
+    return Entry(samples, f"{digest % (1 << 64):016x}")

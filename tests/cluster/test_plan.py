@@ -1,0 +1,100 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.plan import Request, default_id, extended, make_plan
+from imgcls.catalogue import quick
+from imgcls.data import shards
+from imgcls.data.sources import Source
+from imgcls.data.synthetic import synthetic_source
+from imgcls.errors import CheckpointError, DataError, RecipeError
+from imgcls.recipe import Recipe, derive
+
+TINY = {"global_batch_size": 16, "train_fraction": 1.0}
+FIVE = tuple(derive(recipe, TINY) for recipe in quick.SUITE)
+FINETUNED = FIVE[4]
+
+
+@pytest.fixture
+def request_of(packed: Path, tmp_path: Path):
+    def make(*recipes: Recipe, **fields) -> Request:
+        base = Request(
+            catalogue="quick",
+            recipes=recipes,
+            seeds=(0,),
+            id="quick",
+            data_url=str(packed),
+            storage_url=str(tmp_path / "runs"),
+        )
+        return replace(base, **fields)
+
+    return make
+
+
+def test_recipes_times_seeds_are_the_runs_and_the_fine_tuned_wait_for_their_own_seed(request_of):
+    plan = make_plan(request_of(*FIVE, seeds=(0, 1)))
+    assert len(plan.configs) == 10
+    assert plan.sources["finetuned-seed1"] == "resnet18-seed1"
+    assert plan.sources["scratch-seed1"] is None
+    assert plan.synthetic
+
+
+def test_a_missing_source_is_added_and_said(request_of):
+    plan = make_plan(request_of(quick.FINETUNED, recipes=(derive(quick.FINETUNED, TINY),)))
+    assert list(plan.configs) == ["finetuned-seed0", "resnet18-seed0"]
+    assert plan.notes == ("finetuned starts from resnet18, which is added",)
+
+
+def test_the_placement_is_not_in_a_runs_digest(request_of):
+    one, two = make_plan(request_of(*FIVE)), make_plan(request_of(*FIVE, num_workers=2, max_failures=9))
+    assert {n: c.digest() for n, c in one.configs.items()} == {n: c.digest() for n, c in two.configs.items()}
+
+
+def test_a_run_of_the_same_name_with_another_digest_is_refused(request_of):
+    before = extended(None, request_of(*FIVE), make_plan(request_of(*FIVE)))
+    changed = request_of(derive(FIVE[0], {"optimizer.lr": 0.5}))
+    with pytest.raises(CheckpointError, match="is a run of another request"):
+        extended(before, changed, make_plan(changed))
+    more = request_of(*FIVE, seeds=(0, 1))
+    assert set(extended(before, more, make_plan(more)).runs) == set(make_plan(more).configs)
+
+
+def test_the_id_is_the_catalogue_or_carries_its_changes():
+    assert default_id("quick", quick.SUITE, changed=False) == "quick"
+    one, two = default_id("quick", FIVE, changed=True), default_id("quick", FIVE[:4], changed=True)
+    assert one.startswith("quick-")
+    assert len(one) == len("quick-") + 8
+    assert one != two
+
+
+def test_transfer_within_one_data_set_is_refused(request_of):
+    with pytest.raises(CheckpointError, match=r"its lineage saw cifar10 .*shares 360 of 360 images"):
+        make_plan(request_of(*(derive(recipe, {"dataset": "cifar10"}) for recipe in FIVE)))
+
+
+def test_the_targets_images_under_another_name_are_found(request_of, packed: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(packed / "cifar10", data / "cifar10")
+    source = synthetic_source("cifar10", 300)
+    renamed = Source("holiday", source.class_names, source.samples, (), "x", synthetic=True)
+    shards.pack(renamed, str(data / "holiday"), name="holiday")
+    resnet18 = derive(FIVE[1], {"dataset": "holiday"})
+    with pytest.raises(CheckpointError, match=r"its lineage saw holiday .*shares 360 of 360 images"):
+        make_plan(request_of(resnet18, FINETUNED, data_url=str(data)))
+
+
+def test_what_can_be_known_to_be_wrong_is_refused_before_training(request_of, packed: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="8 workers; resnet18 needs 2"):
+        make_plan(request_of(derive(FIVE[3], {"global_batch_size": 8}), num_workers=8))
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        make_plan(request_of(derive(FIVE[3], {"dataset": "pets"})))
+    copy = shutil.copytree(packed / "cifar10", tmp_path / "data" / "cifar10")
+    (copy / "test-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"lacks test-00000\.tar"):
+        make_plan(request_of(FIVE[3], data_url=str(tmp_path / "data")))
+    with pytest.raises(RecipeError, match="not in the catalogue"):
+        make_plan(request_of(derive(FINETUNED, {"init.recipe": "vit"})))
+    with pytest.raises(RecipeError, match="in a circle"):
+        make_plan(request_of(derive(FINETUNED, {"init.recipe": "finetuned"})))

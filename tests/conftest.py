@@ -1,0 +1,86 @@
+"""What tests share: packed sets, made once a session, and one local Ray for all commands that need it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["IMGCLS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("RAY_ADDRESS", None)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two synthetic sets, imagenette and cifar10: 300 training and 60 test images each."""
+    from imgcls.data import shards
+    from imgcls.data.synthetic import synthetic_source
+
+    folder = tmp_path_factory.mktemp("packed")
+    for name in ("imagenette", "cifar10"):
+        shards.pack(synthetic_source(name, 300), str(folder / name), name=name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """The environment of a process that joins this session's one local Ray."""
+    from cluster.session import session
+
+    with session(verbose=False):
+        yield dict(os.environ)
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> Command:
+    """Runs `python -m jobs.<name> ...` in a fresh folder, and returns what came of it."""
+
+    def run(
+        name: str, *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 300, cwd: Path | None = None
+    ):
+        environment = {**os.environ, **(env or {}), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", f"jobs.{name}", *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+def image(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def image_folder(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog"), *, splits: tuple[str, ...] = ("",), count: int = 6
+) -> Path:
+    """An image folder of noise, `split/class/<i>.png`; the split "" leaves that level out."""
+    seed = 0
+    for split in splits:
+        for class_name in classes:
+            folder = root / split / class_name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                seed += 1
+                image(seed).save(folder / f"{i}.png")
+    return root

@@ -1,0 +1,122 @@
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from imgcls.data.archives import Archive, download
+from imgcls.data.sources import open_source
+from imgcls.errors import DataError
+
+CONTENT = bytes(range(256)) * 20000
+
+
+class Server(BaseHTTPRequestHandler):
+    cut_at: int | None = None
+    ranges: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        Server.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        body = CONTENT[start:]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: Server.cut_at] if Server.cut_at else body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Server.cut_at, Server.ranges = None, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def archive(server: str, content: bytes = CONTENT) -> Archive:
+    return Archive(f"{server}/pets.tgz", "sha256", hashlib.sha256(content).hexdigest())
+
+
+def test_a_download_that_was_cut_goes_on_where_it_stopped(server: str, tmp_path: Path):
+    Server.cut_at = 1_000_000
+    with pytest.raises(DataError, match="the connection ended at 1,000,000 of 5,120,000 bytes"):
+        download(archive(server), tmp_path)
+    Server.cut_at = None
+    seen: list[tuple[int, int]] = []
+    path = download(archive(server), tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert Server.ranges == [None, "bytes=1000000-"]
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+
+
+def test_what_is_there_is_not_fetched_again(server: str, tmp_path: Path):
+    download(archive(server), tmp_path)
+    download(archive(server), tmp_path)
+    assert len(Server.ranges) == 1
+
+
+def test_other_bytes_than_the_official_ones_are_refused_and_deleted(server: str, tmp_path: Path):
+    with pytest.raises(DataError, match="the official one is"):
+        download(archive(server, b"other"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_does_not_answer_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="cannot be fetched"):
+        download(Archive("http://127.0.0.1:9/pets.tgz", "md5", ""), tmp_path)
+
+
+def cifar_archive(path: Path, *, bad: object = None, drop: str = "") -> Path:
+    rng = np.random.default_rng(0)
+    parts = {f"data_batch_{i}": 20 for i in range(1, 6)} | {"test_batch": 20}
+    with tarfile.open(path, "w:gz") as tar:
+        members: dict[str, object] = {"batches.meta": {b"label_names": [b"airplane", b"automobile"]}}
+        for name, count in parts.items():
+            data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+            files = [f"{name}_{i}.png".encode() for i in range(count)]
+            members[name] = {b"data": data, b"labels": [i % 2 for i in range(count)], b"filenames": files}
+        if bad is not None:
+            members["data_batch_3"] = bad
+        for name, content in members.items():
+            if name == drop:
+                continue
+            pickled = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(pickled)
+            tar.addfile(member, io.BytesIO(pickled))
+    return path
+
+
+def test_cifars_own_archive_is_read(tmp_path: Path):
+    source = open_source(cifar_archive(tmp_path / "cifar-10-python.tar.gz"))
+    assert source.class_names == ("airplane", "automobile")
+    assert [sum(s.split == split for s in source.samples) for split in ("train", "test")] == [100, 20]
+    assert source.samples[0].path == "train/airplane/data_batch_1_0.png"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/imgcls-evil",)
+
+
+def test_a_pickle_that_wants_more_than_arrays_and_strings_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"it asks for (posix|nt|os)\.system"):
+        open_source(cifar_archive(tmp_path / "evil.tar.gz", bad=Evil()))
+    assert not Path("/tmp/imgcls-evil").exists()
+
+
+def test_an_archive_that_lacks_a_part_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="lacks data_batch_2"):
+        open_source(cifar_archive(tmp_path / "cut.tar.gz", drop="data_batch_2"))

@@ -1,0 +1,96 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from imgcls import catalogue
+from imgcls.catalogue import paper, quick
+from imgcls.errors import ImgclsError, RecipeError
+from imgcls.recipe import Augment, FromRun, Scratch, derive, differing_fields, parse_changes, recipe_from_json
+
+ALL = [(name, recipe) for name, suite in catalogue.CATALOGUES.items() for recipe in suite]
+
+
+@pytest.mark.parametrize(("name", "recipe"), ALL, ids=[f"{name}-{recipe.name}" for name, recipe in ALL])
+def test_every_catalogued_recipe_survives_json_and_pickle(name: str, recipe):
+    assert recipe_from_json(recipe.to_json(), where="here") == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", catalogue.CATALOGUES)
+def test_each_catalogue_has_the_five_and_the_pair_differs_in_its_start_alone(name: str):
+    suite = {recipe.name: recipe for recipe in catalogue.suite_of(name)}
+    assert list(suite) == ["basic-cnn", "resnet18", "regularized", "scratch", "finetuned"]
+    assert replace(suite["finetuned"], name="scratch", init=Scratch()) == suite["scratch"]
+    assert suite["finetuned"].init == FromRun(recipe="resnet18")
+
+
+def test_paper_holds_the_published_settings():
+    basic, resnet, regularized, scratch, _ = paper.SUITE
+    assert (basic.optimizer.lr, basic.global_batch_size, basic.length.epochs, basic.length.patience) == (1e-3, 128, 30, 5)
+    assert (basic.input.px, basic.input.channels, basic.model.dropout) == (64, 1, 0.3)
+    assert (resnet.length.epochs, resnet.length.patience, resnet.augment) == (30, 5, Augment())
+    assert (regularized.model.dropout, regularized.global_batch_size, regularized.validation.fraction) == (0.5, 64, 0.2)
+    assert (regularized.input.px, regularized.augment.rotate_degrees, regularized.augment.hue) == (64, 10, 0.1)
+    assert (scratch.input.px, scratch.optimizer.lr, scratch.length.epochs, scratch.length.patience) == (224, 1e-4, 20, 7)
+    assert scratch.validation.fraction == 0.1
+
+
+def test_the_digest_changes_with_any_field_and_with_nothing_else():
+    assert quick.SCRATCH.digest() == replace(quick.SCRATCH).digest()
+    changed = derive(quick.SCRATCH, {"optimizer.lr": 0.01})
+    assert changed.digest() != quick.SCRATCH.digest()
+    assert differing_fields(quick.SCRATCH.to_json(), changed.to_json()) == ["optimizer.lr: 0.002 / 0.01"]
+
+
+def test_changes_are_made_by_path():
+    changes = parse_changes(
+        ("optimizer.lr=0.01", "dataset=pets", "length.epochs=3", "augment.flip=true", "length.patience=2")
+    )
+    changed = derive(quick.SCRATCH, changes)
+    assert (changed.optimizer.lr, changed.dataset, changed.length.epochs) == (0.01, "pets", 3)
+    assert changed.augment.flip is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.learning_rate=1", r"no field optimizer\.learning_rate; optimizer has: kind, lr"),
+        ("colour=1", r"no field colour; the recipe has: name, dataset"),
+        ("dataset.name=x", r"dataset is one value"),
+        ("length.epochs=0", r"length\.epochs: .*greater than or equal to 1"),
+        ("length.epochs=1.5", r"length\.epochs"),
+        ("optimizer.lr=fast", r"optimizer\.lr"),
+        ("optimizer.kind=sgd", r"optimizer.*'adam', 'adamw'"),
+        ("model.dropout=1.0", r"model\.dropout"),
+    ],
+)
+def test_a_wrong_change_is_answered_with_what_there_is(change: str, message: str):
+    with pytest.raises(RecipeError, match=message):
+        derive(quick.SCRATCH, parse_changes((change,)))
+
+
+def test_a_change_without_a_value_is_refused():
+    with pytest.raises(RecipeError, match="write --set FIELD=VALUE"):
+        parse_changes(("optimizer.lr",))
+
+
+def test_an_unknown_field_of_a_file_is_answered_with_those_that_exist():
+    value = quick.SCRATCH.to_json()
+    value["optimizer"]["momentum"] = 0.9
+    with pytest.raises(RecipeError, match=r"unknown field optimizer\.momentum; known here: kind, lr, weight_decay"):
+        recipe_from_json(value, where="mine.toml")
+
+
+def test_unknown_names_are_answered_with_the_known():
+    with pytest.raises(RecipeError, match="basic-cnn, resnet18"):
+        catalogue.recipe_of("quick", "resnet50")
+    with pytest.raises(RecipeError, match="quick, paper, tuned"):
+        catalogue.suite_of("fast")
+
+
+@pytest.mark.parametrize("kind", [ImgclsError, *ImgclsError.__subclasses__()])
+def test_errors_survive_pickling(kind: type[ImgclsError]):
+    again = pickle.loads(pickle.dumps(kind("what\n  do: this")))
+    assert type(again) is kind
+    assert str(again) == "what\n  do: this"

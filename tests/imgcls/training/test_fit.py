@@ -1,0 +1,275 @@
+"""A run in one process, without Ray: what it leaves, and that a killed one ends with the same bits."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from imgcls import records, storage
+from imgcls.catalogue import CATALOGUES, quick
+from imgcls.data.shards import read_manifest
+from imgcls.errors import CheckpointError, DataError, ImgclsError
+from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
+from imgcls.records import InitSource, RunConfig, RunResult
+from imgcls.training import fit as fitting
+from imgcls.training.checkpoints import CheckpointStore, read_checkpoint
+from imgcls.training.evaluate import evaluate, find_model
+from imgcls.training.fit import fit
+from imgcls.training.predict import Predictor
+from imgcls.training.recorder import Recorder
+from imgcls.training.weights import load_model
+from imgcls.training.world import World
+
+SMALL = replace(
+    quick.REGULARIZED,
+    name="small",
+    model=BasicCNN(dropout=0.3),
+    input=Input(px=16, channels=3, stored_px=16),
+    augment=Augment(flip=True, rotate_degrees=10, brightness=0.2),
+    length=Length(epochs=3),
+    global_batch_size=32,
+    train_fraction=1.0,
+)
+
+
+def config_of(recipe: Recipe, packed: Path, *, seed: int = 0, init: InitSource | None = None) -> RunConfig:
+    digest = read_manifest(str(packed / recipe.dataset)).digest
+    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest=digest, init=init)
+
+
+def run(recipe: Recipe, packed: Path, to: Path, **options) -> RunResult:
+    return fit(config_of(recipe, packed, **options), data_url=str(packed), run_url=str(to), world=World())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def small(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    folder = tmp_path_factory.mktemp("runs") / "small-seed0"
+    return folder, run(SMALL, packed, folder)
+
+
+def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
+    folder, result = small
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "history.csv", "timing.csv", "log.txt", "checkpoints", "model.pt", "result.json", "events.out.tfevents",
+    }  # fmt: skip
+    assert records.read(RunResult, str(folder / "result.json")) == result
+    assert (result.status, result.epochs, result.steps, result.synthetic) == ("finished", 3, 24, True)
+    assert result.test is not None
+    assert result.test.num_samples == sum(map(sum, result.test.confusion)) == 60
+    assert [row["samples"] for row in rows(folder)] == ["256"] * 3
+    assert result.examples
+    assert {"start", "cache", "train", "validate", "checkpoint", "test", "fit"} <= result.seconds.keys()
+
+
+def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = (small[0] / "events.out.tfevents").read_bytes()
+    values, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        at += 16 + size
+    losses = [(step, value) for tag, step, value in values if tag == "val/loss"]
+    assert losses == [(int(r["step"]), pytest.approx(float(r["val_loss"]), rel=1e-6)) for r in rows(small[0])]
+
+
+def test_the_same_request_gives_the_same_bits_and_another_seed_others(small, packed: Path, tmp_path: Path):
+    again, other = run(SMALL, packed, tmp_path / "a"), run(SMALL, packed, tmp_path / "b", seed=1)
+    assert again.weights_sha256 == small[1].weights_sha256
+    assert (tmp_path / "a" / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
+    assert other.weights_sha256 != again.weights_sha256
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("moment", ["before the commit", "after the commit"])
+def test_a_run_killed_at_an_epochs_end_goes_on_to_the_same_bits(
+    small, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, moment: str
+):
+    commit = Recorder._commit
+
+    def dies(self: Recorder, trainer) -> None:
+        dying = len(self.history) == epoch
+        if dying and moment == "before the commit":
+            raise KilledError
+        commit(self, trainer)
+        if dying:
+            raise KilledError
+
+    monkeypatch.setattr(Recorder, "_commit", dies)
+    with pytest.raises(KilledError):
+        run(SMALL, packed, tmp_path)
+    assert "KilledError" in (tmp_path / "log.txt").read_text()
+    monkeypatch.setattr(Recorder, "_commit", commit)
+    result = run(SMALL, packed, tmp_path)
+    assert result.weights_sha256 == small[1].weights_sha256
+    assert result.best_weights_sha256 == small[1].best_weights_sha256
+    assert result.test == small[1].test
+    assert (tmp_path / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
+
+
+def test_a_half_written_checkpoint_is_never_read(small, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save = CheckpointStore.save_checkpoint
+
+    def cut(self, checkpoint, path, storage_options=None) -> None:
+        save(self, checkpoint, path, storage_options)
+        if storage_options.epoch == 2:
+            storage.delete(storage.join(str(path), "committed.json"))
+            Path(path, "checkpoint.ckpt").write_bytes(b"half")
+            raise KilledError
+
+    monkeypatch.setattr(CheckpointStore, "save_checkpoint", cut)
+    with pytest.raises(KilledError):
+        run(SMALL, packed, tmp_path)
+    monkeypatch.setattr(CheckpointStore, "save_checkpoint", save)
+    assert run(SMALL, packed, tmp_path).weights_sha256 == small[1].weights_sha256
+
+
+def test_best_and_last_are_kept_and_the_best_has_the_lowest_loss(small: tuple[Path, RunResult]):
+    store = CheckpointStore(str(small[0] / "checkpoints"))
+    losses = {int(row["step"]): float(row["val_loss"]) for row in rows(small[0])}
+    best, last = store.best(), store.last()
+    assert best is not None
+    assert last is not None
+    assert best.step == min(losses, key=lambda step: losses[step])
+    assert last.step == max(losses)
+    assert {one.step for one in store.committed()} == {best.step, last.step}
+
+
+def test_an_altered_checkpoint_is_refused(small, tmp_path: Path):
+    place = Path(CheckpointStore(str(small[0] / "checkpoints")).place(24))
+    copy = tmp_path / "step-00000024"
+    copy.mkdir()
+    (copy / "committed.json").write_bytes((place / "committed.json").read_bytes())
+    data = bytearray((place / "checkpoint.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "checkpoint.ckpt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        read_checkpoint(str(copy))
+
+
+def test_checkpoints_of_another_request_are_refused(packed: Path, tmp_path: Path):
+    run(replace(SMALL, length=Length(epochs=1)), packed, tmp_path)
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(CheckpointError, match="another request"):
+        run(derive(SMALL, {"optimizer.lr": 0.5}), packed, tmp_path)
+
+
+def test_early_stopping_waits_for_its_patience(packed: Path, tmp_path: Path):
+    hopeless = replace(SMALL, optimizer=Adam(lr=0.05), length=Length(epochs=30, patience=2), schedule=quick.SCRATCH.schedule)
+    result = run(hopeless, packed, tmp_path)
+    losses = [float(row["val_loss"]) for row in rows(tmp_path)]
+    assert result.best_epoch is not None
+    assert result.epochs == min(30, result.best_epoch + 2) == len(losses)
+    assert losses.index(min(losses)) + 1 == result.best_epoch
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(packed: Path, tmp_path: Path):
+    with pytest.raises(ImgclsError, match=r"not finite in epoch 0, step \d+, samples \[\d+"):
+        run(derive(SMALL, {"optimizer.lr": 1e30}), packed, tmp_path)
+
+
+def test_data_that_were_packed_again_are_refused(packed: Path, tmp_path: Path):
+    config = config_of(SMALL, packed).model_copy(update={"data_digest": "0" * 64})
+    with pytest.raises(DataError, match="packed again"):
+        fit(config, data_url=str(packed), run_url=str(tmp_path), world=World())
+
+
+def test_a_last_partial_batch_is_kept_where_the_recipe_says_so(packed: Path, tmp_path: Path):
+    result = run(replace(SMALL, last_batch="keep", length=Length(epochs=1)), packed, tmp_path)
+    assert (rows(tmp_path)[0]["samples"], result.steps) == ("270", 9)
+
+
+def test_model_pt_loads_with_weights_only_and_carries_its_lineage(small: tuple[Path, RunResult]):
+    content = torch.load(small[0] / "model.pt", weights_only=True)
+    about = json.loads(content["about"])
+    assert about["class_names"] == list(small[1].class_names)
+    assert about["preprocessing"]["px"] == 16
+    model = load_model(str(small[0] / "model.pt"))
+    assert model.weights_sha256 == small[1].best_weights_sha256
+    assert [(seen.entry.dataset, len(seen.pixels)) for seen in model.lineage] == [("cifar10", 360)]
+
+
+def test_an_altered_model_pt_is_refused(small, tmp_path: Path):
+    content = torch.load(small[0] / "model.pt", weights_only=True)
+    next(iter(content["weights"].values())).view(-1)[0] += 1
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="was altered"):
+        load_model(str(tmp_path / "model.pt"))
+    (tmp_path / "model.pt").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("name", ["", "model.pt", "checkpoints/best"])
+def test_a_run_a_checkpoint_and_a_model_pt_score_the_same(small, packed: Path, name: str):
+    place = str(small[0] / name)
+    if name.endswith("best"):
+        place = str(small[0] / str(small[1].checkpoint))
+    found = find_model(place)
+    assert evaluate(found, data_url=str(packed), split="test", world=World()) == small[1].test
+    assert evaluate(found, data_url=str(packed), split="val", world=World()) == small[1].val
+
+
+def test_what_is_no_checkpoint_is_named(small, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="there is no such run"):
+        find_model(str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="without a model"):
+        find_model(str(tmp_path))
+
+
+def test_predictions_are_the_evaluations(small, packed: Path):
+    from imgcls.data import shards
+
+    found = find_model(str(small[0]))
+    predictor, manifest = Predictor(found.model), read_manifest(str(packed / "cifar10"))
+    shard = next(one for one in manifest.shards if one.split == "test")
+    data = shards.fetch_shard(str(packed / "cifar10"), shard)
+    images = list(shards.read_samples(shard, data, where="here"))
+    tops = [predictor.top(content, 5) for content, _ in images]
+    right = sum(top[0][0] == manifest.class_names[label] for top, (_, label) in zip(tops, images, strict=True))
+    assert small[1].test is not None
+    assert right / len(images) == small[1].test.accuracy
+    assert all(sum(p for _, p in top) <= 1.0001 and top == sorted(top, key=lambda x: -x[1]) for top in tops)
+
+
+def test_a_fine_tuned_run_starts_from_its_source_and_remembers_it(packed: Path, tmp_path: Path):
+    tiny = {"length.epochs": 1, "train_fraction": 1.0, "global_batch_size": 64}
+    run(derive(quick.RESNET18, tiny), packed, tmp_path / "resnet18-seed0")
+    init = InitSource(run="resnet18-seed0", identity="x")
+    result = run(derive(quick.FINETUNED, tiny), packed, tmp_path / "finetuned-seed0", init=init)
+    assert [(entry.dataset, entry.run) for entry in result.lineage] == [
+        ("imagenette", "resnet18-seed0"),
+        ("cifar10", "finetuned-seed0"),
+    ]
+    back = InitSource(run=str(tmp_path / "finetuned-seed0" / "model.pt"), identity="x")
+    with pytest.raises(CheckpointError, match="its lineage saw imagenette"):
+        run(replace(derive(quick.FINETUNED, tiny), dataset="imagenette"), packed, tmp_path / "back", init=back)
+
+
+@pytest.mark.parametrize("name", CATALOGUES)
+def test_every_catalogued_recipe_takes_a_step(name: str, packed: Path, tmp_path: Path):
+    for recipe in CATALOGUES[name]:
+        if recipe.name == "finetuned":
+            continue  # `scratch`, but for its start
+        px = min(recipe.input.px, 64)
+        tiny = {"length.epochs": 1, "global_batch_size": 32, "train_fraction": 0.15, "input.px": px, "input.stored_px": 32}
+        assert run(derive(recipe, tiny), packed, tmp_path / recipe.name).steps == 1
+
+
+def test_counting_other_than_the_split_is_our_own_mistake(small):
+    with pytest.raises(AssertionError, match="60 samples were counted, the split has 61"):
+        fitting.check_counted(small[1].test, 61)

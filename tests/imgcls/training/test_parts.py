@@ -1,0 +1,75 @@
+"""The small parts of training: schedule, totals, ledger."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imgcls.data.order import global_batches, rank_part
+from imgcls.recipe import Constant, OneCycle
+from imgcls.training.ledger import Entry, Ledger, planned
+from imgcls.training.schedule import lr_factor
+from imgcls.training.totals import Totals
+
+
+def test_a_constant_schedule_is_constant():
+    assert {lr_factor(Constant(), step=s, total_steps=9) for s in range(9)} == {1.0}
+
+
+@given(total=st.integers(1, 500), warmup=st.floats(0.01, 1))
+def test_one_cycle_rises_to_the_full_rate_and_falls_towards_zero(total: int, warmup: float):
+    factors = [lr_factor(OneCycle(warmup=warmup), step=s, total_steps=total) for s in range(total)]
+    top = factors.index(max(factors))
+    assert all(0 < f <= 1 for f in factors)
+    assert max(factors) == pytest.approx(1, abs=1e-9)
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert lr_factor(OneCycle(), step=total, total_steps=total) == 0
+
+
+@given(cuts=st.lists(st.integers(1, 30), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_totals_do_not_depend_on_how_a_split_is_cut(cuts: list[int], seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(sum(cuts), 4, generator=generator) * 10
+    labels = torch.randint(0, 4, (sum(cuts),), generator=generator)
+    whole, parts = Totals(4), Totals(4)
+    whole.update(logits, labels)
+    for some, theirs in reversed(list(zip(logits.split(cuts), labels.split(cuts), strict=True))):
+        parts.update(some, theirs)
+    assert whole.compute() == parts.compute()
+
+
+def test_totals_are_torchs_loss_and_sklearns_confusion():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1, 1])
+    totals = Totals(2)
+    totals.update(logits, labels)
+    scores = totals.compute()
+    assert scores.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-7)
+    assert scores.confusion == ((1, 0), (1, 1))
+    assert (scores.accuracy, scores.num_samples) == (pytest.approx(2 / 3), 3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ledger_of_all_ranks_is_the_planned_one(world_size: int):
+    batches = global_batches(np.arange(103), seed=1, epoch=2, size=8, keep_last=True)
+    seen = Ledger()
+    for rank in reversed(range(world_size)):  # the order of ranks does not matter
+        for step, batch in enumerate(batches):
+            seen.update(torch.from_numpy(rank_part(batch, rank=rank, world_size=world_size)), step)
+    assert seen.compute() == planned(batches)
+    assert planned(batches).samples == 103
+
+
+def test_the_ledger_notices_a_sample_lost_doubled_or_at_another_step():
+    batches = [np.array([1, 2, 3]), np.array([4, 5, 6])]
+
+    def of(*steps: list[int]) -> Entry:
+        ledger = Ledger()
+        for step, ids in enumerate(steps):
+            ledger.update(torch.tensor(ids, dtype=torch.int64), step)
+        return ledger.compute()
+
+    assert of([3, 1, 2], [6, 5, 4]) == planned(batches)
+    for wrong in (([1, 2], [4, 5, 6]), ([1, 2, 2], [4, 5, 6]), ([1, 2, 4], [3, 5, 6]), ([1, 2, 3], [4, 5, 7])):
+        assert of(*wrong) != planned(batches)

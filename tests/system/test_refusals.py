@@ -1,0 +1,142 @@
+"""What is wrong is said in a few lines, without a traceback, before anything starts."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command, image_folder
+
+NO_RAY = {"RAY_ADDRESS": ""}
+
+
+def refused(
+    run_command: Command, name: str, *arguments: str | Path, code: int, says: str, env: dict[str, str] | None = None
+):
+    began = time.monotonic()
+    done = run_command(name, *arguments, env=NO_RAY | (env or {}))
+    assert done.returncode == code, done.stderr
+    assert says in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 30  # the bar is 10 s on an idle machine
+    return done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("resnet50",), "there is no recipe resnet50 in the catalogue quick; there are: basic-cnn, resnet18"),
+        (("scratch", "--catalogue", "fast"), "there is no catalogue fast"),
+        (("scratch", "--set", "optimizer.rate=1"), "no field optimizer.rate; optimizer has: kind, lr, weight_decay"),
+        (("scratch", "--set", "lr"), "write --set FIELD=VALUE"),
+        ((), "give one RECIPE"),
+        (("scratch", "--num-workers", "8", "--set", "global_batch_size=16"), "can never run"),
+        (("scratch", "--num-workers", "0"), "one or more"),
+        (("scratch", "--id", "../x"), "a plain name"),
+        (("scratch", "--seed", "-1"), "zero or more"),
+        (("scratch", "--set", "global_batch_size=100000"), "--set global_batch_size="),
+        (("scratch", "--set", "global_batch_size=2", "--num-workers", "2"), "resnet18 needs 2"),
+        (("scratch", "--recipe", "none.toml"), "give one or the other"),
+        (("--recipe", "none.toml"), "none.toml cannot be read"),
+    ],
+)
+def test_a_wrong_command_ends_with_2(run_command: Command, packed: Path, arguments: tuple[str, ...], says: str):
+    refused(run_command, "train", *arguments, "--data", packed, code=2, says=says)
+
+
+def test_an_unknown_flag_ends_with_2(run_command: Command):
+    refused(run_command, "train", "scratch", "--colour", "red", code=2, says="--colour")
+
+
+def test_data_without_a_manifest_are_named_with_the_remedy(run_command: Command, tmp_path: Path):
+    says = "python -m jobs.pack cifar10"
+    refused(run_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)
+
+
+@pytest.mark.parametrize("harm", ["missing", "altered", "manifest"])
+def test_damaged_data_are_named(run_command: Command, packed: Path, tmp_path: Path, harm: str):
+    copy = shutil.copytree(packed / "cifar10", tmp_path / "data" / "cifar10")
+    shard = copy / "train-00000.tar"
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "altered":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    else:
+        (copy / "manifest.json").write_text(json.dumps({"format": 1}))
+    says = "manifest.json is not a Manifest" if harm == "manifest" else "train-00000.tar"
+    refused(run_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
+
+
+def test_an_unknown_field_of_a_recipe_file_is_answered_with_the_known(run_command: Command, packed: Path, tmp_path: Path):
+    (tmp_path / "mine.toml").write_text('name = "mine"\ncolour = "red"\n')
+    says = "unknown field colour; known here: name, dataset, input"
+    refused(run_command, "train", "--recipe", tmp_path / "mine.toml", "--data", packed, code=2, says=says)
+
+
+def test_storage_that_cannot_be_written_is_named(run_command: Command, packed: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    places = ("--data", packed, "--storage", tmp_path / "file")
+    small = ("--set", "global_batch_size=16")
+    refused(run_command, "train", "scratch", *places, *small, code=3, says="cannot be written")
+
+
+@pytest.mark.parametrize("kind", ["one class", "broken", "empty split", "missing", "nothing"])
+def test_what_cannot_be_packed_is_named(run_command: Command, tmp_path: Path, kind: str):
+    pets = tmp_path / "pets"
+    if kind == "one class":
+        image_folder(pets, ("cat",))
+    elif kind == "broken":
+        (image_folder(pets) / "cat" / "torn é.jpg").write_bytes(b"torn")
+    elif kind == "empty split":
+        (image_folder(pets, splits=("train",)) / "test").mkdir()
+    elif kind == "nothing":
+        pets.mkdir()
+    says = {
+        "one class": "has one class, cat",
+        "broken": "cat/torn é.jpg",
+        "empty split": "the split test is empty",
+        "missing": "there is no such folder or tar",
+        "nothing": "holds no images",
+    }[kind]
+    refused(run_command, "pack", "pets", "--source", pets, "--to", tmp_path / "packed", code=3, says=says)
+
+
+def test_a_dataset_without_a_source_is_answered_with_the_remedies(run_command: Command):
+    done = refused(run_command, "pack", "pets", code=3, says="no source for pets", env={"IMGCLS_SOURCES": ""})
+    for remedy in ("--source PATH", "data/sources/", "IMGCLS_SOURCES", "--source synthetic"):
+        assert remedy in done.stderr
+
+
+def test_verify_names_the_damaged_set_and_passes_the_whole_one(run_command: Command, packed: Path, tmp_path: Path):
+    copy = shutil.copytree(packed, tmp_path / "data")
+    whole = run_command("pack", "--verify", copy)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("whole") == 2
+    shard = copy / "cifar10" / "test-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    refused(run_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar has")
+
+
+def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: Path):
+    small = ("--set", "global_batch_size=16", "--set", "train_fraction=1.0")
+    done = run_command("train", "scratch", *small, "--data", packed, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert done.returncode == 2, done.stderr
+    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_suite_or_checkpoint_that_is_not_there_is_named(run_command: Command, tmp_path: Path):
+    os.makedirs(tmp_path / "runs" / "mine")
+    refused(run_command, "report", "quick", "--storage", tmp_path / "runs", code=3, says="name one of what is there: mine")
+    refused(run_command, "evaluate", tmp_path / "none", code=3, says="there is no such run")
+    refused(run_command, "predict", tmp_path / "none", "a.png", code=3, says="there is no such run")
+
+
+def test_no_data_and_no_network_is_refused_by_pack_and_said(run_command: Command, tmp_path: Path):
+    # A proxy that does not answer stands for a network that is not there.
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "IMGCLS_SOURCES": ""}
+    says = "cifar-10-python.tar.gz cannot be fetched"
+    refused(run_command, "pack", "cifar10", "--to", tmp_path / "packed", code=3, says=says, env=nowhere)

@@ -1,0 +1,158 @@
+"""Whole commands on synthetic images, under one local Ray for all of them."""
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command, image, image_folder
+
+TINY = (
+    *("--set", "length.epochs=1", "--set", "train_fraction=1.0", "--set", "global_batch_size=32"),
+    *("--set", "input.px=32", "--set", "input.stored_px=32"),
+)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+def results_of(folder: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+
+def ledger_of(run: Path) -> list[tuple[str, str]]:
+    return [(row["samples"], row["ledger"]) for row in csv.DictReader((run / "history.csv").read_text().splitlines())]
+
+
+def test_the_suite_of_five_runs_to_its_page_and_is_not_run_twice(
+    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
+):
+    command = ("suite", "--data", packed, "--storage", storage, "--id", "five", *TINY)
+    done = run_command(*command, env=ray_cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results_of(storage / "five")
+    assert list(rows) == [f"{name}-seed0" for name in ("basic-cnn", "resnet18", "regularized", "scratch", "finetuned")]
+    assert {row["status"] for row in rows.values()} == {"finished"}
+    assert {row["result"]["test"]["num_samples"] for row in rows.values()} == {60}
+    assert [entry["dataset"] for entry in rows["finetuned-seed0"]["result"]["lineage"]] == ["imagenette", "cifar10"]
+    assert all(line.startswith("SYNTHETIC ") for line in done.stdout.splitlines())
+    assert "<title>SYNTHETIC" in (storage / "five" / "report.html").read_text()
+    assert done.stdout.index("resnet18-seed0: finished") < done.stdout.index("finetuned-seed0: started")
+    assert done.stderr == ""
+
+    before = {path: path.stat().st_mtime_ns for path in (storage / "five").glob("*/*")}
+    began = time.monotonic()
+    again = run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"})  # it would fail if it asked Ray
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - began < 30
+    assert {path: path.stat().st_mtime_ns for path in (storage / "five").glob("*/*")} == before
+
+    other = run_command(*command, "--set", "optimizer.lr=0.5", env=ray_cluster)
+    assert other.returncode == 3
+    assert "is a run of another request" in other.stderr
+    assert "optimizer.lr: 0.001 / 0.5" in other.stderr
+
+    report = run_command("report", "five", "--storage", storage)
+    assert report.returncode == 0, report.stderr
+    assert "finetuned-seed0" in report.stdout
+
+
+def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
+    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str], tmp_path: Path
+):
+    run = storage / "five" / "basic-cnn-seed0"
+    alone = run_command("evaluate", run, "--data", packed, "--json")
+    shared = run_command("evaluate", run, "--data", packed, "--json", "--num-workers", "2", env=ray_cluster)
+    assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
+    assert json.loads(alone.stdout) == json.loads(shared.stdout)
+    assert json.loads(alone.stdout)["scores"] == results_of(storage / "five")["basic-cnn-seed0"]["result"]["test"]
+
+    image(0).save(tmp_path / "a b.png")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    done = run_command("predict", run, tmp_path / "a b.png", tmp_path / "torn.png", "--json")
+    assert done.returncode == 1
+    assert "torn.png cannot be read as an image" in done.stderr
+    good, bad = json.loads(done.stdout)["predictions"]
+    assert len(good["top"]) == 5
+    assert "error" in bad
+
+
+def test_two_workers_see_the_same_samples_in_every_step_as_one(
+    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
+):
+    done = run_command(
+        "train", "basic-cnn", "--num-workers", "2", "--id", "w2", "--data", packed, "--storage", storage, *TINY,
+        env=ray_cluster,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two, one = storage / "w2" / "basic-cnn-seed0", storage / "five" / "basic-cnn-seed0"
+    assert ledger_of(two) == ledger_of(one)
+    result = json.loads((two / "result.json").read_text())
+    assert result["placement"]["num_workers"] == 2
+    assert result["test"]["num_samples"] == 60
+
+
+def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
+    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
+):
+    from dataclasses import replace
+
+    from imgcls.catalogue import quick
+    from imgcls.recipe import derive
+
+    small = {"length.epochs": 1, "global_batch_size": 32, "train_fraction": 1.0}
+    recipes = [
+        derive(quick.BASIC_CNN, small),
+        replace(derive(quick.RESNET18, small | {"optimizer.lr": 1e30, "length.epochs": 3})),
+        derive(quick.FINETUNED, small),
+    ]
+    flags: list[str | Path] = []
+    for recipe in recipes:
+        path = storage / f"{recipe.name}.toml"
+        path.write_text(as_toml(recipe.to_json()))
+        flags += ["--recipe", path]
+    command = ("suite", *flags, "--data", packed, "--storage", storage, "--id", "failing")
+    done = run_command(*command, env=ray_cluster)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = results_of(storage / "failing")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "basic-cnn-seed0": "finished",
+        "resnet18-seed0": "failed",
+        "finetuned-seed0": "blocked",
+    }
+    assert "not finite" in rows["resnet18-seed0"]["error"]
+    assert rows["resnet18-seed0"]["result"]["log_tail"]
+    assert rows["finetuned-seed0"]["error"] == "its source resnet18-seed0 failed"
+    assert "resnet18-seed0 failed: " in done.stdout
+    assert run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"}).returncode == 1  # stays failed, asks no Ray
+
+
+def as_toml(value: dict, prefix: str = "") -> str:
+    plain = {k: v for k, v in value.items() if not isinstance(v, dict) and v is not None}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items()]
+    for name, below in value.items():
+        if isinstance(below, dict):
+            lines += [f"[{prefix}{name}]", as_toml(below, f"{prefix}{name}.")]
+    return "\n".join(lines) + "\n"
+
+
+def test_own_images_are_packed_trained_and_evaluated(run_command: Command, tmp_path: Path, ray_cluster: dict[str, str]):
+    photos = image_folder(tmp_path / "my photos", ("Käse brot", "a.b c", "日本"), count=40)
+    for i, kind in enumerate(("JPEG", "WEBP", "BMP")):
+        image(900 + i).save(photos / "日本" / f"odd name.{i}.{'JPG' if kind == 'JPEG' else kind.lower()}", kind)
+    packed = run_command("pack", "photos", "--source", photos)
+    assert packed.returncode == 0, packed.stderr
+    assert "20% of every class was cut as the test set" in packed.stdout
+    small = ("--set", "dataset=photos", "--set", "global_batch_size=16", "--set", "length.epochs=1", "--id", "photos")
+    trained = run_command("train", "basic-cnn", *small, env=ray_cluster)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    run = tmp_path / "runs" / "photos" / "basic-cnn-seed0"
+    result = json.loads((run / "result.json").read_text())
+    assert result["class_names"] == ["Käse brot", "a.b c", "日本"]
+    evaluated = run_command("evaluate", run, "--json")
+    assert json.loads(evaluated.stdout)["scores"] == result["test"]
+    assert run_command("predict", run, photos / "日本" / "0.png").returncode == 0
