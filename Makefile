@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 run: setup
 	$(BIN)/python -m jobs.suite --pack
 
+# Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/coverage report --include='cluster/*'
+	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Reads manifests and what lies under the id; writes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import CheckpointError, RecipeError
 from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields, digest_of
 from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, SuiteRecord
+from imgcls.training.lineage import Seen, refuse_seen_images
+
+if TYPE_CHECKING:
+    from imgcls.training.evaluate import FoundModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +79,12 @@ def make_plan(request: Request) -> Plan:
     for recipe in recipes:
         splits = split_ids(recipe, manifests[recipe.dataset])
         check_parts(recipe, len(splits.train), world_size=request.num_workers)
-    given = _given_source(request.init_from) if request.init_from else None
+    given = _find_model(request.init_from) if request.init_from else None
     configs: dict[str, RunConfig] = {}
     for seed in request.seeds:
         for recipe in _sources_first(recipes):
-            init = _init(recipe, seed, configs, given)
+            source = InitSource(run=given.url, identity=given.model.weights_sha256) if given else None
+            init = _init(recipe, seed, configs, source)
             config = RunConfig(
                 catalogue=request.catalogue,
                 recipe=recipe,
@@ -87,7 +93,7 @@ def make_plan(request: Request) -> Plan:
                 init=init,
             )
             configs[config.name] = config
-    _check_lineage(request, recipes, manifests)
+    _check_lineage(request, recipes, manifests, given)
     wanted = [f"{recipe.name}-seed{seed}" for seed in request.seeds for recipe in recipes]
     return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes))
 
@@ -99,8 +105,8 @@ def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
     if len(set(names)) < len(names):
         raise RecipeError(f"two recipes have the same name: {', '.join(names)}")
     if request.init_from:
-        if not any(isinstance(recipe.init, FromRun) for recipe in recipes) and len(recipes) > 1:
-            raise RecipeError("--init-from: none of these recipes starts from another run; name one recipe")
+        if not any(isinstance(recipe.init, FromRun) for recipe in recipes):
+            raise RecipeError(f"--init-from: {', '.join(names)} starts from scratch\n  do: name finetuned, or --set init=")
         return recipes, notes
     for recipe in recipes:  # grows while it is walked: a source may have a source
         if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:
@@ -143,27 +149,25 @@ def _checked_set(request: Request, dataset: str) -> Manifest:
     return manifest
 
 
-def _given_source(checkpoint: str) -> InitSource:
-    from imgcls.training.evaluate import find_model
+def _find_model(checkpoint: str) -> "FoundModel":
+    from imgcls.training.evaluate import find_model  # torch: only where weights are named
 
-    url = storage.absolute(checkpoint)
-    model = find_model(url)
-    return InitSource(run=model.url, identity=model.model.weights_sha256)
+    return find_model(storage.absolute(checkpoint))
 
 
 def _init(recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: InitSource | None) -> InitSource | None:
-    if given is not None:
-        return given
     if not isinstance(recipe.init, FromRun):
         return None
+    if given is not None:
+        return given
     source = f"{recipe.init.recipe}-seed{seed}"
     return InitSource(run=source, identity=configs[source].digest())
 
 
-def _check_lineage(request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest]) -> None:
+def _check_lineage(
+    request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest], given: "FoundModel | None"
+) -> None:
     """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target."""
-    from imgcls.training.lineage import Seen, refuse_seen_images
-
     pixels = {name: read_pixel_digests(storage.join(request.data_url, name), m) for name, m in manifests.items()}
     by_name = {recipe.name: recipe for recipe in recipes}
 
@@ -174,14 +178,12 @@ def _check_lineage(request: Request, recipes: Sequence[Recipe], manifests: dict[
         return (*above, own)
 
     for recipe in recipes:
-        if request.init_from:
-            from imgcls.training.evaluate import find_model
-
-            lineage, source = find_model(storage.absolute(request.init_from)).model.lineage, request.init_from
-        elif isinstance(recipe.init, FromRun):
-            lineage, source = seen_by(by_name[recipe.init.recipe]), recipe.init.recipe
-        else:
+        if not isinstance(recipe.init, FromRun):
             continue
+        if given is not None:
+            lineage, source = given.model.lineage, given.url
+        else:
+            lineage, source = seen_by(by_name[recipe.init.recipe]), recipe.init.recipe
         refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
         if isinstance(recipe.model, BasicCNN):
             raise RecipeError(f"recipe {recipe.name}: {recipe.model.kind} cannot start from other weights; use resnet18")

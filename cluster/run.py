@@ -40,11 +40,16 @@ class Order(BaseModel):
 
 
 def trial(order: dict[str, Any]) -> None:
-    """Carries one run out; what it came to lies in the run's folder, a failure too."""
+    """Carries one run out; what it came to lies in the run's folder, a failure too.
+
+    Whatever else is raised, as a controller that died, is for Tune to try again.
+    """
+    from ray.train import TrainingFailedError
+
     given = Order.model_validate_json(order["order"])
     try:
         _train(given)
-    except Exception as error:  # Train wraps whatever its workers raised
+    except TrainingFailedError as error:
         record_failure(given.config, given.run_url, _reason(error))
 
 

@@ -58,6 +58,7 @@ def session(*, verbose: bool) -> Iterator[None]:
     if joins:
         _check_answers(os.environ["RAY_ADDRESS"])
     import ray
+    from ray.exceptions import AuthenticationError
 
     options = {} if joins else _local_options()
     if not verbose:
@@ -65,7 +66,7 @@ def session(*, verbose: bool) -> Iterator[None]:
     try:
         try:
             ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        except (ConnectionError, AuthenticationError) as error:
             raise PlacementError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
         yield
     finally:

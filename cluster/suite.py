@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
     """Every run of the plan is finished, failed, or blocked by a failed one; the suite's records say so.
 
-    Raises what `prepare` raises, and PlacementError where the workers can never run.
+    Raises what `write_down` raises, and PlacementError where the workers can never run.
     """
     began = time.monotonic()
-    placement = None if session.names_cluster() else choose(request, [placements.local_node()])
-    statuses = prepare(request, plan)
-    if not isinstance(next_action(statuses, plan.sources, room=1), Done):
+    statuses = statuses_of(request, plan)
+    work_is_left = not isinstance(next_action(statuses, plan.sources, room=1), Done)
+    placement = choose(request, [placements.local_node()]) if work_is_left and not session.names_cluster() else None
+    write_down(request, plan)
+    if work_is_left:
         with session.session(verbose=request.verbose):
             placement = placement or choose(request, placements.cluster_nodes())
             _carry_out(request, plan, statuses, placement, view)
@@ -47,8 +49,16 @@ def choose(request: Request, nodes: list[placements.Node]) -> Placement:
     )
 
 
-def prepare(request: Request, plan: Plan) -> dict[str, Status]:
-    """What is asked for is written down; each run's status, in the order in which they start.
+def statuses_of(request: Request, plan: Plan) -> dict[str, Status]:
+    """What each run came to so far, in the order in which they start."""
+    found = {name: status_of(request.run_url(name)) for name in start_order(plan.sources)}
+    if request.retry_failed:
+        return {name: Status.OPEN if status is Status.FAILED else status for name, status in found.items()}
+    return found
+
+
+def write_down(request: Request, plan: Plan) -> None:
+    """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone.
 
     Raises StorageError where nothing can be written, CheckpointError where a run of the same name differs.
     """
@@ -66,7 +76,6 @@ def prepare(request: Request, plan: Plan) -> dict[str, Status]:
         for name in plan.configs:
             if status_of(request.run_url(name)) is Status.FAILED:
                 storage.delete(storage.join(request.run_url(name), "result.json"))
-    return {name: status_of(request.run_url(name)) for name in start_order(plan.sources)}
 
 
 def status_of(run_url: str) -> Status:
@@ -96,7 +105,11 @@ def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placem
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1),
             run_config=tune.RunConfig(
-                name=storage.name_of(folder), storage_path=folder, verbose=0, callbacks=[ProgressCallback(view)]
+                name=storage.name_of(folder),
+                storage_path=folder,
+                verbose=0,
+                callbacks=[ProgressCallback(view)],
+                failure_config=tune.FailureConfig(max_failures=request.max_failures),
             ),
         ).fit()
     finally:

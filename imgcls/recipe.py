@@ -207,6 +207,22 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
+def changes_between(base: Recipe, recipe: Recipe) -> dict[str, Any]:
+    """What `derive` needs to make `recipe` of `base`, by path; a part of another kind is replaced as a whole."""
+
+    def walk(a: dict[str, Any], b: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, new in b.items():
+            old = a[name]
+            if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+                found |= walk(old, new, f"{prefix}{name}.")
+            elif old != new:
+                found[f"{prefix}{name}"] = new
+        return found
+
+    return walk(base.to_json(), recipe.to_json(), "")
+
+
 def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted paths at which two JSON objects differ, each with both values."""
     found = []

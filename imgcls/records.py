@@ -193,9 +193,9 @@ class RunResult(Record):
     num_parameters: int = 0
     data_digest: str
     synthetic: bool = False
+    init: InitSource | None = None
     lineage: tuple[LineageEntry, ...] = ()
     placement: Placement | None = None
-    attempts: int = 1
     versions: dict[str, str] = {}
     hardware: dict[str, str] = {}
     commit: str | None = None

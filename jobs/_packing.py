@@ -21,8 +21,7 @@ def source_of(dataset: str, lines: Lines) -> Source:
     found = find_source(dataset)
     if found is None and dataset in archives.OFFICIAL:
         archive = archives.OFFICIAL[dataset]
-        lines.say(f"{dataset}: fetching {archive.url}")
-        with bar(lines, archive.name) as progress:
+        with bar(lines, f"fetching {archive.url}") as progress:
             try:
                 found = archives.download(archive, DOWNLOADS, progress=progress)
             except DataError as error:
@@ -65,8 +64,9 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
     try:
         sources = {dataset: source_of(dataset, lines) for dataset in missing}
     except DataError as error:
+        lines = Lines(synthetic=True)
         lines.say(f"no data: {str(error).splitlines()[0]}")
-        lines.say("SYNTHETIC images take its place; give data with IMGCLS_SOURCES or data/sources/ and run it again")
+        lines.say("procedural images take their place; to train on real ones, give them by IMGCLS_SOURCES or data/sources/")
         folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
         flags = replace(flags, data=folder, id=f"{flags.id or flags.catalogue}-synthetic")
         sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(folder, recipes)}

@@ -25,21 +25,21 @@ class Flags:
     """Folder or URL of packed sets; a set is <data>/<dataset>/."""
     storage: str = "runs"
     """Folder or URL for what runs leave; a run is <storage>/<id>/<recipe>-seed<N>/."""
-    id: str | None = None
+    id: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
     """Name of the suite; the catalogue's, with 8 hex of the changes where --set or --recipe changes something."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE"), tyro.conf.UseAppendAction] = ()
     """Change a field of the recipe by its path, as optimizer.lr=0.01."""
-    recipe: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    recipe: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
     """A recipe from a TOML file, in place of one from the catalogue."""
     seed: int = 0
     """The first seed."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Start from these weights: a run's folder, a checkpoint or a model.pt."""
     num_workers: int = 1
     """Workers of each run; two or more is DDP."""
-    cpus_per_worker: float | None = None
+    cpus_per_worker: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
     """One unless said."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
     """One where there are GPUs, else none."""
     max_failures: int = 3
     """How often a run is begun again after a worker died."""

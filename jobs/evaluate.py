@@ -11,7 +11,7 @@ from jobs._terminal import Lines
 
 
 def evaluate(
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="CHECKPOINT")],
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")],
     data: str = "data/packed",
     split: Split = "test",
     num_workers: int = 1,

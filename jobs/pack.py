@@ -17,12 +17,12 @@ from jobs._terminal import Lines, bar, stderr
 
 
 def pack(
-    dataset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="DATASET")] = None,
-    source: str | None = None,
+    dataset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="DATASET")] = None,
+    source: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None,
     to: str = "data/packed",
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_bad: int = 0,
-    verify: str | None = None,
+    verify: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
     verbose: bool = False,
 ) -> int:
     """Pack DATASET into <to>/DATASET/, or check what is packed.

@@ -14,8 +14,8 @@ TOP = 5
 
 
 def predict(
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="CHECKPOINT")],
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(name="IMAGE")],
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")],
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")],
     json: bool = False,
     verbose: bool = False,
 ) -> int:

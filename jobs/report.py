@@ -13,7 +13,7 @@ from jobs._terminal import Lines, say_results
 
 
 def report(
-    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="ID")],
+    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")],
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
     verbose: bool = False,
 ) -> int:

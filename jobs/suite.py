@@ -1,5 +1,7 @@
 """Train the runs of a catalogue, recipes times seeds, in parallel on the cluster; leaves one page of answers."""
 
+from typing import Annotated
+
 import tyro
 
 from jobs._door import enter
@@ -8,7 +10,7 @@ from jobs._request import Flags, carry_out, chosen_recipes
 
 
 def suite(
-    recipes: str | None = None,
+    recipes: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None,
     num_seeds: int = 1,
     pack: bool = False,
     flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008

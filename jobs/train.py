@@ -10,13 +10,15 @@ from jobs._request import Flags, carry_out, chosen_recipes
 
 
 def train(
-    recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(name="RECIPE")] = None,
+    recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RECIPE")] = None,
     /,
     flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
 ) -> int:
     """Train one recipe with one seed.
 
-    recipe_name: basic-cnn, resnet18, regularized, scratch or finetuned; or give --recipe FILE.
+    Args:
+        recipe_name: basic-cnn, resnet18, regularized, scratch or finetuned; or give --recipe FILE.
+        flags: Shared with jobs.suite.
     """
     if recipe_name is None and len(flags.recipe) != 1:
         raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")

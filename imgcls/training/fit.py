@@ -219,6 +219,7 @@ class _Fit:
             num_parameters=sum(p.numel() for p in self.module.network.parameters()),
             data_digest=self.manifest.digest,
             synthetic=self.manifest.synthetic,
+            init=self.config.init,
             lineage=tuple(seen.entry for seen in self.lineage),
             placement=self.world.placement,
             versions=environment.versions(),

@@ -224,7 +224,7 @@ class Recorder(Checkpoint):
             with SummaryWriter(folder) as events:
                 for row in self.history:
                     for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
-                        events.add_scalar(name.replace("_", "/"), row[name], row["step"])
+                        events.add_scalar(name.replace("_", "/"), row[name], int(row["step"]))
             (file,) = Path(folder).iterdir()
             storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
 

@@ -6,7 +6,16 @@ import pytest
 from imgcls import catalogue
 from imgcls.catalogue import paper, quick
 from imgcls.errors import ImgclsError, RecipeError
-from imgcls.recipe import Augment, FromRun, Scratch, derive, differing_fields, parse_changes, recipe_from_json
+from imgcls.recipe import (
+    Augment,
+    FromRun,
+    Scratch,
+    changes_between,
+    derive,
+    differing_fields,
+    parse_changes,
+    recipe_from_json,
+)
 
 ALL = [(name, recipe) for name, suite in catalogue.CATALOGUES.items() for recipe in suite]
 
@@ -68,6 +77,12 @@ def test_changes_are_made_by_path():
 def test_a_wrong_change_is_answered_with_what_there_is(change: str, message: str):
     with pytest.raises(RecipeError, match=message):
         derive(quick.SCRATCH, parse_changes((change,)))
+
+
+@pytest.mark.parametrize(("a", "b"), [(quick.SCRATCH, paper.SCRATCH), (quick.FINETUNED, quick.SCRATCH)])
+def test_the_changes_between_two_recipes_make_one_of_the_other(a, b):
+    assert derive(a, changes_between(a, b)) == b
+    assert changes_between(a, a) == {}
 
 
 def test_a_change_without_a_value_is_refused():

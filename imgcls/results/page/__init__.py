@@ -2,11 +2,15 @@
 
 import csv
 import io
+import json
+import shlex
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
+from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
+from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.compare import answers, finished, interval_of
 from imgcls.results.page import figures
@@ -49,5 +53,18 @@ def _rows(data: bytes) -> list[dict[str, float]]:
 
 
 def _command(result: RunResult) -> str:
+    """What gives this row again, at its commit, from the same packed data."""
+    words = ["python", "-m", "jobs.train", result.recipe.name, "--catalogue", result.catalogue]
+    words += ["--seed", str(result.seed)] if result.seed else []
+    base = next((one for one in CATALOGUES[result.catalogue] if one.name == result.recipe.name), None)
+    if base is None:
+        words[3:4] = ["--recipe", f"{result.name}.toml"]
+    else:
+        for path, value in changes_between(base, result.recipe).items():
+            words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
+    if result.init is not None and "/" in result.init.run:
+        words += ["--init-from", result.init.run]
+    if result.placement is not None and result.placement.num_workers > 1:
+        words += ["--num-workers", str(result.placement.num_workers)]
     at = f"git checkout {result.commit.removesuffix('+changes')} && " if result.commit and result.commit != "unknown" else ""
-    return f"{at}python -m jobs.train {result.recipe.name} --catalogue {result.catalogue} --seed {result.seed}"
+    return at + shlex.join(words)

@@ -79,7 +79,7 @@ def test_a_crop_shows_its_fraction_of_the_image():
     ],
 )
 def test_colours_are_torchvisions(augment: Augment, column: int, ours):
-    drawn = augmented_inputs(pictures(), uniforms(**{f"u{column}": 0.9}), augment, PLAIN)
+    drawn = augmented_inputs(pictures(), uniforms(0.5, 5, **{f"u{column}": 0.9}), augment, PLAIN)
     assert torch.allclose(drawn, ours(scaled(pictures()), 1 + 0.8 * 0.2), atol=2e-3)
 
 

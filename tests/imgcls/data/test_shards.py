@@ -12,8 +12,8 @@ from imgcls.errors import DataError
 from tests.conftest import image, image_folder
 
 
-def pack(folder: Path, to: Path, **options: int):
-    return shards.pack(open_source(folder), str(to), name=to.name, **options)
+def pack(folder: Path, to: Path, max_bad: int = 0):
+    return shards.pack(open_source(folder), str(to), name=to.name, max_bad=max_bad)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -43,11 +43,11 @@ def test_packing_twice_gives_the_same_bytes(pets: Path, tmp_path: Path):
 
 
 def test_a_strangers_webdataset_pipeline_reads_the_shards(pets: Path, tmp_path: Path):
-    import webdataset as wds
+    from webdataset.compat import WebDataset
 
     manifest = pack(pets, tmp_path / "packed")
     urls = [str(tmp_path / "packed" / shard.name) for shard in manifest.shards if shard.split == "train"]
-    samples = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    samples = list(WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
     assert len(samples) == 18
     assert [label for _, label in samples] == list(manifest.labels("train"))
     assert samples[0][0].size == (40, 30)

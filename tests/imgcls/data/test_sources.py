@@ -17,8 +17,8 @@ def splits_of(source) -> dict[str, int]:
     return found
 
 
-def tar_of(folder: Path, path: Path, **options: str) -> Path:
-    with tarfile.open(path, options.get("mode", "w")) as tar:
+def tar_of(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
         tar.add(folder, arcname=folder.name)
     return path
 
@@ -43,7 +43,7 @@ def test_val_beside_test_stays_val(tmp_path: Path):
 
 def test_a_tar_and_its_folder_hold_the_same_samples(tmp_path: Path):
     folder = image_folder(tmp_path / "pets", splits=("train", "test"))
-    tarred, gzipped = tar_of(folder, tmp_path / "pets.tar"), tar_of(folder, tmp_path / "pets.tgz", mode="w:gz")
+    tarred, gzipped = tar_of(folder, tmp_path / "pets.tar"), tar_of(folder, tmp_path / "pets.tgz")
     expected = sorted((s.label, s.split, s.content.read()) for s in open_source(folder).samples)
     for path in (tarred, gzipped):
         assert sorted((s.label, s.split, s.content.read()) for s in open_source(path).samples) == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from imgcls.catalogue import quick
+from imgcls.recipe import derive
 from imgcls.records import Example, RunResult, Scores, SuiteResults, SuiteRow
 from imgcls.results.compare import answers, table_rows
 from imgcls.results.page import render
@@ -89,6 +90,15 @@ def test_the_table_has_a_row_a_run_with_the_published_figure_beside():
     assert len(rows) == 6
     assert rows[1][0] == "basic-cnn-seed0"
     assert rows[1][-1] == "0.6308"
+
+
+def test_a_rows_command_makes_its_recipe_again():
+    changed = derive(quick.SCRATCH, {"optimizer.lr": 0.01, "dataset": "my photos"})
+    page = render(suite(result(changed, 0.5, seed=3)), {})
+    command = (
+        "python -m jobs.train scratch --catalogue quick --seed 3 --set &#39;dataset=my photos&#39; --set optimizer.lr=0.01"
+    )
+    assert f"git checkout abc &amp;&amp; {command}" in page
 
 
 FAILED = SuiteRow(name="scratch-seed1", status="failed", error="it <broke>")

@@ -70,13 +70,13 @@ def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
 
 
 def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
     data = (small[0] / "events.out.tfevents").read_bytes()
     values, at = [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
         values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
         at += 16 + size
     losses = [(step, value) for tag, step, value in values if tag == "val/loss"]
@@ -126,7 +126,7 @@ def test_a_half_written_checkpoint_is_never_read(small, packed: Path, tmp_path: 
 
     def cut(self, checkpoint, path, storage_options=None) -> None:
         save(self, checkpoint, path, storage_options)
-        if storage_options.epoch == 2:
+        if storage_options is not None and storage_options.epoch == 2:
             storage.delete(storage.join(str(path), "committed.json"))
             Path(path, "checkpoint.ckpt").write_bytes(b"half")
             raise KilledError
