@@ -68,7 +68,7 @@ def read_bytes_if_there(url: str) -> bytes | None:
     with _told("read", url):
         try:
             return fs.cat_file(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 

@@ -21,11 +21,7 @@ BASIC_CNN = Recipe(
 )
 
 RESNET18 = replace(
-    BASIC_CNN,
-    name="resnet18",
-    model=ResNet18(),
-    optimizer=AdamW(lr=2e-3, weight_decay=0.05),
-    length=Length(epochs=3),
+    BASIC_CNN, name="resnet18", model=ResNet18(), optimizer=AdamW(lr=2e-3, weight_decay=0.05), length=Length(epochs=3)
 )
 
 REGULARIZED = Recipe(

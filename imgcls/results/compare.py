@@ -5,13 +5,7 @@ from dataclasses import dataclass
 
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.statistics import (
-    Interval,
-    accuracy_interval,
-    difference_interval,
-    paired_interval,
-    seeds_interval,
-)
+from imgcls.results.statistics import Interval, accuracy_interval, difference_interval, paired_interval, seeds_interval
 
 
 @dataclass(frozen=True, slots=True)

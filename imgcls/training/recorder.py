@@ -108,11 +108,7 @@ class Recorder(Checkpoint):
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "timing": self.timing,
-            "best": self.best.model_dump_json() if self.best else None,
-        }
+        return {"history": self.history, "timing": self.timing, "best": self.best.model_dump_json() if self.best else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])

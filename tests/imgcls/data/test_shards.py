@@ -43,11 +43,12 @@ def test_packing_twice_gives_the_same_bytes(pets: Path, tmp_path: Path):
 
 
 def test_a_strangers_webdataset_pipeline_reads_the_shards(pets: Path, tmp_path: Path):
-    from webdataset.compat import WebDataset
+    import webdataset
 
     manifest = pack(pets, tmp_path / "packed")
     urls = [str(tmp_path / "packed" / shard.name) for shard in manifest.shards if shard.split == "train"]
-    samples = list(WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    pipeline = webdataset.WebDataset(urls, shardshuffle=False)  # pyright: ignore[reportAttributeAccessIssue]
+    samples = list(pipeline.decode("pil").to_tuple("png", "cls"))
     assert len(samples) == 18
     assert [label for _, label in samples] == list(manifest.labels("train"))
     assert samples[0][0].size == (40, 30)

@@ -76,7 +76,7 @@ def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
     values, at = [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
-        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])  # pyright: ignore[reportAttributeAccessIssue]
         values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
         at += 16 + size
     losses = [(step, value) for tag, step, value in values if tag == "val/loss"]
