@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # Real images where there are any, the five runs, one page: runs/quick/report.html
 run: setup
-	$(BIN)/python -m jobs.suite --pack
+	@$(BIN)/python -m jobs.suite --pack
 
 # Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
 test: check

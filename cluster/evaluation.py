@@ -1,12 +1,13 @@
 """A checkpoint on a split: here in this process for one worker, under Ray Train for more. The same scores either way."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cluster import placement as placements
 from cluster import session
-from cluster.run import quiet, world_of
-from imgcls.errors import PlacementError
+from cluster.run import cause_of, quiet, world_of
 from imgcls.records import Placement, Record, Scores, Split
 
 
@@ -44,7 +45,7 @@ def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _causes_raised():
         result = TorchTrainer(
             _worker,
             train_loop_config={"asked": asked, "placement": placement.model_dump_json()},
@@ -53,9 +54,18 @@ def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
                 name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
             ),
         ).fit()
-    if result.return_value is None:
-        raise PlacementError("the workers ended without a result; --verbose shows why")
-    return Evaluation.model_validate_json(result.return_value)
+    return Evaluation.model_validate_json(str(result.return_value))
+
+
+@contextmanager
+def _causes_raised() -> Iterator[None]:
+    """What a worker raised is raised here, instead of Train's error around it."""
+    from ray.train import TrainingFailedError
+
+    try:
+        yield
+    except TrainingFailedError as error:
+        raise cause_of(error)[1] from None
 
 
 def _worker(given: dict[str, Any]) -> str:

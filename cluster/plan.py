@@ -14,7 +14,7 @@ from imgcls.catalogue import CATALOGUES
 from imgcls.data.shards import check_shards, read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import CheckpointError, RecipeError
-from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields, digest_of
+from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields
 from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, SuiteRecord
 from imgcls.training.lineage import Seen, refuse_seen_images
 
@@ -65,13 +65,6 @@ class Plan:
         return any(manifest.synthetic for manifest in self.manifests.values())
 
 
-def default_id(catalogue: str, recipes: Sequence[Recipe], *, changed: bool) -> str:
-    """The catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time."""
-    if not changed:
-        return catalogue
-    return f"{catalogue}-{digest_of([recipe.to_json() for recipe in recipes])[:8]}"
-
-
 def make_plan(request: Request) -> Plan:
     """Raises RecipeError, DataError or CheckpointError for all that can be known to be wrong before training."""
     recipes, notes = _with_sources(request)
@@ -112,7 +105,7 @@ def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
         if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:
             source = _catalogued(request.catalogue, recipe.init.recipe, needed_by=recipe.name)
             recipes.append(source)
-            notes.append(f"{recipe.name} starts from {source.name}, which is added")
+            notes.append(f"{recipe.name} starts from {source.name}, which is added where it is missing")
     return recipes, notes
 
 
@@ -196,7 +189,8 @@ def extended(before: SuiteRecord | None, request: Request, plan: Plan) -> SuiteR
         if runs.setdefault(name, config.digest()) != config.digest():
             there = records.read_if_there(RunConfig, storage.join(request.run_url(name), "config.json"))
             raise CheckpointError(_other_digest(request, name, there, config))
-    return SuiteRecord(id=request.id, catalogue=request.catalogue, data=request.data_url, runs=runs)
+    synthetic = plan.synthetic or bool(before and before.synthetic)
+    return SuiteRecord(id=request.id, catalogue=request.catalogue, data=request.data_url, synthetic=synthetic, runs=runs)
 
 
 def _other_digest(request: Request, name: str, there: RunConfig | None, here: RunConfig) -> str:

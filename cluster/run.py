@@ -10,13 +10,11 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from cluster.placement import scaling_config
 from cluster.session import COLLECTIVE_TIMEOUT_S
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.errors import ImgclsError
-from imgcls.records import Placement, RunConfig, RunResult
+from imgcls.records import Placement, Record, RunConfig, RunResult
 
 if TYPE_CHECKING:
     from imgcls.training.world import World
@@ -24,10 +22,8 @@ if TYPE_CHECKING:
 LOG_TAIL_LINES = 20
 
 
-class Order(BaseModel):
-    """What a trial is told. Plain values, so that Tune can keep it."""
-
-    model_config = ConfigDict(frozen=True)
+class Assignment(Record):
+    """What a trial is told: plain values, so that it travels as JSON."""
 
     config: RunConfig
     data_url: str
@@ -36,24 +32,35 @@ class Order(BaseModel):
     max_failures: int
     verbose: bool
     environment: dict[str, str]
-    started_s: float
+    """Of the workers; see `told`."""
 
 
-def trial(order: dict[str, Any]) -> None:
-    """Carries one run out; what it came to lies in the run's folder, a failure too.
+def told(commit: str | None) -> dict[str, str]:
+    """What a worker cannot find out by itself, as environment variables."""
+    return {
+        "IMGCLS_COMMIT": commit or "unknown",
+        **{name: value for name, value in os.environ.items() if name == "IMGCLS_CACHE"},
+    }
+
+
+def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
+    """Carries the chosen run out; what it came to lies in the run's folder, a failure too.
 
     Whatever else is raised, as a controller that died, is for Tune to try again.
     """
     from ray.train import TrainingFailedError
 
-    given = Order.model_validate_json(order["order"])
+    text = assignments[chosen["run"]]
+    given = Assignment.model_validate_json(text)
     try:
-        _train(given)
+        _train(given, {"assignment": text, "started_s": time.time()})
     except TrainingFailedError as error:
-        record_failure(given.config, given.run_url, _reason(error))
+        rank, cause = cause_of(error)
+        last = str(cause).strip().splitlines()[-1:]
+        record_failure(given.config, given.run_url, ": ".join([f"rank {rank}", type(cause).__name__, *last]))
 
 
-def _train(order: Order) -> None:
+def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -61,31 +68,30 @@ def _train(order: Order) -> None:
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(
             train_worker,
-            train_loop_config={"order": order.model_dump_json()},
+            train_loop_config=loop_config,
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=scaling_config(order.placement),
+            scaling_config=scaling_config(given.placement),
             run_config=ray.train.RunConfig(
-                name=order.config.name,
+                name=given.config.name,
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
                 callbacks=[TuneReportCallback()],
-                failure_config=ray.train.FailureConfig(max_failures=order.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="INFO" if order.verbose else "CRITICAL"),
-                worker_runtime_env={"env_vars": order.environment},
+                failure_config=ray.train.FailureConfig(max_failures=given.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="INFO" if given.verbose else "CRITICAL"),
+                worker_runtime_env={"env_vars": given.environment},
             ),
         ).fit()
 
 
-def train_worker(order: dict[str, Any]) -> None:
+def train_worker(loop_config: dict[str, Any]) -> None:
     """One rank of one run. Whatever is the user's to mend is recorded as the run's failure and not tried again."""
-
-    given = Order.model_validate_json(order["order"])
-    if records.read_if_there(RunResult, storage.join(given.run_url, "result.json")) is not None:
+    given = Assignment.model_validate_json(loop_config["assignment"])
+    if storage.exists(storage.join(given.run_url, "result.json")):
         return
     quiet(given.verbose)
     from imgcls.training.fit import fit
 
-    world = world_of(given.placement, started_s=given.started_s)
+    world = world_of(given.placement, started_s=loop_config["started_s"])
     try:
         fit(given.config, data_url=given.data_url, run_url=given.run_url, world=world)
     except ImgclsError as error:
@@ -143,48 +149,10 @@ def record_failure(config: RunConfig, run_url: str, reason: str) -> None:
     if storage.exists(url):
         return
     log = storage.read_bytes_if_there(storage.join(run_url, "log.txt")) or b""
-    result = RunResult(
-        name=config.name,
-        catalogue=config.catalogue,
-        recipe=config.recipe,
-        seed=config.seed,
-        digest=config.digest(),
-        status="failed",
-        error=reason,
-        log_tail=tuple(log.decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]),
-        data_digest=config.data_digest,
-    )
-    storage.write_bytes(url, result.to_bytes())
+    tail = tuple(log.decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    storage.write_bytes(url, RunResult.of(config, status="failed", error=reason, log_tail=tail).to_bytes())
 
 
-def _reason(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return f"{type(error).__name__}: {error}"
-    rank, cause = min(failures.items())
-    return f"rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else cause}"
-
-
-def make_order(
-    config: RunConfig,
-    *,
-    data_url: str,
-    run_url: str,
-    placement: Placement,
-    max_failures: int,
-    verbose: bool,
-    commit: str | None,
-) -> Order:
-    told = {"IMGCLS_COMMIT": commit or "unknown"}
-    if cache := os.environ.get("IMGCLS_CACHE"):
-        told["IMGCLS_CACHE"] = cache
-    return Order(
-        config=config,
-        data_url=data_url,
-        run_url=run_url,
-        placement=placement,
-        max_failures=max_failures,
-        verbose=verbose,
-        environment=told,
-        started_s=time.time(),
-    )
+def cause_of(error: Exception) -> tuple[int, Exception]:
+    """(rank, what it raised) of the first rank that failed, out of Train's own error; rank 0 where Train names none."""
+    return min((getattr(error, "worker_failures", None) or {0: error}).items())

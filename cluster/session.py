@@ -14,7 +14,6 @@ from typing import Any
 from imgcls.errors import PlacementError
 
 QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     # Tune's own table and its loggers; the run's folder holds what it wrote itself.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -25,6 +24,7 @@ QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
 }
 NEEDED = {
+    "RAY_USAGE_STATS_ENABLED": "0",
     # Token authentication is set on purpose; left alone it depends on how Ray was started.
     "RAY_AUTH_MODE": "token",
     # Train takes one report at each health check; at its 2 s every report of a short epoch would wait.

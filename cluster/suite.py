@@ -7,17 +7,16 @@ the same request again does what is left, whoever made it and wherever it stoppe
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import placement as placements
 from cluster import session
 from cluster.decide import Done, Status, blocked_by, next_action, start_order
 from cluster.plan import Plan, Request, extended
-from cluster.run import make_order, record_failure, trial
+from cluster.run import Assignment, record_failure, told, trial
 from imgcls import records, storage
-from imgcls.records import Placement, RunConfig, RunResult, SuiteRecord, SuiteResults, SuiteRow
-from imgcls.training import environment
+from imgcls.records import Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
+from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
     from cluster.searcher import View
@@ -79,7 +78,7 @@ def write_down(request: Request, plan: Plan) -> None:
 
 
 def status_of(run_url: str) -> Status:
-    return _status(records.read_if_there(RunResult, storage.join(run_url, "result.json")))
+    return _status(result_of(run_url))
 
 
 def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placement: Placement, view: "View") -> None:
@@ -98,7 +97,7 @@ def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placem
         return placements.how_many_fit(placements.cluster_nodes(), placement)
 
     searcher = PlanSearcher(statuses, plan.sources, room=room, came_to=came_to, view=view)
-    carried = tune.with_parameters(_trial_of, make=_Orders(request, plan, placement))
+    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, placement))
     folder = tempfile.mkdtemp(prefix="imgcls-tune-")
     try:
         tune.Tuner(
@@ -116,28 +115,20 @@ def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placem
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Orders:
-    """Makes a run's order in its trial: only there the time of its start is known."""
-
-    def __init__(self, request: Request, plan: Plan, placement: Placement) -> None:
-        self.request, self.configs, self.placement = request, plan.configs, placement
-        self.commit = environment.commit()
-
-    def __call__(self, run: str) -> dict[str, Any]:
-        order = make_order(
-            self.configs[run],
-            data_url=self.request.data_url,
-            run_url=self.request.run_url(run),
-            placement=self.placement,
-            max_failures=self.request.max_failures,
-            verbose=self.request.verbose,
-            commit=self.commit,
-        )
-        return {"order": order.model_dump_json()}
-
-
-def _trial_of(config: dict[str, Any], make: Callable[[str], dict[str, Any]]) -> None:
-    trial(make(config["run"]))
+def _assignments(request: Request, plan: Plan, placement: Placement) -> dict[str, str]:
+    environment = told(commit())
+    return {
+        name: Assignment(
+            config=config,
+            data_url=request.data_url,
+            run_url=request.run_url(name),
+            placement=placement,
+            max_failures=request.max_failures,
+            verbose=request.verbose,
+            environment=environment,
+        ).model_dump_json()
+        for name, config in plan.configs.items()
+    }
 
 
 def publish(suite_url: str, *, seconds: float, command: str) -> SuiteResults:
@@ -153,39 +144,36 @@ def publish(suite_url: str, *, seconds: float, command: str) -> SuiteResults:
 
 def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
     """Each run's history.csv, where it has one."""
-    found = {row.name: storage.read_bytes_if_there(storage.join(suite_url, row.name, "history.csv")) for row in results.rows}
+    found = {run.name: storage.read_bytes_if_there(storage.join(suite_url, run.name, "history.csv")) for run in results.runs}
     return {name: data for name, data in found.items() if data is not None}
 
 
 def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command: str) -> SuiteResults:
-    """All runs that were ever asked for under the id."""
-    found: dict[str, RunResult | None] = {}
-    configs: dict[str, RunConfig] = {}
-    for name in suite.runs:
-        found[name] = records.read_if_there(RunResult, storage.join(suite_url, name, "result.json"))
-        configs[name] = records.read(RunConfig, storage.join(suite_url, name, "config.json"))
+    configs = {name: records.read(RunConfig, storage.join(suite_url, name, "config.json")) for name in suite.runs}
+    found = {name: result_of(storage.join(suite_url, name)) for name in suite.runs}
     statuses = {name: _status(result) for name, result in found.items()}
     blocked = blocked_by(statuses, {name: config.source_run for name, config in configs.items()})
-    rows = [_row(name, found[name], blocked) for name in suite.runs]
     return SuiteResults(
         id=suite.id,
         catalogue=suite.catalogue,
-        synthetic=any(row.result is not None and row.result.synthetic for row in rows),
-        rows=tuple(rows),
+        synthetic=suite.synthetic,
+        runs=tuple(result or _unfinished(configs[name], blocked.get(name)) for name, result in found.items()),
         seconds=round(seconds, 1),
         command=command,
     )
+
+
+def _unfinished(config: RunConfig, failed_source: str | None) -> RunResult:
+    if failed_source:
+        return RunResult.of(config, status="blocked", error=f"its source {failed_source} failed")
+    return RunResult.of(config, status="open", error="not finished yet: the same command goes on")
+
+
+def result_of(run_url: str) -> RunResult | None:
+    return records.read_if_there(RunResult, storage.join(run_url, "result.json"))
 
 
 def _status(result: RunResult | None) -> Status:
     if result is None:
         return Status.OPEN
     return Status.FINISHED if result.status == "finished" else Status.FAILED
-
-
-def _row(name: str, result: RunResult | None, blocked: Mapping[str, str]) -> SuiteRow:
-    if result is not None:
-        return SuiteRow(name=name, status=result.status, error=result.error, result=result)
-    if name in blocked:
-        return SuiteRow(name=name, status="blocked", error=f"its source {blocked[name]} failed")
-    return SuiteRow(name=name, status="open", error="not finished yet: the same command goes on")

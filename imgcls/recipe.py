@@ -6,8 +6,8 @@ Called by the jobs (to choose), by `training.fit` (to build), by `results` (to s
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -180,15 +180,11 @@ def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """`recipe` with the fields at dotted paths replaced: `derive(RESNET18, {"optimizer.lr": 0.2})`."""
     value = recipe.to_json()
     for path, new in changes.items():
-        *parents, leaf = path.split(".")
-        place: Any = value
-        for depth, name in enumerate([*parents, leaf]):
-            if not isinstance(place, dict) or name not in place:
-                where = ".".join(path.split(".")[:depth]) or "the recipe"
-                exist = f"; {where} has: {', '.join(place)}" if isinstance(place, dict) else f"; {where} is one value"
-                raise RecipeError(f"recipe {recipe.name} has no field {path}{exist}")
-            if depth < len(parents):
-                place = place[name]
+        part, _, leaf = path.rpartition(".")
+        place = value.get(part) if part else value
+        if not isinstance(place, dict) or leaf not in place:
+            where, known = (part, place) if part and isinstance(place, dict) else ("the recipe", value)
+            raise RecipeError(f"recipe {recipe.name} has no field {path}; {where} has: {', '.join(known)}")
         place[leaf] = new
     return recipe_from_json(value, where=f"recipe {recipe.name} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
 
@@ -209,18 +205,14 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
 
 def changes_between(base: Recipe, recipe: Recipe) -> dict[str, Any]:
     """What `derive` needs to make `recipe` of `base`, by path; a part of another kind is replaced as a whole."""
-
-    def walk(a: dict[str, Any], b: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, new in b.items():
-            old = a[name]
-            if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-                found |= walk(old, new, f"{prefix}{name}.")
-            elif old != new:
-                found[f"{prefix}{name}"] = new
-        return found
-
-    return walk(base.to_json(), recipe.to_json(), "")
+    found: dict[str, Any] = {}
+    old = base.to_json()
+    for name, new in recipe.to_json().items():
+        if isinstance(new, dict) and new.keys() == old[name].keys():
+            found |= {f"{name}.{leaf}": value for leaf, value in new.items() if value != old[name][leaf]}
+        elif new != old[name]:
+            found[name] = new
+    return found
 
 
 def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -236,17 +228,16 @@ def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> 
 
 
 def _explain(value: Any, loc: tuple[int | str, ...], message: str) -> str:
-    path = [str(part) for part in loc]
-    known = _known_fields(loc)
-    if message.startswith("Unexpected") or "unexpected" in message.lower():
-        return f"unknown field {'.'.join(_without_tags(value, path))}; known here: {', '.join(known)}"
-    return f"{'.'.join(_without_tags(value, path))}: {message}"
+    path = ".".join(_without_tags(value, loc))
+    if "unexpected" in message.lower():
+        return f"unknown field {path}; known here: {', '.join(_known_fields(loc))}"
+    return f"{path}: {message}"
 
 
-def _without_tags(value: Any, path: list[str]) -> list[str]:
-    """Drop the union tags that pydantic puts into a location (`optimizer.adam.lr` -> `optimizer.lr`)."""
+def _without_tags(value: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Drops the union tags that pydantic puts into a location (`optimizer.adam.lr` -> `optimizer.lr`)."""
     shown, place = [], value
-    for name in path:
+    for name in map(str, loc):
         if isinstance(place, dict) and name not in place and place.get("kind") == name:
             continue
         shown.append(name)
@@ -255,10 +246,9 @@ def _without_tags(value: Any, path: list[str]) -> list[str]:
 
 
 def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
-    kinds = (BasicCNN, ResNet18, Scratch, FromRun, Adam, AdamW, Constant, OneCycle)
-    parts = {fields(cls)[0].default: cls for cls in kinds}
-    by_field = {"input": Input, "augment": Augment, "length": Length, "validation": Cut}
+    """Fields of the part in which a location ends, by the types of Recipe."""
     known: Any = Recipe
-    for name in loc[:-1]:
-        known = parts.get(str(name)) or by_field.get(str(name)) or known
-    return [f.name for f in fields(known)] if is_dataclass(known) else []
+    if len(loc) > 1:
+        part = get_type_hints(Recipe)[str(loc[0])]
+        known = next((kind for kind in get_args(part) if fields(kind)[0].default == loc[1]), part)
+    return [field.name for field in fields(known)]

@@ -161,14 +161,15 @@ class Placement(Record):
 
 
 class RunResult(Record):
-    """What a run came to. A run is over when this lies in its folder."""
+    """What a run came to. A run is over when this lies in its folder, finished or failed."""
 
     name: str
     catalogue: str
     recipe: Recipe
     seed: int
     digest: str
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "failed", "blocked", "open"]
+    """On a suite's page only: `blocked` waited for a source that failed, `open` is not finished yet."""
     error: str | None = None
     log_tail: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -200,6 +201,20 @@ class RunResult(Record):
     hardware: dict[str, str] = {}
     commit: str | None = None
 
+    @classmethod
+    def of(cls, config: RunConfig, **fields: Any) -> Self:
+        """A result of the run that `config` asks for."""
+        return cls(
+            name=config.name,
+            catalogue=config.catalogue,
+            recipe=config.recipe,
+            seed=config.seed,
+            digest=config.digest(),
+            data_digest=config.data_digest,
+            init=config.init,
+            **fields,
+        )
+
 
 class SuiteRecord(Record):
     """What was asked for so far under one id; later commands extend it."""
@@ -207,24 +222,23 @@ class SuiteRecord(Record):
     id: str
     catalogue: str
     data: str
+    synthetic: bool
+    """Some of the data were."""
     runs: dict[str, str]
     """Name to digest."""
 
 
-class SuiteRow(Record):
-    """One run in the suite's table."""
-
-    name: str
-    status: Literal["finished", "failed", "blocked", "open"]
-    """`blocked` waited for a source that failed; `open` is not finished yet."""
-    error: str | None = None
-    result: RunResult | None = None
-
-
 class SuiteResults(Record):
+    """What the page shows: every run that was ever asked for under the id."""
+
     id: str
     catalogue: str
     synthetic: bool
-    rows: tuple[SuiteRow, ...]
+    runs: tuple[RunResult, ...]
     seconds: float
+    """Of the last command, without packing."""
     command: str
+
+    @property
+    def finished(self) -> list[RunResult]:
+        return [run for run in self.runs if run.status == "finished"]

@@ -136,6 +136,11 @@ def check_writable(url: str) -> None:
     delete(probe)
 
 
+def cache_root() -> Path:
+    """Where this node keeps what it can make again: `IMGCLS_CACHE`, else `~/.cache/imgcls`."""
+    return Path(os.environ.get("IMGCLS_CACHE") or Path.home() / ".cache" / "imgcls")
+
+
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 

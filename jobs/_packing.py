@@ -10,7 +10,7 @@ from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import DataError
 from imgcls.recipe import Recipe
 from imgcls.records import Manifest
-from jobs._request import Flags
+from jobs._request import Flags, suite_id
 from jobs._terminal import Lines, bar
 
 DOWNLOADS = Path("data/sources")
@@ -68,7 +68,7 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
         lines.say(f"no data: {str(error).splitlines()[0]}")
         lines.say("procedural images take their place; to train on real ones, give them by IMGCLS_SOURCES or data/sources/")
         folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
-        flags = replace(flags, data=folder, id=f"{flags.id or flags.catalogue}-synthetic")
+        flags = replace(flags, data=folder, id=f"{suite_id(flags, recipes)}-synthetic")
         sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(folder, recipes)}
     for dataset, source in sources.items():
         pack_set(source, dataset, flags.data)

@@ -1,5 +1,6 @@
 """The flags that `train` and `suite` share, and the way from them to results."""
 
+import json
 import shlex
 import sys
 import tomllib
@@ -12,7 +13,7 @@ import tyro
 from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.errors import RecipeError
-from imgcls.recipe import Recipe, derive, parse_changes, recipe_from_json
+from imgcls.recipe import Recipe, derive, digest_of, parse_changes, recipe_from_json
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results
 
@@ -30,7 +31,7 @@ class Flags:
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE"), tyro.conf.UseAppendAction] = ()
     """Change a field of the recipe by its path, as optimizer.lr=0.01."""
     recipe: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
-    """A recipe from a TOML file, in place of one from the catalogue."""
+    """A recipe from a TOML file, or a run's config.json, in place of one from the catalogue."""
     seed: int = 0
     """The first seed."""
     init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
@@ -66,15 +67,16 @@ def chosen_recipes(flags: Flags, names: tuple[str, ...] | None) -> tuple[Recipe,
 
 def _from_file(path: Path) -> Recipe:
     try:
-        value = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"--recipe {path} cannot be read as TOML: {error}") from None
+        text = path.read_text()
+        value = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, LookupError) as error:
+        raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's config.json: {error}") from None
     return recipe_from_json(value, where=str(path))
 
 
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
     """Plans, runs, prints; the exit code."""
-    from cluster.plan import Request, default_id, make_plan
+    from cluster.plan import Request, make_plan
     from cluster.suite import run_suite
 
     for flag, value, least in (
@@ -85,12 +87,11 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
     ):
         if value < least:
             raise RecipeError(f"{flag} {value}: {'one' if least else 'zero'} or more")
-    changed = bool(flags.set or flags.recipe)
     request = Request(
         catalogue=flags.catalogue,
         recipes=recipes,
         seeds=tuple(range(flags.seed, flags.seed + num_seeds)),
-        id=checked_id(flags.id) if flags.id else default_id(flags.catalogue, recipes, changed=changed),
+        id=suite_id(flags, recipes),
         data_url=storage.absolute(flags.data),
         storage_url=storage.absolute(flags.storage),
         init_from=flags.init_from,
@@ -110,8 +111,17 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         results = run_suite(request, plan, view=view, command=_command())
     say_results(lines, results)
     lines.say(f"page: {storage.join(flags.storage, request.id, 'report.html')}")
-    asked = [row for row in results.rows if row.name in plan.configs]
-    return DONE if all(row.status == "finished" for row in asked) else SOME_FAILED
+    asked = [run for run in results.runs if run.name in plan.configs]
+    return DONE if all(run.status == "finished" for run in asked) else SOME_FAILED
+
+
+def suite_id(flags: Flags, recipes: tuple[Recipe, ...]) -> str:
+    """--id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time."""
+    if flags.id:
+        return checked_id(flags.id)
+    if not (flags.set or flags.recipe):
+        return flags.catalogue
+    return f"{flags.catalogue}-{digest_of([recipe.to_json() for recipe in recipes])[:8]}"
 
 
 def checked_id(text: str) -> str:

@@ -80,8 +80,8 @@ class SuiteView:
         row = progress.get("row")
         if row:
             self.lines.say(
-                f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train_loss']:.4f}  "
-                f"val/loss {row['val_loss']:.4f}  val/accuracy {row['val_accuracy']:.4f}  "
+                f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train/loss']:.4f}  "
+                f"val/loss {row['val/loss']:.4f}  val/accuracy {row['val/accuracy']:.4f}  "
                 f"{progress['images_per_s']:,.0f} images/s{self._left(self.rows[run])}"
             )
 
@@ -128,16 +128,16 @@ def _duration(seconds: float) -> str:
 
 def say_results(lines: Lines, results: "SuiteResults") -> None:
     """The printed table, and the end of the log of what failed."""
-    from imgcls.results.compare import table_rows
+    from imgcls.results.compare import HEADER, table_row
 
-    rows = table_rows(results)
+    rows = [HEADER, *map(table_row, results.runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         lines.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for one in results.rows:
-        if one.status == "failed" and one.result is not None:
-            lines.say(f"{one.name} failed: {one.error}")
-            for text in one.result.log_tail[-8:]:
+    for run in results.runs:
+        if run.status in ("failed", "blocked"):
+            lines.say(f"{run.name} {run.status}: {run.error}")
+            for text in run.log_tail[-8:]:
                 lines.say(f"  | {text}")
 
 

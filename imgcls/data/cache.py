@@ -4,7 +4,6 @@ Comes in: a packed set. Goes out: a `Cache`, whose rows are the samples in the o
 lock into a temporary folder and renamed when whole: who comes second waits, and who comes after a kill builds again.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -38,11 +37,6 @@ class Cache:
     labels: NDArray[np.int64]
 
 
-def cache_root() -> Path:
-    """`IMGCLS_CACHE`, else `~/.cache/imgcls`."""
-    return Path(os.environ.get("IMGCLS_CACHE") or Path.home() / ".cache" / "imgcls")
-
-
 def open_cache(
     set_url: str, manifest: Manifest, *, px: int, channels: int, progress: Progress = lambda done, total: None
 ) -> Cache:
@@ -50,7 +44,7 @@ def open_cache(
 
     Raises DataError where a shard or an image is not what the manifest says, StorageError where the disk is full.
     """
-    root = cache_root()
+    root = storage.cache_root()
     folder = root / f"{manifest.digest[:16]}-{px}-{channels}-{DECODER}"
     shape = (sum(shard.num_samples for shard in manifest.shards), px, px, channels)
     try:

@@ -32,9 +32,9 @@ def decode(data: bytes) -> Image.Image:
         image.load()
         turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I") or turned.mode == "F":
-        # Pillow clips 16-bit gray at 255 instead of scaling it.
+        # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
         wide = np.asarray(turned).astype(np.float64)
-        top = 65535.0 if wide.max(initial=0) > 255 else 255.0
+        top = 65535.0 if turned.mode.startswith("I;16") or wide.max(initial=0) > 255 else 255.0
         turned = Image.fromarray((wide * 255 / top).clip(0, 255).round().astype(np.uint8))
     if turned.has_transparency_data:
         over = turned.convert("RGBA")

@@ -4,18 +4,23 @@ Comes in: a DATASET's name and perhaps a path. Goes out: a `Source`, a plain lis
 later, by whichever process packs them. Called by `jobs.pack` and `jobs.suite --pack`.
 """
 
+import bz2
 import gzip
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
+from imgcls import storage
 from imgcls.data import archives
 from imgcls.data.images import EXTENSIONS, encode_png
 from imgcls.data.order import stratified_cut
@@ -23,6 +28,7 @@ from imgcls.errors import DataError
 from imgcls.recipe import digest_of
 from imgcls.records import Split
 
+ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 SPLITS = frozenset({"train", "val", "test"})
 CUT_SEED, TEST_FRACTION = 42, 0.2
 """How a test set is cut from a folder that brings none."""
@@ -110,7 +116,7 @@ def find_source(dataset: str) -> Path | None:
 
 def _fits(path: Path, dataset: str) -> bool:
     named = path.name.startswith(dataset) or path.name == archives.official_name(dataset)
-    return named and (path.is_dir() or path.name.endswith((".tar", ".tgz", ".tar.gz")))
+    return named and (path.is_dir() or path.name.endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
@@ -168,20 +174,29 @@ def _tar_files(path: Path) -> tuple[dict[str, Bytes], set[str]]:
     return found, folders
 
 
+COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+"""By the first bytes of a file."""
+
+
 def _uncompressed(path: Path) -> Path:
-    """A tar whose members can be read at their offsets; a gzipped one is unpacked beside the temporary files, once."""
+    """A tar whose members can be read at their offsets; a compressed one is unpacked once, under the cache."""
     with path.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return path
-    info = path.stat()
-    whole = Path(tempfile.gettempdir(), f"imgcls-{os.getuid()}-{info.st_size}-{info.st_mtime_ns}-{path.stem}")
+        head = file.read(8)
+    opened = next((open_ for magic, open_ in COMPRESSIONS.items() if head.startswith(magic)), None)
+    if opened is None:
+        return path
+    info, folder = path.stat(), storage.cache_root() / "unpacked"
+    whole = folder / f"{path.name.split('.')[0]}-{info.st_size}-{info.st_mtime_ns}.tar"
     if not whole.exists():
-        with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as target, gzip.open(path) as packed:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as target, opened(path) as packed:
             try:
                 shutil.copyfileobj(packed, target, 1 << 20)
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, OSError, lzma.LZMAError) as error:
                 os.unlink(target.name)
-                raise DataError(f"{path} is a damaged archive: {error}\n  do: fetch it again") from None
+                raise DataError(
+                    f"{path} cannot be unpacked to {folder}: {error}\n  do: fetch it again, or make room"
+                ) from None
         os.replace(target.name, whole)
     return whole
 

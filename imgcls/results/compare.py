@@ -33,8 +33,7 @@ QUESTIONS = (
 
 def finished(results: SuiteResults, recipe: str) -> dict[int, RunResult]:
     """Finished runs of a recipe by seed."""
-    found = [row.result for row in results.rows if row.result is not None and row.status == "finished"]
-    return {one.seed: one for one in found if one.recipe.name == recipe and one.test is not None}
+    return {run.seed: run for run in results.finished if run.recipe.name == recipe}
 
 
 def counts(result: RunResult) -> tuple[int, int]:
@@ -89,42 +88,27 @@ def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
     return ", ".join(name for name in differ if name not in question.asks)
 
 
-HEADER = (
-    "run",
-    "status",
-    "test accuracy",
-    "95%",
-    "test n",
-    "test loss",
-    "val accuracy",
-    "epochs",
-    "images/s",
-    "s",
-    "published",
-)
+MEASURED = ("test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "min")
+HEADER = ("run", "status", *MEASURED, "published")
 
 
-def table_rows(results: SuiteResults) -> list[tuple[str, ...]]:
-    """The header, and a row a run."""
-    return [HEADER, *(_table_row(row.name, row.status, row.result, row.error) for row in results.rows)]
-
-
-def _table_row(name: str, status: str, result: RunResult | None, error: str | None) -> tuple[str, ...]:
-    published = PUBLISHED.get(name.rpartition("-seed")[0])
+def table_row(run: RunResult) -> tuple[str, ...]:
+    """One run under HEADER; the interval is that of its test set, `min` the minutes from its start to its end."""
+    published = PUBLISHED.get(run.recipe.name)
     beside = f"{published.accuracy:.4f}" if published else ""
-    if result is None or result.test is None or result.val is None:
-        return (name, status, *[""] * 8, beside)
-    interval = accuracy_interval(*counts(result))
+    if run.test is None or run.val is None:
+        return (run.name, run.status, *[""] * len(MEASURED), beside)
+    interval = accuracy_interval(*counts(run))
     return (
-        name,
-        status,
-        f"{result.test.accuracy:.4f}",
+        run.name,
+        run.status,
+        f"{run.test.accuracy:.4f}",
         f"{interval.low:.3f}-{interval.high:.3f}",
-        f"{result.test.num_samples:,}",
-        f"{result.test.loss:.4f}",
-        f"{result.val.accuracy:.4f}",
-        f"{result.epochs}",
-        f"{result.images_per_s:,.0f}" if result.images_per_s else "",
-        f"{result.seconds.get('fit', 0):,.0f}",
+        f"{run.test.num_samples:,}",
+        f"{run.test.loss:.4f}",
+        f"{run.val.accuracy:.4f}",
+        f"{run.epochs}",
+        f"{run.images_per_s:,.0f}" if run.images_per_s else "",
+        f"{run.seconds.get('fit', 0) / 60:.1f}",
         beside,
     )

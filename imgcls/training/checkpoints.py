@@ -19,8 +19,8 @@ from imgcls.records import Record
 from imgcls.training.weights import load_tensors
 
 
-class Committed(Record):
-    """The marker: what the checkpoint beside it is."""
+class Facts(Record):
+    """What the writer of a checkpoint knows of it."""
 
     step: int
     epoch: int
@@ -28,19 +28,14 @@ class Committed(Record):
     val_loss: float
     finished: bool
     """Nothing is left to train."""
+    run_digest: str
+
+
+class Committed(Facts):
+    """The marker: what the checkpoint beside it is."""
+
     num_bytes: int
     sha256: str
-    recipe_digest: str
-
-
-class Facts(Record):
-    """What the writer of a checkpoint knows of it."""
-
-    epoch: int
-    step: int
-    val_loss: float
-    finished: bool
-    recipe_digest: str
 
 
 class CheckpointStore(CheckpointIO):

@@ -92,7 +92,7 @@ class _Fit:
         return Recorder(
             self.run_url,
             self.store,
-            recipe_digest=self.config.digest(),
+            run_digest=self.config.digest(),
             about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.manifest.synthetic),
             planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
@@ -139,7 +139,7 @@ class _Fit:
         if last is None:
             self.log.line(f"{self.config.name}: {self._plan()}")
         else:
-            self._check_resume(last.recipe_digest)
+            self._check_resume(last.run_digest)
             self.log.line(f"{self.config.name}: goes on after epoch {last.epoch}, step {last.step}")
         if last is not None and last.finished:
             state = self.store.load_checkpoint(self.store.place(last.step))
@@ -196,12 +196,8 @@ class _Fit:
         self.clock.add("fit", time.perf_counter() - began)
         self.log.line(f"tested once, on the best checkpoint (epoch {best.epoch}): accuracy {test.accuracy:.4f}")
         trained = sum(float(row["samples"]) for row in self.recorder.history)
-        return RunResult(
-            name=self.config.name,
-            catalogue=self.config.catalogue,
-            recipe=self.recipe,
-            seed=self.config.seed,
-            digest=self.config.digest(),
+        return RunResult.of(
+            self.config,
             status="finished",
             class_names=self.manifest.class_names,
             epochs=len(self.recorder.history),
@@ -217,9 +213,7 @@ class _Fit:
             weights_sha256=last_sha256,
             best_weights_sha256=best_sha256,
             num_parameters=sum(p.numel() for p in self.module.network.parameters()),
-            data_digest=self.manifest.digest,
             synthetic=self.manifest.synthetic,
-            init=self.config.init,
             lineage=tuple(seen.entry for seen in self.lineage),
             placement=self.world.placement,
             versions=environment.versions(),

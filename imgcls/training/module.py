@@ -67,8 +67,7 @@ class Classifier(pl.LightningModule):
         self._evaluate(self.val_totals, batch)
 
     def on_validation_epoch_end(self) -> None:
-        # What early stopping looks at; equal on all ranks because the totals are.
-        self.log("val/loss", self._take("val", self.val_totals).loss, rank_zero_only=False)
+        self._take("val", self.val_totals)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.test_totals, batch)

@@ -34,11 +34,11 @@ HISTORY = (
     "lr",
     "samples",
     "ledger",
-    "train_loss",
-    "train_accuracy",
-    "val_samples",
-    "val_loss",
-    "val_accuracy",
+    "train/loss",
+    "train/accuracy",
+    "val/samples",
+    "val/loss",
+    "val/accuracy",
 )
 TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
 
@@ -80,7 +80,7 @@ class Stopwatch:
 
 
 class Recorder(Checkpoint):
-    """Keeps the history, commits each epoch, reports progress. Runs after early stopping, at each epoch's end."""
+    """Keeps the history, decides when to stop, commits each epoch after its validation, reports progress."""
 
     REPORTS_AN_EPOCH = 8
 
@@ -89,7 +89,7 @@ class Recorder(Checkpoint):
         run_url: str,
         store: CheckpointStore,
         *,
-        recipe_digest: str,
+        run_digest: str,
         about: dict[str, Any],
         planned_batches: Callable[[int], list[Ids]],
         epochs: int,
@@ -98,7 +98,7 @@ class Recorder(Checkpoint):
         log: RunLog,
         report: Callable[[Progress], None],
     ) -> None:
-        self.run_url, self.store, self.recipe_digest, self.about = run_url, store, recipe_digest, about
+        self.run_url, self.store, self.run_digest, self.about = run_url, store, run_digest, about
         self.planned_batches = planned_batches
         self.epochs, self.patience, self.writes, self.run_log, self.report = epochs, patience, writes, log, report
         self.history: list[Row] = []
@@ -123,7 +123,7 @@ class Recorder(Checkpoint):
         """Nothing is left to train: the epochs are done, or patience is at its end. A function of the history."""
         if len(self.history) >= self.epochs:
             return True
-        losses = [float(row["val_loss"]) for row in self.history]
+        losses = [float(row["val/loss"]) for row in self.history]
         return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -173,11 +173,11 @@ class Recorder(Checkpoint):
             "lr": rate,
             "samples": seen.samples,
             "ledger": seen.digest,
-            "train_loss": train.loss,
-            "train_accuracy": train.accuracy,
-            "val_samples": val.num_samples,
-            "val_loss": val.loss,
-            "val_accuracy": val.accuracy,
+            "train/loss": train.loss,
+            "train/accuracy": train.accuracy,
+            "val/samples": val.num_samples,
+            "val/loss": val.loss,
+            "val/accuracy": val.accuracy,
         }
         if self.best is None or val.loss < self.best.loss:
             self.best = val
@@ -197,9 +197,9 @@ class Recorder(Checkpoint):
         facts = Facts(
             epoch=int(row["epoch"]),
             step=int(row["step"]),
-            val_loss=float(row["val_loss"]),
+            val_loss=float(row["val/loss"]),
             finished=self.stops(),
-            recipe_digest=self.recipe_digest,
+            run_digest=self.run_digest,
         )
         trainer.save_checkpoint(self.store.place(facts.step), storage_options=facts)
         if self.writes:
@@ -219,8 +219,8 @@ class Recorder(Checkpoint):
         with tempfile.TemporaryDirectory() as folder:
             with SummaryWriter(folder) as events:
                 for row in self.history:
-                    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
-                        events.add_scalar(name.replace("_", "/"), row[name], int(row["step"]))
+                    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr"):
+                        events.add_scalar(name, row[name], int(row["step"]))
             (file,) = Path(folder).iterdir()
             storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
 

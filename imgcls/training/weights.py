@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.errors import CheckpointError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
-from imgcls.records import LineageEntry
+from imgcls.records import LineageEntry, RunResult
 from imgcls.training.lineage import Seen
 
 FORMAT = 1
@@ -58,9 +58,15 @@ def load_model(url: str) -> Model:
     """A checked `model.pt`. Raises CheckpointError where it is none, or its weights have another SHA-256."""
     content = load_tensors(storage.read_bytes(url), where=url)
     model = model_of(content, content.get("weights"), where=url)
-    found, expected = model.weights_sha256, content.get("weights_sha256")
-    if found != expected:
-        raise CheckpointError(f"{url}: the weights' SHA-256 is {found[:12]}.., not {str(expected)[:12]}..: it was altered")
+    found, expected = model.weights_sha256, {"it": content.get("weights_sha256")}
+    result = records.read_if_there(RunResult, storage.join(url.rpartition("/")[0], "result.json"))
+    if result is not None and result.best_weights_sha256:
+        expected["the result.json beside it"] = result.best_weights_sha256
+    for who, digest in expected.items():
+        if digest != found:
+            raise CheckpointError(
+                f"{url} was altered: its weights' SHA-256 is {found[:12]}.., {who} says {str(digest)[:12]}.."
+            )
     return model
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import Request, default_id, extended, make_plan
+from cluster.plan import Request, extended, make_plan
 from imgcls.catalogue import quick
 from imgcls.data import shards
 from imgcls.data.sources import Source
@@ -44,7 +44,7 @@ def test_recipes_times_seeds_are_the_runs_and_the_fine_tuned_wait_for_their_own_
 def test_a_missing_source_is_added_and_said(request_of):
     plan = make_plan(request_of(quick.FINETUNED, recipes=(derive(quick.FINETUNED, TINY),)))
     assert list(plan.configs) == ["finetuned-seed0", "resnet18-seed0"]
-    assert plan.notes == ("finetuned starts from resnet18, which is added",)
+    assert plan.notes == ("finetuned starts from resnet18, which is added where it is missing",)
 
 
 def test_the_placement_is_not_in_a_runs_digest(request_of):
@@ -59,14 +59,6 @@ def test_a_run_of_the_same_name_with_another_digest_is_refused(request_of):
         extended(before, changed, make_plan(changed))
     more = request_of(*FIVE, seeds=(0, 1))
     assert set(extended(before, more, make_plan(more)).runs) == set(make_plan(more).configs)
-
-
-def test_the_id_is_the_catalogue_or_carries_its_changes():
-    assert default_id("quick", quick.SUITE, changed=False) == "quick"
-    one, two = default_id("quick", FIVE, changed=True), default_id("quick", FIVE[:4], changed=True)
-    assert one.startswith("quick-")
-    assert len(one) == len("quick-") + 8
-    assert one != two
 
 
 def test_transfer_within_one_data_set_is_refused(request_of):

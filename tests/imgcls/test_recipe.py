@@ -66,7 +66,7 @@ def test_changes_are_made_by_path():
     [
         ("optimizer.learning_rate=1", r"no field optimizer\.learning_rate; optimizer has: kind, lr"),
         ("colour=1", r"no field colour; the recipe has: name, dataset"),
-        ("dataset.name=x", r"dataset is one value"),
+        ("dataset.name=x", r"no field dataset.name; the recipe has: name, dataset"),
         ("length.epochs=0", r"length\.epochs: .*greater than or equal to 1"),
         ("length.epochs=1.5", r"length\.epochs"),
         ("optimizer.lr=fast", r"optimizer\.lr"),

@@ -21,7 +21,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results_of(folder: Path) -> dict[str, dict]:
-    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["runs"]}
 
 
 def ledger_of(run: Path) -> list[tuple[str, str]]:
@@ -37,8 +37,8 @@ def test_the_suite_of_five_runs_to_its_page_and_is_not_run_twice(
     rows = results_of(storage / "five")
     assert list(rows) == [f"{name}-seed0" for name in ("basic-cnn", "resnet18", "regularized", "scratch", "finetuned")]
     assert {row["status"] for row in rows.values()} == {"finished"}
-    assert {row["result"]["test"]["num_samples"] for row in rows.values()} == {60}
-    assert [entry["dataset"] for entry in rows["finetuned-seed0"]["result"]["lineage"]] == ["imagenette", "cifar10"]
+    assert {row["test"]["num_samples"] for row in rows.values()} == {60}
+    assert [entry["dataset"] for entry in rows["finetuned-seed0"]["lineage"]] == ["imagenette", "cifar10"]
     assert all(line.startswith("SYNTHETIC ") for line in done.stdout.splitlines())
     assert "<title>SYNTHETIC" in (storage / "five" / "report.html").read_text()
     assert done.stdout.index("resnet18-seed0: finished") < done.stdout.index("finetuned-seed0: started")
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     shared = run_command("evaluate", run, "--data", packed, "--json", "--num-workers", "2", env=ray_cluster)
     assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
     assert json.loads(alone.stdout) == json.loads(shared.stdout)
-    assert json.loads(alone.stdout)["scores"] == results_of(storage / "five")["basic-cnn-seed0"]["result"]["test"]
+    assert json.loads(alone.stdout)["scores"] == results_of(storage / "five")["basic-cnn-seed0"]["test"]
 
     image(0).save(tmp_path / "a b.png")
     (tmp_path / "torn.png").write_bytes(b"torn")
@@ -125,7 +125,7 @@ def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
         "finetuned-seed0": "blocked",
     }
     assert "not finite" in rows["resnet18-seed0"]["error"]
-    assert rows["resnet18-seed0"]["result"]["log_tail"]
+    assert rows["resnet18-seed0"]["log_tail"]
     assert rows["finetuned-seed0"]["error"] == "its source resnet18-seed0 failed"
     assert "resnet18-seed0 failed: " in done.stdout
     assert run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"}).returncode == 1  # stays failed, asks no Ray

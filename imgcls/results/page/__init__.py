@@ -26,7 +26,7 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
     }
     template = environment.from_string((here / "template.html").read_text())
     curves = {name: _rows(data) for name, data in histories.items()}
-    done = [row.result for row in results.rows if row.result is not None and row.status == "finished"]
+    done = results.finished
     return template.render(
         results=results,
         style=(here / "style.css").read_text(),
@@ -37,13 +37,13 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
         curves={one.name: figures.curves(curves[one.name]) for one in done if one.name in curves},
         confusions={one.name: figures.confusion(one) for one in done},
         done=done,
-        problems=[row for row in results.rows if row.status != "finished"],
-        commands={one.name: _command(one) for one in done},
+        problems=[run for run in results.runs if run.status != "finished"],
+        commands={one.name: _command(results.id, one) for one in done},
     )
 
 
 def _by_recipe(results: SuiteResults) -> dict[str, dict[int, RunResult]]:
-    names = dict.fromkeys(row.name.rpartition("-seed")[0] for row in results.rows)
+    names = dict.fromkeys(run.recipe.name for run in results.runs)
     return {name: runs for name in names if (runs := finished(results, name))}
 
 
@@ -52,13 +52,13 @@ def _rows(data: bytes) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
 
 
-def _command(result: RunResult) -> str:
-    """What gives this row again, at its commit, from the same packed data."""
+def _command(suite: str, result: RunResult) -> str:
+    """What gives this row again, at its commit, from the same packed data; `suite` is the folder of its suite."""
     words = ["python", "-m", "jobs.train", result.recipe.name, "--catalogue", result.catalogue]
     words += ["--seed", str(result.seed)] if result.seed else []
     base = next((one for one in CATALOGUES[result.catalogue] if one.name == result.recipe.name), None)
     if base is None:
-        words[3:4] = ["--recipe", f"{result.name}.toml"]
+        words[3:4] = ["--recipe", f"{suite}/{result.name}/config.json"]
     else:
         for path, value in changes_between(base, result.recipe).items():
             words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]

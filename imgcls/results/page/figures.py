@@ -60,7 +60,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
         for axes, name in ((left, "loss"), (right, "accuracy")):
             epochs = [row["epoch"] for row in rows]
             for split, color in (("train", FIRST), ("val", SECOND)):
-                axes.plot(epochs, [row[f"{split}_{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
+                axes.plot(epochs, [row[f"{split}/{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

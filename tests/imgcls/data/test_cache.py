@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgcls import storage
 from imgcls.data import shards
-from imgcls.data.cache import cache_root, open_cache
+from imgcls.data.cache import open_cache
 from imgcls.data.images import decode, stored_pixels
 from imgcls.errors import DataError, StorageError
 
@@ -81,4 +82,4 @@ def test_two_processes_on_an_empty_cache_build_it_once(packed: Path, fresh_cache
 
 def test_the_cache_lies_where_the_variable_says_or_in_the_home(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("IMGCLS_CACHE")
-    assert cache_root() == Path.home() / ".cache" / "imgcls"
+    assert storage.cache_root() == Path.home() / ".cache" / "imgcls"

@@ -37,6 +37,8 @@ def test_a_palette_image_is_decoded_to_its_colours():
 def test_sixteen_bits_are_scaled_not_clipped():
     wide = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     assert np.asarray(decode(data_of(wide, "PNG")))[0, :, 0].tolist() == [0, 128, 255]
+    dark = Image.fromarray(np.array([[0, 200, 255]], dtype=np.uint16))
+    assert np.asarray(decode(data_of(dark, "PNG")))[0, :, 0].tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "1", "LA"])

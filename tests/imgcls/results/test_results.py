@@ -8,34 +8,37 @@ import pytest
 
 from imgcls.catalogue import quick
 from imgcls.recipe import derive
-from imgcls.records import Example, RunResult, Scores, SuiteResults, SuiteRow
-from imgcls.results.compare import answers, table_rows
+from imgcls.records import Example, RunConfig, RunResult, Scores, SuiteResults
+from imgcls.results.compare import HEADER, answers, table_row
 from imgcls.results.page import render
 from imgcls.results.statistics import accuracy_interval, difference_interval, paired_interval, seeds_interval
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
-HISTORY = b"""epoch,step,lr,samples,ledger,train_loss,train_accuracy,val_samples,val_loss,val_accuracy
+HISTORY = b"""epoch,step,lr,samples,ledger,train/loss,train/accuracy,val/samples,val/loss,val/accuracy
 1,10,0.1,80,00ff,2.0,0.3,10,1.9,0.4
 2,20,0.1,80,00fe,1.5,0.4,10,1.6,0.5
 """
 
 
+def config(recipe, seed: int = 0) -> RunConfig:
+    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest="c" * 64, init=None)
+
+
 def result(recipe, accuracy: float, *, seed: int = 0, n: int = 1000, **fields) -> RunResult:
     right = round(accuracy * n)
     scores = Scores(num_samples=n, loss=1.0, accuracy=right / n, confusion=((right, 0), (n - right, 0)))
-    return RunResult(
-        name=f"{recipe.name}-seed{seed}", catalogue="quick", recipe=recipe, seed=seed, digest="d", status="finished",
+    return RunResult.of(
+        config(recipe, seed), status="finished",
         class_names=("<cat> & co", "dog"), epochs=2, steps=20, best_epoch=2, num_train=80, val=scores, test=scores,
         examples=(Example(label=0, prediction=1, probability=0.7, png_base64=PIXEL),), seconds={"fit": 12.0},
         images_per_s=100.0, checkpoint="checkpoints/step-00000020", weights_sha256="a" * 64, best_weights_sha256="b" * 64,
-        num_parameters=10, data_digest="c" * 64, versions={"torch": "2"}, hardware={"cpu": "x"}, commit="abc", **fields,
+        num_parameters=10, versions={"torch": "2"}, hardware={"cpu": "x"}, commit="abc", **fields,
     )  # fmt: skip
 
 
-def suite(*results: RunResult, extra: tuple[SuiteRow, ...] = (), synthetic: bool = False) -> SuiteResults:
-    rows = tuple(SuiteRow(name=one.name, status="finished", result=one) for one in results)
+def suite(*runs: RunResult, synthetic: bool = False) -> SuiteResults:
     return SuiteResults(
-        id="quick", catalogue="quick", synthetic=synthetic, rows=(*rows, *extra), seconds=1.0, command="python -m jobs.suite"
+        id="quick", catalogue="quick", synthetic=synthetic, runs=runs, seconds=1.0, command="python -m jobs.suite"
     )
 
 
@@ -86,10 +89,15 @@ def test_what_is_not_finished_is_not_answered():
 
 
 def test_the_table_has_a_row_a_run_with_the_published_figure_beside():
-    rows = table_rows(suite(*five()))
-    assert len(rows) == 6
-    assert rows[1][0] == "basic-cnn-seed0"
-    assert rows[1][-1] == "0.6308"
+    row = dict(zip(HEADER, table_row(five()[0]), strict=True))
+    assert (row["run"], row["test accuracy"], row["test n"], row["published"]) == (
+        "basic-cnn-seed0",
+        "0.5500",
+        "1,000",
+        "0.6308",
+    )
+    blocked = dict(zip(HEADER, table_row(BLOCKED), strict=True))
+    assert (blocked["status"], blocked["test accuracy"]) == ("blocked", "")
 
 
 def test_a_rows_command_makes_its_recipe_again():
@@ -101,13 +109,13 @@ def test_a_rows_command_makes_its_recipe_again():
     assert f"git checkout abc &amp;&amp; {command}" in page
 
 
-FAILED = SuiteRow(name="scratch-seed1", status="failed", error="it <broke>")
-BLOCKED = SuiteRow(name="finetuned-seed1", status="blocked", error="its source resnet18-seed1 failed")
+FAILED = RunResult.of(config(quick.SCRATCH, 1), status="failed", error="it <broke>")
+BLOCKED = RunResult.of(config(quick.FINETUNED, 1), status="blocked", error="its source resnet18-seed1 failed")
 
 
 def test_the_page_is_one_file_and_names_what_failed():
     runs = five()
-    page = render(suite(*runs, extra=(FAILED, BLOCKED)), {one.name: HISTORY for one in runs})
+    page = render(suite(*runs, FAILED, BLOCKED), {one.name: HISTORY for one in runs})
     assert "it &lt;broke&gt;" in page
     assert "its source resnet18-seed1 failed" in page
     assert "&lt;cat&gt; &amp; co" in page

@@ -80,7 +80,7 @@ def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
         values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
         at += 16 + size
     losses = [(step, value) for tag, step, value in values if tag == "val/loss"]
-    assert losses == [(int(r["step"]), pytest.approx(float(r["val_loss"]), rel=1e-6)) for r in rows(small[0])]
+    assert losses == [(int(r["step"]), pytest.approx(float(r["val/loss"]), rel=1e-6)) for r in rows(small[0])]
 
 
 def test_the_same_request_gives_the_same_bits_and_another_seed_others(small, packed: Path, tmp_path: Path):
@@ -140,7 +140,7 @@ def test_a_half_written_checkpoint_is_never_read(small, packed: Path, tmp_path: 
 
 def test_best_and_last_are_kept_and_the_best_has_the_lowest_loss(small: tuple[Path, RunResult]):
     store = CheckpointStore(str(small[0] / "checkpoints"))
-    losses = {int(row["step"]): float(row["val_loss"]) for row in rows(small[0])}
+    losses = {int(row["step"]): float(row["val/loss"]) for row in rows(small[0])}
     best, last = store.best(), store.last()
     assert best is not None
     assert last is not None
@@ -171,7 +171,7 @@ def test_checkpoints_of_another_request_are_refused(packed: Path, tmp_path: Path
 def test_early_stopping_waits_for_its_patience(packed: Path, tmp_path: Path):
     hopeless = replace(SMALL, optimizer=Adam(lr=0.05), length=Length(epochs=30, patience=2), schedule=quick.SCRATCH.schedule)
     result = run(hopeless, packed, tmp_path)
-    losses = [float(row["val_loss"]) for row in rows(tmp_path)]
+    losses = [float(row["val/loss"]) for row in rows(tmp_path)]
     assert result.best_epoch is not None
     assert result.epochs == min(30, result.best_epoch + 2) == len(losses)
     assert losses.index(min(losses)) + 1 == result.best_epoch
@@ -208,6 +208,11 @@ def test_an_altered_model_pt_is_refused(small, tmp_path: Path):
     next(iter(content["weights"].values())).view(-1)[0] += 1
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="was altered"):
+        load_model(str(tmp_path / "model.pt"))
+    (tmp_path / "model.pt").write_bytes((small[0] / "model.pt").read_bytes())
+    other = small[1].model_copy(update={"best_weights_sha256": "0" * 64})
+    (tmp_path / "result.json").write_bytes(other.to_bytes())
+    with pytest.raises(CheckpointError, match=r"the result\.json beside it says 000000"):
         load_model(str(tmp_path / "model.pt"))
     (tmp_path / "model.pt").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match="cannot be read"):
