@@ -42,6 +42,7 @@ OBJECT_STORE_BYTES = 200 << 20
 """Only reports and small records go through it."""
 COLLECTIVE_TIMEOUT_S = 120
 CONNECT_TIMEOUT_S = 10
+LOOPBACK = "127.0.0.1"
 
 
 def names_cluster() -> bool:
@@ -52,25 +53,36 @@ def names_cluster() -> bool:
 @contextmanager
 def session(*, verbose: bool) -> Iterator[None]:
     """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
-    before = dict(os.environ)
-    os.environ.update({name: value for name, value in (NEEDED | ({} if verbose else QUIET)).items() if name not in before})
-    joins = names_cluster()
-    if joins:
-        _check_answers(os.environ["RAY_ADDRESS"])
-    import ray
-    from ray.exceptions import AuthenticationError
+    with _environment(NEEDED if verbose else NEEDED | QUIET):
+        if names_cluster():
+            options = {}
+            _check_answers(os.environ["RAY_ADDRESS"])
+        else:
+            _check_loopback()
+            options = _local_options()
+        import ray
+        from ray.exceptions import AuthenticationError
 
-    options = {} if joins else _local_options()
-    if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
+        if not verbose:
+            logging.getLogger("ray").setLevel(logging.ERROR)
         try:
-            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
-        except (ConnectionError, AuthenticationError) as error:
-            raise PlacementError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
+            try:
+                ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
+            except (ConnectionError, AuthenticationError) as error:
+                raise PlacementError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """This process's environment with `settings` where it says nothing; as it was, at the end."""
+    before = dict(os.environ)
+    os.environ.update(settings | before)
+    try:
         yield
     finally:
-        ray.shutdown()
         os.environ.clear()
         os.environ.update(before)
 
@@ -93,22 +105,35 @@ def _no_cluster(address: str, reason: str) -> str:
     )
 
 
-def _local_options() -> dict[str, Any]:
-    """A head of our own, beside whatever other Ray is on this machine."""
-    from ray.util import get_node_ip_address
+def _check_loopback() -> None:
+    """Ray would wait for itself without end. Raises PlacementError."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise PlacementError(
+                f"Ray cannot start: this machine does not reach itself at {LOOPBACK}: {error}\n  do: ip link set lo up"
+            ) from None
 
+
+def _local_options() -> dict[str, Any]:
+    """A head of our own, on the loopback interface alone, beside whatever other Ray is on this machine."""
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-    # Ray's helper processes look for the cluster in their environment: beside another head on this machine they
-    # would find two, and never free a stopped run's resources.
-    os.environ["RAY_ADDRESS"] = f"{get_node_ip_address()}:{port}"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ |= {
+        "RAY_GCS_SERVER_PORT": str(port),
+        # Ray's helper processes look for the cluster in their environment: beside another head on this machine they
+        # would find two, and never free a stopped run's resources.
+        "RAY_ADDRESS": f"{LOOPBACK}:{port}",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # The name is old: on any system Ray then keeps to the loopback interface, and looks for no other address.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     return {
         "address": "local",
         "object_store_memory": OBJECT_STORE_BYTES,
         # Without the dashboard Train cannot see that a stopped run's placement group is to be removed.
         "include_dashboard": True,
-        "dashboard_host": "127.0.0.1",
+        "dashboard_host": LOOPBACK,
     }

@@ -33,7 +33,7 @@ def synthetic_source(dataset: str, num_samples: int = DEFAULT_NUM_SAMPLES) -> So
             label = i % len(names)
             pixels = Pixels(draw(names[label], number=number, i=i))
             samples.append(Sample(f"{split}/{names[label]}/{i:06d}.png", label, split, pixels))
-    note = f"SYNTHETIC: {num_samples} procedural training images, no photograph among them"
+    note = f"{num_samples:,} procedural training images, no photograph among them"
     return Source("synthetic", names, tuple(samples), (note,), f"synthetic-{dataset}-{num_samples}", synthetic=True)
 
 
