@@ -72,11 +72,14 @@ class SuiteView:
         self.rows[run]["state"] = f"{status.value} before"
 
     def started(self, run: str) -> None:
-        self.rows[run] |= {"state": "starting", "began": time.monotonic()}
+        self.rows[run]["state"] = "starting"
         self.lines.say(f"{run}: started")
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None:
         self.rows[run] |= {"state": progress["phase"], **progress}
+        if progress["phase"] == "train":
+            # Since then, not since the start: imports, cache and what an earlier attempt did do not count.
+            self.rows[run].setdefault("since", (time.monotonic(), progress["step"]))
         row = progress.get("row")
         if row:
             self.lines.say(
@@ -115,10 +118,10 @@ def _waiting(source: str | None) -> str:
 
 
 def _seconds_left(row: Mapping[str, Any]) -> float | None:
-    if row.get("state") != "train" or not row.get("step"):
+    if row.get("state") != "train" or row["step"] == row["since"][1]:
         return None
-    passed = time.monotonic() - row["began"]
-    return passed * (row["total_steps"] - row["step"]) / row["step"]
+    began, first = row["since"]
+    return (time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,22 @@
+import io
+
+from rich.console import Console
+
+from jobs import _terminal
+from jobs._terminal import Lines, SuiteView
+
+
+def test_the_time_left_counts_from_the_first_step_that_this_attempt_took(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: now)
+    lines = Lines()
+    lines.console = Console(file=io.StringIO(), width=200)
+    view = SuiteView(lines, {"scratch-seed0": None})
+    view.started("scratch-seed0")
+    train = {"phase": "train", "epoch": 3, "epochs": 5, "total_steps": 500, "images_per_s": 80.0}
+    now += 60  # imports and cache
+    view.progress("scratch-seed0", train | {"step": 200})
+    now += 10
+    row = {"epoch": 3, "train/loss": 1.0, "val/loss": 1.0, "val/accuracy": 0.5}
+    view.progress("scratch-seed0", train | {"step": 300, "row": row})
+    assert "about 20 s left" in lines.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
