@@ -1,6 +1,6 @@
 """What a suite does next: a pure function of what its runs came to. No Ray, no clock, no storage.
 
-Called by the searcher in `cluster.suite` whenever Tune asks for another trial, and once more at the end.
+Called by `cluster.searcher` whenever Tune asks for another trial, and once more at the end.
 """
 
 from collections.abc import Mapping

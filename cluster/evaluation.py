@@ -17,6 +17,9 @@ class Evaluation(Record):
     checkpoint: str
     weights_sha256: str
     dataset: str
+    data_digest: str
+    trained_on: str
+    """Digest of the data that the weights were trained on."""
     split: Split
     synthetic: bool
     class_names: tuple[str, ...]
@@ -28,9 +31,11 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     asked = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
     if num_workers == 1 and not session.names_cluster():
         return _evaluate(asked, placement=None)
-    from imgcls.training.evaluate import find_model
+    from imgcls.training.checkpoints import find_model
+    from imgcls.training.evaluate import manifest_for
 
-    find_model(checkpoint)  # what is wrong with it is said before Ray starts
+    # What is wrong with them is said before Ray starts.
+    manifest_for(find_model(checkpoint), data_url=data_url, split=split)
     if not session.names_cluster():
         _choose([placements.local_node()], num_workers)
     with session.session(verbose=verbose):
@@ -73,17 +78,21 @@ def _worker(given: dict[str, Any]) -> str:
 
 
 def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluation:
-    from imgcls.training.evaluate import evaluate, find_model
+    from imgcls.training.checkpoints import find_model
+    from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
     quiet(asked["verbose"])
     found = find_model(asked["checkpoint"])
-    world = world_of(placement) if placement else World()
+    manifest = manifest_for(found, data_url=asked["data_url"], split=asked["split"])
+    world = world_of(placement) if placement else World(accelerator="auto")
     scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)
     return Evaluation(
         checkpoint=found.url,
         weights_sha256=found.model.weights_sha256,
         dataset=found.model.recipe.dataset,
+        data_digest=manifest.digest,
+        trained_on=found.model.data_digest,
         split=asked["split"],
         synthetic=found.model.synthetic,
         class_names=found.model.class_names,

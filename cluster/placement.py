@@ -32,6 +32,8 @@ def choose(
     nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float | None
 ) -> Placement:
     """The placement asked for; a GPU a worker where there are any, one CPU a worker unless said. Checked to fit."""
+    if num_workers < 1:
+        raise PlacementError(f"--num-workers {num_workers}: one or more")
     for flag, value in (("--cpus-per-worker", cpus_per_worker), ("--gpus-per-worker", gpus_per_worker)):
         if value is not None and (value < 0 or not math.isfinite(value)):
             raise PlacementError(f"{flag} {value}: zero or more")
@@ -41,6 +43,8 @@ def choose(
         cpus_per_worker=1.0 if cpus_per_worker is None else cpus_per_worker,
         gpus_per_worker=float(has_gpus) if gpus_per_worker is None else gpus_per_worker,
     )
+    if not placement.cpus_per_worker and not placement.gpus_per_worker:
+        raise PlacementError("a worker without a CPU and a GPU\n  do: a larger --cpus-per-worker or --gpus-per-worker")
     if how_many_fit(nodes, placement) == 0:
         where = "this cluster" if names_cluster() else "this machine"
         has = "; ".join(f"{n['CPU']:g} CPUs and {n['GPU']:g} GPUs" for n in nodes)

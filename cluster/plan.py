@@ -1,6 +1,6 @@
 """A request -> the runs that it means, each with all that decides its result. Before Ray, before any training.
 
-Reads manifests and what lies under the id; writes nothing.
+Reads manifests, and requests that lie under the id; writes nothing.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields
 from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, SuiteRecord
 from imgcls.training.lineage import Seen, refuse_seen_images
 
+FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
+
 if TYPE_CHECKING:
-    from imgcls.training.evaluate import FoundModel
+    from imgcls.training.checkpoints import FoundModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ class Plan:
 
     @property
     def synthetic(self) -> bool:
-        return any(manifest.synthetic for manifest in self.manifests.values())
+        return any(config.synthetic for config in self.configs.values())
 
 
 def make_plan(request: Request) -> Plan:
@@ -84,6 +86,7 @@ def make_plan(request: Request) -> Plan:
                 seed=seed,
                 data_digest=manifests[recipe.dataset].digest,
                 init=init,
+                synthetic=manifests[recipe.dataset].synthetic or _synthetic_start(init, configs, given),
             )
             configs[config.name] = config
     _check_lineage(request, recipes, manifests, given)
@@ -99,13 +102,19 @@ def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
         raise RecipeError(f"two recipes have the same name: {', '.join(names)}")
     if request.init_from:
         if not any(isinstance(recipe.init, FromRun) for recipe in recipes):
-            raise RecipeError(f"--init-from: {', '.join(names)} starts from scratch\n  do: name finetuned, or --set init=")
+            raise RecipeError(
+                f"--init-from: {', '.join(names)} starts from scratch\n  do: --recipes finetuned, or --set 'init={FROM_RUN}'"
+            )
         return recipes, notes
     for recipe in recipes:  # grows while it is walked: a source may have a source
         if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:
-            source = _catalogued(request.catalogue, recipe.init.recipe, needed_by=recipe.name)
-            recipes.append(source)
-            notes.append(f"{recipe.name} starts from {source.name}, which is added where it is missing")
+            name = recipe.init.recipe
+            before = records.read_if_there(
+                RunConfig, storage.join(request.run_url(f"{name}-seed{request.seeds[0]}"), "config.json")
+            )
+            if before is None:
+                notes.append(f"{recipe.name} starts from {name}, which is added")
+            recipes.append(before.recipe if before else _catalogued(request.catalogue, name, needed_by=recipe.name))
     return recipes, notes
 
 
@@ -113,7 +122,7 @@ def _catalogued(catalogue: str, name: str, *, needed_by: str) -> Recipe:
     by_name = {recipe.name: recipe for recipe in CATALOGUES[catalogue]}
     if name not in by_name:
         raise RecipeError(
-            f"recipe {needed_by} starts from {name}, which is not in the catalogue {catalogue} "
+            f"recipe {needed_by} starts from {name}, which is neither under this id nor in the catalogue {catalogue} "
             f"({', '.join(by_name)})\n  do: name a source with --init-from CHECKPOINT, or --set init.recipe="
         )
     return by_name[name]
@@ -143,7 +152,7 @@ def _checked_set(request: Request, dataset: str) -> Manifest:
 
 
 def _find_model(checkpoint: str) -> "FoundModel":
-    from imgcls.training.evaluate import find_model  # torch: only where weights are named
+    from imgcls.training.checkpoints import find_model  # torch: only where weights are named
 
     return find_model(storage.absolute(checkpoint))
 
@@ -155,6 +164,12 @@ def _init(recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: InitS
         return given
     source = f"{recipe.init.recipe}-seed{seed}"
     return InitSource(run=source, identity=configs[source].digest())
+
+
+def _synthetic_start(init: InitSource | None, configs: dict[str, RunConfig], given: "FoundModel | None") -> bool:
+    if init is None:
+        return False
+    return given.model.synthetic if given is not None else configs[init.run].synthetic
 
 
 def _check_lineage(
@@ -188,17 +203,15 @@ def extended(before: SuiteRecord | None, request: Request, plan: Plan) -> SuiteR
     for name, config in plan.configs.items():
         if runs.setdefault(name, config.digest()) != config.digest():
             there = records.read_if_there(RunConfig, storage.join(request.run_url(name), "config.json"))
-            raise CheckpointError(_other_digest(request, name, there, config))
+            raise CheckpointError(_other_digest(request.run_url(name), runs[name], there, config))
     synthetic = plan.synthetic or bool(before and before.synthetic)
     return SuiteRecord(id=request.id, catalogue=request.catalogue, data=request.data_url, synthetic=synthetic, runs=runs)
 
 
-def _other_digest(request: Request, name: str, there: RunConfig | None, here: RunConfig) -> str:
-    differing = ""
-    if there is not None:
-        fields = differing_fields(there.model_dump(mode="json"), here.model_dump(mode="json"))
-        differing = "; there / here:\n  " + "\n  ".join(fields[:6])
+def _other_digest(run_url: str, digest: str, there: RunConfig | None, here: RunConfig) -> str:
+    fields = differing_fields(there.model_dump(mode="json"), here.model_dump(mode="json")) if there else []
+    differing = "; there / here:\n  " + "\n  ".join(fields[:6]) if fields else ": it was begun by another version"
     return (
-        f"{request.run_url(name)} is a run of another request, digest {there.digest()[:12] if there else 'unknown'}, "
-        f"not {here.digest()[:12]}{differing}\n  do: take another --id, or the request that it was begun with"
+        f"{run_url} is a run of another request, digest {digest[:12]}, not {here.digest()[:12]}{differing}\n"
+        "  do: take another --id, or the request that it was begun with"
     )

@@ -69,7 +69,10 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
         TorchTrainer(
             train_worker,
             train_loop_config=loop_config,
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+            # NCCL refuses two ranks on one GPU; gloo does not.
+            torch_config=TorchConfig(
+                backend="gloo" if 0 < given.placement.gpus_per_worker < 1 else None, timeout_s=COLLECTIVE_TIMEOUT_S
+            ),
             scaling_config=scaling_config(given.placement),
             run_config=ray.train.RunConfig(
                 name=given.config.name,
@@ -110,9 +113,10 @@ def world_of(placement: Placement, **options: Any) -> "World":
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(placement.cpus_per_worker)))
     if context.get_world_size() > 1:
+        from ray.train.collective import broadcast_from_rank_zero
         from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
-        options |= {"strategy": RayDDPStrategy(), "plugins": (RayLightningEnvironment(),)}
+        options |= {"strategy": RayDDPStrategy(), "plugins": (RayLightningEnvironment(),), "agree": broadcast_from_rank_zero}
     return World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),

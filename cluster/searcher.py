@@ -12,6 +12,9 @@ from cluster.decide import Start, Status, Wait, next_action
 class View(Protocol):
     """Whoever shows a suite while it runs."""
 
+    def already(self, run: str, status: Status) -> None:
+        """It had come to this before the command began."""
+
     def started(self, run: str) -> None: ...
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None: ...

@@ -6,12 +6,14 @@ The one place that reads or sets Ray's environment.
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from imgcls.errors import PlacementError
+from imgcls.errors import ClusterError
 
 QUIET = {
     # Tune's own table and its loggers; the run's folder holds what it wrote itself.
@@ -65,11 +67,19 @@ def session(*, verbose: bool) -> Iterator[None]:
 
         if not verbose:
             logging.getLogger("ray").setLevel(logging.ERROR)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             try:
                 ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
-            except (ConnectionError, AuthenticationError) as error:
-                raise PlacementError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
+            except AuthenticationError:
+                raise ClusterError(
+                    f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} wants its token, and has not got it\n"
+                    "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                ) from None
+            except ConnectionError as error:
+                raise ClusterError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
             yield
         finally:
             ray.shutdown()
@@ -88,30 +98,29 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises PlacementError."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+    """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises ClusterError."""
+    if address == "auto":
         return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise ClusterError(f"RAY_ADDRESS={address}: HOST:PORT of a cluster's head, as 10.0.0.1:6379, or auto")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise PlacementError(_no_cluster(address, str(error))) from None
+        raise ClusterError(_no_cluster(address, str(error))) from None
 
 
 def _no_cluster(address: str, reason: str) -> str:
-    return (
-        f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n"
-        "  do: start it, unset RAY_ADDRESS to run here, or give its token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-    )
+    return f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n  do: start it, or unset RAY_ADDRESS to run here"
 
 
 def _check_loopback() -> None:
-    """Ray would wait for itself without end. Raises PlacementError."""
+    """Ray would wait for itself without end. Raises ClusterError."""
     with socket.create_server((LOOPBACK, 0)) as server:
         try:
             socket.create_connection(server.getsockname(), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise PlacementError(
+            raise ClusterError(
                 f"Ray cannot start: this machine does not reach itself at {LOOPBACK}: {error}\n  do: ip link set lo up"
             ) from None
 

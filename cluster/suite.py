@@ -25,18 +25,26 @@ if TYPE_CHECKING:
 def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
     """Every run of the plan is finished, failed, or blocked by a failed one; the suite's records say so.
 
-    Raises what `write_down` raises, and PlacementError where the workers can never run.
+    Raises StorageError where nothing can be written, CheckpointError where a run of the same name differs, and
+    PlacementError where the workers can never run: all before anything is written.
     """
     began = time.monotonic()
     statuses = statuses_of(request, plan)
-    work_is_left = not isinstance(next_action(statuses, plan.sources, room=1), Done)
-    placement = choose(request, [placements.local_node()]) if work_is_left and not session.names_cluster() else None
-    write_down(request, plan)
-    if work_is_left:
-        with session.session(verbose=request.verbose):
-            placement = placement or choose(request, placements.cluster_nodes())
-            _carry_out(request, plan, statuses, placement, view)
-    return publish(request.suite_url, seconds=time.monotonic() - began, command=command)
+    for run, status in statuses.items():
+        if status is not Status.OPEN:
+            view.already(run, status)
+    storage.check_writable(request.suite_url)
+    record = extended(read_suite(request.suite_url), request, plan)
+    if isinstance(next_action(statuses, plan.sources, room=1), Done):
+        write_down(request, plan, record)
+        return publish(request.suite_url)
+    if not session.names_cluster():
+        choose(request, [placements.local_node()])  # refused before Ray starts, where it will be
+    with session.session(verbose=request.verbose):
+        placement = choose(request, placements.cluster_nodes())
+        write_down(request, plan, record)
+        _carry_out(request, plan, statuses, placement, view)
+    return publish(request.suite_url, seconds=round(time.monotonic() - began, 1), command=command)
 
 
 def choose(request: Request, nodes: list[placements.Node]) -> Placement:
@@ -56,25 +64,22 @@ def statuses_of(request: Request, plan: Plan) -> dict[str, Status]:
     return found
 
 
-def write_down(request: Request, plan: Plan) -> None:
-    """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone.
-
-    Raises StorageError where nothing can be written, CheckpointError where a run of the same name differs.
-    """
-    storage.check_writable(request.suite_url)
-    url = storage.join(request.suite_url, "suite.json")
-    before = records.read_if_there(SuiteRecord, url)
-    after = extended(before, request, plan)
-    if after != before:
-        storage.write_bytes(url, after.to_bytes())
+def write_down(request: Request, plan: Plan, record: SuiteRecord) -> None:
+    """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone."""
     for name, config in plan.configs.items():
         target = storage.join(request.run_url(name), "config.json")
         if not storage.exists(target):
             storage.write_bytes(target, config.to_bytes())
+    # After them: each run that it names has its config.
+    storage.write_bytes(storage.join(request.suite_url, "suite.json"), record.to_bytes())
     if request.retry_failed:
         for name in plan.configs:
             if status_of(request.run_url(name)) is Status.FAILED:
                 storage.delete(storage.join(request.run_url(name), "result.json"))
+
+
+def read_suite(suite_url: str) -> SuiteRecord | None:
+    return records.read_if_there(SuiteRecord, storage.join(suite_url, "suite.json"))
 
 
 def status_of(run_url: str) -> Status:
@@ -131,13 +136,19 @@ def _assignments(request: Request, plan: Plan, placement: Placement) -> dict[str
     }
 
 
-def publish(suite_url: str, *, seconds: float, command: str) -> SuiteResults:
-    """The suite's results from its runs' records; `results.json` and `report.html` lie beside them."""
+def publish(suite_url: str, *, seconds: float | None = None, command: str | None = None) -> SuiteResults:
+    """The suite's results from its runs' records; `results.json` and `report.html` lie beside them.
+
+    seconds, command: of the work that was just done; where there was none, what the results said before stays.
+    """
     from imgcls.results.page import render
 
+    url = storage.join(suite_url, "results.json")
     suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
-    results = read_results(suite_url, suite, seconds=seconds, command=command)
-    storage.write_bytes(storage.join(suite_url, "results.json"), results.to_bytes())
+    if command is None and (before := records.read_if_there(SuiteResults, url)):
+        seconds, command = before.seconds, before.command
+    results = read_results(suite_url, suite, seconds=seconds or 0.0, command=command or "")
+    storage.write_bytes(url, results.to_bytes())
     storage.write_bytes(storage.join(suite_url, "report.html"), render(results, histories(suite_url, results)).encode())
     return results
 
@@ -157,8 +168,10 @@ def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command:
         id=suite.id,
         catalogue=suite.catalogue,
         synthetic=suite.synthetic,
+        url=storage.shown(suite_url),
+        data=storage.shown(suite.data),
         runs=tuple(result or _unfinished(configs[name], blocked.get(name)) for name, result in found.items()),
-        seconds=round(seconds, 1),
+        seconds=seconds,
         command=command,
     )
 

@@ -3,9 +3,11 @@
     ImgclsError
     |-- RecipeError       the request is wrong: change the command or the recipe
     |-- DataError         images, shards or a manifest are wrong: mend or pack again
+    |   `-- NoSourceError     there are no images to pack, neither here nor within reach
     |-- StorageError      bytes could not be read or written: mend the place or the rights
     |-- CheckpointError   a checkpoint does not fit, or is damaged
-    `-- PlacementError    it can never run on the workers that were asked for
+    |-- PlacementError    it can never run on the workers that were asked for
+    `-- ClusterError      Ray cannot be started here, or a cluster does not answer
 
 Each takes one string, so that it survives pickling between processes: what was wrong, where, what to do.
 """
@@ -23,6 +25,10 @@ class DataError(ImgclsError):
     pass
 
 
+class NoSourceError(DataError):
+    pass
+
+
 class StorageError(ImgclsError):
     pass
 
@@ -32,4 +38,8 @@ class CheckpointError(ImgclsError):
 
 
 class PlacementError(ImgclsError):
+    pass
+
+
+class ClusterError(ImgclsError):
     pass

@@ -23,7 +23,10 @@ class _Strict:
     """Fields are checked strictly where a recipe comes in from outside (`--set`, TOML, JSON)."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    # Instances too, so that a recipe is the same value from Python and from JSON: 10 and 10.0 would have two digests.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, revalidate_instances="always"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +133,7 @@ class Cut(_Strict):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    dataset: str
+    dataset: Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
     """Name of a packed set, `<data>/<dataset>/`."""
     input: Input
     model: Annotated[BasicCNN | ResNet18, Field(discriminator="kind")]
@@ -151,12 +154,12 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast; weights and sums stay fp32."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.model, BasicCNN) and self.input.px < 8:
+            raise ValueError(f"basic-cnn halves its input three times: input.px is {self.input.px}, 8 is the least")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    def digest(self) -> str:
-        """SHA-256 of all fields; nothing is left out because nothing irrelevant is in."""
-        return digest_of(self.to_json())
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -170,7 +173,7 @@ def digest_of(value: Any) -> str:
 def recipe_from_json(value: dict[str, Any], *, where: str) -> Recipe:
     """A checked recipe. Raises RecipeError with each wrong field by its path and, for unknown ones, those that exist."""
     try:
-        return _ADAPTER.validate_json(json.dumps(value))
+        return _ADAPTER.validate_json(json.dumps(value, default=str))  # TOML has dates, no field is one
     except ValidationError as error:
         lines = [_explain(value, e["loc"], e["msg"]) for e in error.errors()]
         raise RecipeError(f"{where}: " + "\n  ".join(lines)) from None
@@ -231,7 +234,7 @@ def _explain(value: Any, loc: tuple[int | str, ...], message: str) -> str:
     path = ".".join(_without_tags(value, loc))
     if "unexpected" in message.lower():
         return f"unknown field {path}; known here: {', '.join(_known_fields(loc))}"
-    return f"{path}: {message}"
+    return f"{path or 'as a whole'}: {message.removeprefix('Value error, ')}"
 
 
 def _without_tags(value: Any, loc: tuple[int | str, ...]) -> list[str]:

@@ -119,6 +119,8 @@ class RunConfig(Record):
     seed: int
     data_digest: str
     init: InitSource | None
+    synthetic: bool
+    """The data, or what its first weights were trained on, are no photographs."""
 
     @property
     def name(self) -> str:
@@ -131,8 +133,8 @@ class RunConfig(Record):
         return self.init.run if waits and self.init and "/" not in self.init.run else None
 
     def digest(self) -> str:
-        decisive = self.model_dump(mode="json", exclude={"catalogue"})
-        return digest_of(decisive)
+        """Of all that decides the result: weights that were named are known by their own digest, not by their place."""
+        return digest_of(self.model_dump(mode="json", exclude={"catalogue": True, "synthetic": True, "init": {"run"}}))
 
 
 class Scores(Record):
@@ -212,6 +214,7 @@ class RunResult(Record):
             digest=config.digest(),
             data_digest=config.data_digest,
             init=config.init,
+            synthetic=config.synthetic,
             **fields,
         )
 
@@ -233,6 +236,9 @@ class SuiteResults(Record):
 
     id: str
     catalogue: str
+    url: str
+    """Of the suite's folder, and of the folder of packed sets: as seen from where the command ran."""
+    data: str
     synthetic: bool
     runs: tuple[RunResult, ...]
     seconds: float

@@ -28,10 +28,10 @@ def _split(url: str) -> tuple[Any, str]:
 def _told(verb: str, url: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise StorageError(f"{url} does not exist") from None
-    except OSError as error:
-        raise StorageError(f"{url} cannot be {verb}: {error.strerror or error}") from None
+    except Exception as error:  # each of fsspec's stores raises kinds of its own beside OSError
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            raise StorageError(f"{url} does not exist") from None
+        raise StorageError(f"{url} cannot be {verb}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def join(url: str, *names: str) -> str:
@@ -41,6 +41,12 @@ def join(url: str, *names: str) -> str:
 def absolute(url: str) -> str:
     """The same place seen from any working directory; URLs with a scheme stay as they are."""
     return url if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def shown(url: str) -> str:
+    """`url` for a person: relative to the working directory where it lies below it."""
+    here = f"{Path.cwd()}/"
+    return url.removeprefix(here)
 
 
 def name_of(url: str) -> str:
@@ -95,10 +101,6 @@ def _write_file(path: Path, data: bytes) -> None:
         raise
 
 
-def put_file(local: Path, url: str) -> None:
-    write_bytes(url, local.read_bytes())
-
-
 def folders(url: str) -> list[str]:
     """Names of the folders directly in a place, sorted; none where the place does not exist."""
     return sorted(_names(url, "directory"))
@@ -126,13 +128,21 @@ def delete(url: str) -> None:
         fs.rm(path, recursive=True)
 
 
+def move(url: str, to: str) -> None:
+    """The object lies at `to`, in the same store, and no longer at `url`."""
+    fs, path = _split(url)
+    with _told("moved", url):
+        fs.mv(path, _split(to)[1])
+
+
 def check_writable(url: str) -> None:
     """A small object can be written there and is gone again. Raises StorageError with the reason."""
     probe = join(url, f".writable-{os.getpid()}")
     try:
         write_bytes(probe, b"")
     except StorageError as error:
-        raise StorageError(f"{error}\n  do: name a place that can be written with --storage or --to") from None
+        told = str(error).replace(probe, url)
+        raise StorageError(f"{told}\n  do: name a place that can be written") from None
     delete(probe)
 
 

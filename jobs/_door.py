@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def enter(command: Callable[..., int]) -> None:
     except ImgclsError as error:
         print(f"error: {error}", file=sys.stderr)
         if "--verbose" in arguments:
-            raise
+            traceback.print_exc()
         code = WRONG_COMMAND if isinstance(error, RecipeError | PlacementError) else MISSING_OR_BROKEN
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)

@@ -7,27 +7,30 @@ from imgcls import storage
 from imgcls.data import archives, shards
 from imgcls.data.sources import Source, find_source, open_source
 from imgcls.data.synthetic import synthetic_source
-from imgcls.errors import DataError
+from imgcls.errors import NoSourceError
 from imgcls.recipe import Recipe
 from imgcls.records import Manifest
-from jobs._request import Flags, suite_id
+from jobs._request import Flags
 from jobs._terminal import Lines, bar
 
 DOWNLOADS = Path("data/sources")
 
 
 def source_of(dataset: str, lines: Lines) -> Source:
-    """The samples of DATASET: from `IMGCLS_SOURCES`, `data/sources/`, or the official archive. Raises DataError."""
+    """The samples of DATASET: from `IMGCLS_SOURCES`, `data/sources/`, or the official archive.
+
+    Raises NoSourceError where there is none within reach, DataError where there is one that cannot be used.
+    """
     found = find_source(dataset)
     if found is None and dataset in archives.OFFICIAL:
         archive = archives.OFFICIAL[dataset]
         with bar(lines, f"fetching {archive.url}") as progress:
             try:
                 found = archives.download(archive, DOWNLOADS, progress=progress)
-            except DataError as error:
-                raise DataError(f"{error}\n{_remedies(dataset)}") from None
+            except NoSourceError as error:
+                raise NoSourceError(f"{error}\n{_remedies(dataset)}") from None
     if found is None:
-        raise DataError(f"no source for {dataset}\n{_remedies(dataset)}")
+        raise NoSourceError(f"no source for {dataset}\n{_remedies(dataset)}")
     lines.say(f"{dataset}: from {found}")
     return open_source(found)
 
@@ -44,8 +47,11 @@ def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Mani
     lines = Lines(synthetic=source.synthetic)
     set_url = storage.join(to, dataset)
     storage.check_writable(set_url)
+    replaces = storage.exists(shards.manifest_url(set_url))
     with bar(lines, f"packing {dataset}") as progress:
         manifest = shards.pack(source, set_url, name=dataset, max_bad=max_bad, progress=progress)
+    if replaces:
+        lines.say(f"{dataset}: takes the place of the set that was there")
     for note in manifest.notes:
         lines.say(f"{dataset}: {note}")
     splits = {split: len(manifest.labels(split)) for split in ("train", "val", "test") if manifest.has(split)}
@@ -63,12 +69,12 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
     lines = Lines()
     try:
         sources = {dataset: source_of(dataset, lines) for dataset in missing}
-    except DataError as error:
+    except NoSourceError as error:
         lines = Lines(synthetic=True)
         lines.say(f"no data: {str(error).splitlines()[0]}")
         lines.say("procedural images take their place; to train on real ones, give them by IMGCLS_SOURCES or data/sources/")
         folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
-        flags = replace(flags, data=folder, id=f"{suite_id(flags, recipes)}-synthetic")
+        flags = replace(flags, data=folder, id=f"{flags.id}-synthetic")
         sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(folder, recipes)}
     for dataset, source in sources.items():
         pack_set(source, dataset, flags.data)

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -50,35 +50,40 @@ class Flags:
     """Ray's and Lightning's own lines too, and tracebacks."""
 
 
-def chosen_recipes(flags: Flags, names: tuple[str, ...] | None) -> tuple[Recipe, ...]:
-    """The catalogue's recipes of these names (None: all), or those from files; changed by --set."""
+def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Recipe, ...]]:
+    """The flags with their id, and the catalogue's recipes of these names (None: all), or those from files, as changed.
+
+    The id is --id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time.
+    """
     suite_of(flags.catalogue)
     if flags.recipe and names is not None:
         raise RecipeError(f"{', '.join(names)} and --recipe {flags.recipe[0]}: give one or the other")
-    if flags.recipe:
-        recipes = tuple(_from_file(path) for path in flags.recipe)
-    elif names is not None:
-        recipes = tuple(recipe_of(flags.catalogue, name) for name in names)
-    else:
-        recipes = suite_of(flags.catalogue)
+    files = [_from_file(path) for path in flags.recipe]
+    named = [recipe_of(flags.catalogue, name) for name in names or ()]
+    bases = named or files or suite_of(flags.catalogue)
     changes = parse_changes(flags.set)
-    return tuple(derive(recipe, changes) for recipe in recipes) if changes else recipes
+    recipes = tuple(derive(base, changes) for base in bases)
+    found = flags.catalogue
+    if files or recipes != tuple(bases):
+        found += f"-{digest_of([changes, [recipe.to_json() for recipe in files]])[:8]}"
+    return replace(flags, id=checked_name(flags.id, "--id") if flags.id is not None else found), recipes
 
 
 def _from_file(path: Path) -> Recipe:
     try:
         text = path.read_text()
         value = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's config.json: {error}") from None
     return recipe_from_json(value, where=str(path))
 
 
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
-    """Plans, runs, prints; the exit code."""
+    """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them."""
     from cluster.plan import Request, make_plan
     from cluster.suite import run_suite
 
+    assert flags.id is not None
     for flag, value, least in (
         ("--num-seeds", num_seeds, 1),
         ("--num-workers", flags.num_workers, 1),
@@ -91,7 +96,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         catalogue=flags.catalogue,
         recipes=recipes,
         seeds=tuple(range(flags.seed, flags.seed + num_seeds)),
-        id=suite_id(flags, recipes),
+        id=flags.id,
         data_url=storage.absolute(flags.data),
         storage_url=storage.absolute(flags.storage),
         init_from=flags.init_from,
@@ -109,24 +114,17 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
     view = SuiteView(lines, plan.sources)
     with view.shown():
         results = run_suite(request, plan, view=view, command=_command())
+    lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
-    lines.say(f"page: {storage.join(flags.storage, request.id, 'report.html')}")
+    lines.say(f"page: {storage.join(results.url, 'report.html')}")
     asked = [run for run in results.runs if run.name in plan.configs]
     return DONE if all(run.status == "finished" for run in asked) else SOME_FAILED
 
 
-def suite_id(flags: Flags, recipes: tuple[Recipe, ...]) -> str:
-    """--id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time."""
-    if flags.id:
-        return checked_id(flags.id)
-    if not (flags.set or flags.recipe):
-        return flags.catalogue
-    return f"{flags.catalogue}-{digest_of([recipe.to_json() for recipe in recipes])[:8]}"
-
-
-def checked_id(text: str) -> str:
-    if text in ("", ".", "..") or "/" in text or text.startswith("."):
-        raise RecipeError(f"--id {text}: a plain name, without / and not beginning with a dot")
+def checked_name(text: str, what: str) -> str:
+    """A name that can be a folder's. Raises RecipeError."""
+    if not text or text.startswith(".") or "/" in text:
+        raise RecipeError(f"{what} {text!r}: a plain name, without / and not beginning with a dot")
     return text
 
 

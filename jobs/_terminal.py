@@ -70,6 +70,8 @@ class SuiteView:
 
     def already(self, run: str, status: "Status") -> None:
         self.rows[run]["state"] = f"{status.value} before"
+        if status.value == "failed":
+            self.lines.say(f"{run}: failed before; --retry-failed tries it again")
 
     def started(self, run: str) -> None:
         self.rows[run]["state"] = "starting"
@@ -118,7 +120,7 @@ def _waiting(source: str | None) -> str:
 
 
 def _seconds_left(row: Mapping[str, Any]) -> float | None:
-    if row.get("state") != "train" or row["step"] == row["since"][1]:
+    if row.get("state") != "train" or row["step"] in (row["since"][1], row["total_steps"]):
         return None
     began, first = row["since"]
     return (time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first)

@@ -11,7 +11,7 @@ from imgcls.errors import RecipeError
 from imgcls.records import SuiteResults
 from imgcls.results.measurement import markdown_table, measure, newest
 from jobs._door import DONE, enter
-from jobs._request import checked_id
+from jobs._request import checked_name
 from jobs._terminal import Lines
 
 MEASUREMENTS = Path("docs/measurements")
@@ -35,7 +35,7 @@ def bench(
     if what == "record":
         if not id:
             raise RecipeError("bench record needs the ID of a suite, as quick")
-        found = measure(records.read(SuiteResults, storage.join(storage_url, checked_id(id), "results.json")))
+        found = measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json")))
         path = MEASUREMENTS / found.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(found.to_bytes())

@@ -37,9 +37,12 @@ def evaluate(
     if json:
         lines.say(found.model_dump_json(indent=1))
         return DONE
+    if found.data_digest != found.trained_on:
+        lines.say(f"note: these data have digest {found.data_digest[:12]}, it was trained on {found.trained_on[:12]}")
     lines.say(
         f"{found.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}"
     )
+    lines.say("rows are labels, columns predictions, in the same order:")
     width = max(map(len, found.class_names))
     for name, row in zip(found.class_names, scores.confusion, strict=True):
         lines.say(f"  {name.ljust(width)}  {' '.join(f'{count:5d}' for count in row)}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from imgcls import storage
+from imgcls.errors import RecipeError
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._terminal import Lines, stderr
 
@@ -27,9 +28,11 @@ def predict(
         json: Print one JSON object.
         verbose: Tracebacks too.
     """
-    from imgcls.training.evaluate import find_model
+    from imgcls.training.checkpoints import find_model
     from imgcls.training.predict import Predictor
 
+    if not images:
+        raise RecipeError("name an IMAGE, or several")
     found = find_model(storage.absolute(checkpoint))
     predictor = Predictor(found.model)
     answers: list[dict[str, object]] = []
@@ -38,15 +41,20 @@ def predict(
             top = predictor.top(image.read_bytes(), TOP)
             answers.append({"image": str(image), "top": [{"class": name, "probability": p} for name, p in top]})
         except Exception as error:  # Pillow raises many kinds on what is no image
-            answers.append({"image": str(image), "error": str(error) or type(error).__name__})
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            answers.append({"image": str(image), "error": reason})
     synthetic = found.model.synthetic
     if json:
-        print(json_module.dumps({"checkpoint": found.url, "synthetic": synthetic, "predictions": answers}, indent=1))
+        print(
+            json_module.dumps(
+                {"checkpoint": found.url, "synthetic": synthetic, "predictions": answers}, indent=1, ensure_ascii=False
+            )
+        )
     else:
         _print(answers, Lines(synthetic=synthetic))
     failed = [answer for answer in answers if "error" in answer]
     for answer in failed:
-        stderr(f"error: {answer['image']} cannot be read as an image: {answer['error']}")
+        stderr(f"error: {answer['image']} cannot be used: {answer['error']}")
     return SOME_FAILED if failed else DONE
 
 

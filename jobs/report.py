@@ -4,11 +4,10 @@ from typing import Annotated
 
 import tyro
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.errors import StorageError
-from imgcls.records import SuiteRecord, SuiteResults
 from jobs._door import DONE, enter
-from jobs._request import checked_id
+from jobs._request import checked_name
 from jobs._terminal import Lines, say_results
 
 
@@ -26,14 +25,11 @@ def report(
     """
     from cluster.suite import publish
 
-    suite_url = storage.join(storage_url, checked_id(id))
-    suite = records.read_if_there(SuiteRecord, storage.join(suite_url, "suite.json"))
-    if suite is None:
+    suite_url = storage.join(storage_url, checked_name(id, "ID"))
+    if not storage.exists(storage.join(suite_url, "suite.json")):
         there = ", ".join(storage.folders(storage_url)) or "nothing"
         raise StorageError(f"{suite_url} holds no suite: no suite.json\n  do: name one of what is there: {there}")
-    before = records.read_if_there(SuiteResults, storage.join(suite_url, "results.json"))
-    seconds, command = (before.seconds, before.command) if before else (0.0, "")
-    results = publish(suite_url, seconds=seconds, command=command)
+    results = publish(storage.absolute(suite_url))
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
     lines.say(f"page: {storage.join(suite_url, 'report.html')}")

@@ -6,7 +6,7 @@ import tyro
 
 from jobs._door import enter
 from jobs._packing import pack_what_is_missing
-from jobs._request import Flags, carry_out, chosen_recipes
+from jobs._request import Flags, carry_out, chosen
 
 
 def suite(
@@ -24,10 +24,10 @@ def suite(
         flags: Shared with jobs.train.
     """
     names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
-    chosen = chosen_recipes(flags, names)
+    flags, changed = chosen(flags, names)
     if pack:
-        flags = pack_what_is_missing(flags, chosen)
-    return carry_out(flags, chosen, num_seeds=num_seeds)
+        flags = pack_what_is_missing(flags, changed)
+    return carry_out(flags, changed, num_seeds=num_seeds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import tyro
 
 from imgcls.errors import RecipeError
 from jobs._door import enter
-from jobs._request import Flags, carry_out, chosen_recipes
+from jobs._request import Flags, carry_out, chosen
 
 
 def train(
@@ -22,8 +22,7 @@ def train(
     """
     if recipe_name is None and len(flags.recipe) != 1:
         raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
-    recipes = chosen_recipes(flags, None if recipe_name is None else (recipe_name,))
-    return carry_out(flags, recipes, num_seeds=1)
+    return carry_out(*chosen(flags, None if recipe_name is None else (recipe_name,)), num_seeds=1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Published:
+    dataset: str
     accuracy: float
     split: str
     """What the accuracy was measured on, by the published scripts' own doing."""
@@ -12,11 +13,14 @@ class Published:
 
 
 PUBLISHED = {
-    "basic-cnn": Published(0.6308, "test", "one seed, last weights"),
-    "resnet18": Published(0.5640, "test", "one seed, last weights"),
-    "regularized": Published(0.8206, "test", "one seed, last weights"),
-    "scratch": Published(0.786, "test, used as validation", "one seed, best epoch chosen on the test set"),
+    "basic-cnn": Published("imagenette", 0.6308, "test", "one seed, last weights"),
+    "resnet18": Published("imagenette", 0.5640, "test", "one seed, last weights"),
+    "regularized": Published("cifar10", 0.8206, "test", "one seed, last weights"),
+    "scratch": Published("cifar10", 0.786, "test, used as validation", "one seed, best epoch chosen on the test set"),
     "finetuned": Published(
-        0.834, "test, used as validation", "one seed, best epoch chosen on the test set; its source had seen CIFAR-10"
+        "cifar10",
+        0.834,
+        "test, used as validation",
+        "one seed, best epoch chosen on the test set; its source had seen CIFAR-10",
     ),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from imgcls.errors import DataError
+from imgcls.errors import DataError, NoSourceError
 from imgcls.records import Split
 
 TIMEOUT_S = 20
@@ -50,7 +50,7 @@ def official_name(dataset: str) -> str | None:
 def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """The whole, checked archive in `folder`; goes on where an earlier download stopped.
 
-    Raises DataError where the network or the place does not answer, or the bytes are not the official ones.
+    Raises NoSourceError where it cannot be reached, DataError where its bytes are not the official ones or cannot be kept.
     """
     whole, part = folder / archive.name, folder / f"{archive.name}.part"
     try:
@@ -61,7 +61,7 @@ def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], N
             part.replace(whole)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise DataError(f"{archive.url} cannot be fetched: {reason}\n  where: {part} keeps what came") from None
+        raise NoSourceError(f"{archive.url} cannot be fetched: {reason}\n  where: {part} keeps what came") from None
     except OSError as error:
         raise DataError(f"{archive.url} cannot be kept in {folder}: {error.strerror or error}") from None
     return whole

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 DECODER = f"pillow{PIL.__version__}"
 """In the name of every cache: another version may decode or resize to other bits."""
@@ -28,9 +28,12 @@ def decode(data: bytes) -> Image.Image:
 
     Raises OSError, ValueError or SyntaxError, Pillow's own, where `data` is not a whole image.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        turned = ImageOps.exif_transpose(image)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("no image of a known format") from None
     if turned.mode.startswith("I") or turned.mode == "F":
         # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
         wide = np.asarray(turned).astype(np.float64)

@@ -74,11 +74,14 @@ def evaluation_batches(num_samples: int, *, rank: int, world_size: int, size: in
 
 
 def stratified_cut(labels: NDArray[np.int64], *, fraction: float, seed: int) -> tuple[Ids, Ids]:
-    """(kept, cut): ids in ascending order; `cut` holds the rounded fraction of every class, at least one of each."""
+    """(kept, cut): ids in ascending order; `cut` holds the rounded fraction of every class, at least one of each.
+
+    At least one of each stays, too: a class of one sample is kept.
+    """
     draw = hash64(seed, np.arange(len(labels)), -2)
     cut = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members))
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
         cut[members[np.argsort(draw[members], kind="stable")[:count]]] = True
     return np.flatnonzero(~cut), np.flatnonzero(cut)

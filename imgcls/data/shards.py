@@ -1,8 +1,8 @@
 """WebDataset tars and their manifest: written, read, verified.
 
 Comes in: a `Source`. Goes out: `<url>/{manifest.json, pixels.u64, train-00000.tar, ...}`, from which `cache` is built.
-Each shard is kept with its own record while packing goes on, so that an interrupted pack goes on at the next shard;
-the manifest is written last, so that a set without one is no set.
+Each shard waits with its own record until all are there, so that an interrupted pack goes on at the next shard and an
+earlier set stays whole until it is replaced; the manifest is written last, so that a set without one is no set.
 """
 
 import hashlib
@@ -78,7 +78,6 @@ def pack(
     when the same source is packed again.
     """
     identity = digest_of([source.identity, name, SHARD_SAMPLES, SHARD_BYTES, PACK_SEED])
-    storage.delete(manifest_url(set_url))
     plan = _plan(source)
     done, packed = 0, list[PackedShard]()
     with decoding_pool() as pool:
@@ -94,7 +93,8 @@ def pack(
             packed.append(one)
             done += len(samples)
             shard_progress(0, done)
-    return _seal(source, set_url, name, packed, max_bad)
+    paths = [sample.path for _, _, samples in plan for sample in samples]
+    return _seal(source, paths, set_url, name, packed, max_bad)
 
 
 def _plan(source: Source) -> list[tuple[str, Split, list[Sample]]]:
@@ -121,7 +121,9 @@ def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard 
         one = records.read_if_there(PackedShard, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
         if one is None or one.identity != identity:
             return None
-        check_shard(one.shard, storage.read_bytes(storage.join(set_url, shard_name)), where=shard_name)
+        waits = storage.join(set_url, _UNDER_WAY, shard_name)  # or was moved already, by a pack that ended there
+        place = waits if storage.exists(waits) else storage.join(set_url, shard_name)
+        check_shard(one.shard, storage.read_bytes(place), where=shard_name)
     except (DataError, StorageError):
         return None
     return one
@@ -131,9 +133,10 @@ def _read_and_decode(samples: list[Sample]) -> list[_Read]:
     """Runs in a pool process."""
     found = []
     for sample in samples:
-        data = sample.content.read()
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = ""
         try:
+            data = sample.content.read()
+            sha256 = hashlib.sha256(data).hexdigest()
             found.append(_Read(data, sha256, pixels_digest(decode(data)).hex(), ""))
         except Exception as error:  # Pillow raises many kinds on what is no image
             found.append(_Read(b"", sha256, "", str(error) or type(error).__name__))
@@ -181,12 +184,13 @@ def _pack_shard(
         paths=tuple(paths),
     )
     one = PackedShard(identity=identity, shard=shard, sha256=tuple(sha256), pixels=tuple(pixels), bad=tuple(bad))
-    storage.write_bytes(storage.join(set_url, shard_name), data)
+    storage.write_bytes(storage.join(set_url, _UNDER_WAY, shard_name), data)
     storage.write_bytes(storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"), one.to_bytes())
     return one
 
 
-def _seal(source: Source, set_url: str, name: str, packed: list[PackedShard], max_bad: int) -> Manifest:
+def _seal(source: Source, paths: list[str], set_url: str, name: str, packed: list[PackedShard], max_bad: int) -> Manifest:
+    """paths: of all files in the order of the shards, those that are no images too."""
     bad = [one for shard in packed for one in shard.bad]
     if len(bad) > max_bad:
         listed = "".join(f"\n  {one.path}: {one.reason}" for one in bad[:20])
@@ -200,7 +204,7 @@ def _seal(source: Source, set_url: str, name: str, packed: list[PackedShard], ma
     pixels = bytes.fromhex("".join("".join(one.pixels) for one in packed))
     shards = tuple(one.shard for one in packed)
     _check_splits(name, source.class_names, shards)
-    hashes = sorted(_file_hashes(source, packed))
+    hashes = sorted(zip(paths, (sha256 for one in packed for sha256 in one.sha256), strict=True))
     manifest = Manifest.sealed(
         name=name,
         class_names=source.class_names,
@@ -211,6 +215,10 @@ def _seal(source: Source, set_url: str, name: str, packed: list[PackedShard], ma
         synthetic=source.synthetic,
         notes=tuple(notes),
     )
+    storage.delete(manifest_url(set_url))
+    for name in storage.files(storage.join(set_url, _UNDER_WAY)):
+        if name.endswith(".tar"):
+            storage.move(storage.join(set_url, _UNDER_WAY, name), storage.join(set_url, name))
     storage.write_bytes(storage.join(set_url, "pixels.u64"), pixels)
     planned = {shard.name for shard in shards}
     for left in storage.files(set_url):
@@ -219,13 +227,6 @@ def _seal(source: Source, set_url: str, name: str, packed: list[PackedShard], ma
     storage.write_bytes(manifest_url(set_url), manifest.to_bytes())
     storage.delete(storage.join(set_url, _UNDER_WAY))
     return manifest
-
-
-def _file_hashes(source: Source, packed: list[PackedShard]) -> Iterator[list[str]]:
-    planned = _plan(source)
-    for (_, _, samples), one in zip(planned, packed, strict=True):
-        for sample, sha256 in zip(samples, one.sha256, strict=True):
-            yield [sample.path, sha256]
 
 
 def _check_splits(name: str, class_names: tuple[str, ...], shards: tuple[Shard, ...]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,12 +99,14 @@ class Source:
 def find_source(dataset: str) -> Path | None:
     """A folder or tar for DATASET: under `IMGCLS_SOURCES`, then under `data/sources/`; None where there is none.
 
-    Raises DataError where several fit equally well.
+    Raises DataError where several fit equally well, or `IMGCLS_SOURCES` names no folder.
     """
-    for place in filter(None, (os.environ.get("IMGCLS_SOURCES"), "data/sources")):
-        root = Path(place).expanduser()
-        if not root.is_dir():
-            continue
+    roots = [Path("data/sources")]
+    if named := os.environ.get("IMGCLS_SOURCES"):
+        roots.insert(0, Path(named).expanduser())
+        if not roots[0].is_dir():
+            raise DataError(f"IMGCLS_SOURCES={named} is no folder\n  do: mend or unset it")
+    for root in filter(Path.is_dir, roots):
         fitting = [p for p in sorted(root.iterdir()) if _fits(p, dataset)]
         exact = [p for p in fitting if p.name.split(".")[0] == dataset]
         if len(exact or fitting) > 1:
@@ -136,7 +139,11 @@ def open_source(path: Path) -> Source:
 def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     """Files, and folders, empty ones too, by their path below `root`."""
     found, folders = {}, set[str]()
-    for folder, _, names in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    for folder, _, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.add(Path(folder).relative_to(root).as_posix())
         for name in names:
             file = Path(folder, name)
@@ -192,7 +199,7 @@ def _uncompressed(path: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as target, opened(path) as packed:
             try:
                 shutil.copyfileobj(packed, target, 1 << 20)
-            except (EOFError, OSError, lzma.LZMAError) as error:
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
                 os.unlink(target.name)
                 raise DataError(
                     f"{path} cannot be unpacked to {folder}: {error}\n  do: fetch it again, or make room"
@@ -217,8 +224,11 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
             "  do: lay them out as split/class/image or class/image"
         )
     if ignored:
-        notes.append(f"{len(ignored)} files that are not images by name were left out, as {ignored[0]}")
-    _refuse_empty_splits(name, images, folders)
+        notes.append(f"{len(ignored)} files that are not images by name were left out, such as {ignored[0]}")
+    empty = sorted(folders - {str(parent) for path in images for parent in PurePosixPath(path).parents})
+    _refuse_empty_splits(name, empty)
+    if empty:
+        notes.append(f"{len(empty)} folders without an image were left out, such as {empty[0]}")
     placed = _place(name, images, notes)
     class_dirs = sorted({class_dir for _, class_dir, _ in placed.values()})
     labels = {class_dir: label for label, class_dir in enumerate(class_dirs)}
@@ -226,21 +236,19 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
     class_names = tuple(IMAGENETTE_CLASSES.get(class_dir, class_dir) for class_dir in class_dirs)
     if not any(sample.split == "test" for sample in samples):
         samples = _cut_test(samples)
+        if not any(sample.split == "test" for sample in samples):
+            raise DataError(f"{name} has one image a class: no test set can be cut\n  do: add images")
         notes.append(f"no test set there: {TEST_FRACTION:.0%} of every class was cut as the test set, seed {CUT_SEED}")
     _check(name, class_names, samples)
     return Source(name, class_names, samples, tuple(notes), _identity(files))
 
 
-def _refuse_empty_splits(name: str, images: dict[str, Bytes], folders: set[str]) -> None:
-    for folder in sorted(folders):
-        path = PurePosixPath(folder)
-        if (
-            path.name.lower() in SPLITS
-            and len(path.parts) <= 2
-            and not any(image.startswith(f"{path}/") for image in images)
-        ):
+def _refuse_empty_splits(name: str, empty: list[str]) -> None:
+    """empty: folders without an image."""
+    for folder in map(PurePosixPath, empty):
+        if folder.name.lower() in SPLITS and len(folder.parts) <= 2:
             raise DataError(
-                f"{name}: the split {path} is empty\n  do: put images into {path}/<class>/, or remove the folder"
+                f"{name}: the split {folder} is empty\n  do: put images into {folder}/<class>/, or remove the folder"
             )
 
 
@@ -270,7 +278,10 @@ def _place(name: str, images: dict[str, Bytes], notes: list[str]) -> dict[str, t
         wanted = 3 if has_splits else 2
         if len(below) != wanted:
             layout = "split/class/image" if has_splits else "class/image"
-            raise DataError(f"{name}: {path} does not lie in {layout}\n  do: move it into its class's folder")
+            raise DataError(
+                f"{name}: {path} does not lie in {layout}\n"
+                "  do: move it into its class's folder; splits are called train, val, test"
+            )
         split = below[0].lower() if has_splits else "train"
         placed[path] = ("test" if split == "val" and val_is_test else split, below[-2], content)
     return placed

@@ -30,12 +30,13 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
         kept, cut = stratified_cut(labels[train], fraction=recipe.validation.fraction, seed=recipe.validation.seed)
         train, val = train[kept], train[cut]
     if recipe.train_fraction < 1:
-        _, used = stratified_cut(labels[train], fraction=recipe.train_fraction, seed=recipe.validation.seed + 1)
+        used, _ = stratified_cut(labels[train], fraction=1 - recipe.train_fraction, seed=recipe.validation.seed + 1)
         train = train[used]
     if len(train) < recipe.global_batch_size:
         raise RecipeError(
-            f"recipe {recipe.name}: {len(train)} training samples are less than a global batch of "
-            f"{recipe.global_batch_size}\n  do: --set global_batch_size={_power_of_two_below(len(train))}"
+            f"recipe {recipe.name}: {len(train):,} of the {len(labels):,} samples of {recipe.dataset} are to be trained on, "
+            f"less than a global batch of {recipe.global_batch_size}\n"
+            f"  do: --set global_batch_size={_power_of_two_below(len(train))}"
         )
     return Splits(train, val, test)
 

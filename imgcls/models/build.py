@@ -1,12 +1,14 @@
 """A recipe's model -> an `nn.Module` with its first weights."""
 
+from typing import assert_never
+
 import torch
 from torch import nn
 
 from imgcls.errors import CheckpointError
 from imgcls.models.basic_cnn import basic_cnn
 from imgcls.models.resnet18 import resnet18, transferred
-from imgcls.recipe import BasicCNN, Recipe
+from imgcls.recipe import BasicCNN, Recipe, ResNet18
 
 
 def build_model(recipe: Recipe, *, num_classes: int, seed: int) -> nn.Module:
@@ -14,10 +16,13 @@ def build_model(recipe: Recipe, *, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         into, model = recipe.input, recipe.model
-        if isinstance(model, BasicCNN):
-            network = basic_cnn(px=into.px, channels=into.channels, num_classes=num_classes, dropout=model.dropout)
-        else:
-            network = resnet18(channels=into.channels, num_classes=num_classes, dropout=model.dropout)
+        match model:
+            case BasicCNN():
+                network = basic_cnn(px=into.px, channels=into.channels, num_classes=num_classes, dropout=model.dropout)
+            case ResNet18():
+                network = resnet18(channels=into.channels, num_classes=num_classes, dropout=model.dropout)
+            case _:
+                assert_never(model)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

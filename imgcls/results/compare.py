@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imgcls.catalogue.published import PUBLISHED
+from imgcls.catalogue.published import PUBLISHED, Published
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.statistics import Interval, accuracy_interval, difference_interval, paired_interval, seeds_interval
 
@@ -49,8 +49,16 @@ def interval_of(runs: Sequence[RunResult]) -> Interval:
     return accuracy_interval(*counts(runs[0]))
 
 
+def published_beside(run: RunResult) -> Published | None:
+    """The published figure of the same recipe on the same photographs."""
+    found = PUBLISHED.get(run.recipe.name)
+    return found if found and found.dataset == run.recipe.dataset and not run.synthetic else None
+
+
 def answers(results: SuiteResults) -> list[Answer]:
-    return [_answer(results, question) for question in QUESTIONS]
+    """To each question whose two recipes were asked for."""
+    asked = {run.recipe.name for run in results.runs}
+    return [_answer(results, question) for question in QUESTIONS if {question.first, question.second} <= asked]
 
 
 def _answer(results: SuiteResults, question: Question) -> Answer:
@@ -94,7 +102,7 @@ HEADER = ("run", "status", *MEASURED, "published")
 
 def table_row(run: RunResult) -> tuple[str, ...]:
     """One run under HEADER; the interval is that of its test set, `min` the minutes from its start to its end."""
-    published = PUBLISHED.get(run.recipe.name)
+    published = published_beside(run)
     beside = f"{published.accuracy:.4f}" if published else ""
     if run.test is None or run.val is None:
         return (run.name, run.status, *[""] * len(MEASURED), beside)

@@ -3,6 +3,7 @@
 from datetime import date
 from pathlib import Path
 
+from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.errors import DataError
 from imgcls.records import Record, RunResult, SuiteResults
@@ -35,6 +36,13 @@ def measure(results: SuiteResults) -> Measurement:
         raise DataError(f"{results.id}: no run is finished, there is nothing to record")
     if results.synthetic:
         raise DataError(f"{results.id} is SYNTHETIC: its figures say nothing, and are not recorded")
+    changed = [one.name for one in done if one.recipe not in CATALOGUES[one.catalogue]]
+    if changed:
+        raise DataError(
+            f"{results.id}: {', '.join(changed)} differ from the catalogue {results.catalogue}, and are not recorded"
+        )
+    if len({str(one.hardware) for one in done}) > 1:
+        raise DataError(f"{results.id} ran on several kinds of hardware: a record is of one\n  do: take another --id")
     commits = {one.commit or "unknown" for one in done}
     if len(commits) > 1 or any(c == "unknown" or c.endswith("+changes") for c in commits):
         raise DataError(

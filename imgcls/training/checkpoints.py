@@ -7,6 +7,7 @@ The same store with and without Ray; rank 0 writes, all ranks read.
 """
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from imgcls import records, storage
 from imgcls.errors import CheckpointError, StorageError
 from imgcls.records import Record
-from imgcls.training.weights import load_tensors
+from imgcls.training.weights import Model, load_model, load_tensors, model_of
 
 
 class Facts(Record):
@@ -113,3 +114,36 @@ def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The network's state_dict out of a Lightning checkpoint of ours."""
     prefix = "network."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    url: str
+    model: Model
+
+
+def find_model(checkpoint: str) -> FoundModel:
+    """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a `model.pt`; a path or a URL.
+
+    Raises CheckpointError where it names none, or its bytes are not those that were written.
+    """
+    url = checkpoint.rstrip("/").removesuffix("/checkpoint.ckpt")
+    if storage.exists(storage.join(url, "committed.json")):
+        return FoundModel(url, _from_committed(url))
+    if storage.exists(storage.join(url, "model.pt")):
+        url = storage.join(url, "model.pt")
+    elif storage.exists(storage.join(url, "config.json")):
+        raise CheckpointError(
+            f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
+        )
+    elif not storage.exists(url):
+        raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
+    try:
+        return FoundModel(url, load_model(url))
+    except StorageError:
+        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
+
+
+def _from_committed(url: str) -> Model:
+    content = read_checkpoint(url)
+    return model_of(content, network_weights(content), where=url)

@@ -20,15 +20,15 @@ from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
-from imgcls.errors import CheckpointError, DataError
+from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.models.build import build_model, start_from
 from imgcls.records import Example, LineageEntry, Manifest, RunConfig, RunResult, Scores
 from imgcls.training import environment
-from imgcls.training.checkpoints import CheckpointStore, network_weights
+from imgcls.training.checkpoints import CheckpointStore, FoundModel, find_model, network_weights
 from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
-from imgcls.training.weights import Model, about, load_model, save_model, weights_sha256
+from imgcls.training.weights import Model, about, save_model, weights_sha256
 from imgcls.training.world import World, make_trainer
 
 NUM_EXAMPLES = 8
@@ -36,13 +36,16 @@ NUM_EXAMPLES = 8
 
 
 def fit(config: RunConfig, *, data_url: str, run_url: str, world: World) -> RunResult:
-    """The run is trained to its end and its result lies in its folder. Every rank returns the same result.
+    """The run is trained to its end and its result lies in its folder. Every rank returns the same scores.
 
     Raises DataError, CheckpointError or StorageError; the log then ends with the reason.
     """
-    log = RunLog(run_url, writes=world.rank == 0)
+    log = RunLog(run_url, writes=world.rank == 0, synthetic=config.synthetic)
     try:
         return _Fit(config, data_url, run_url, world, log).run()
+    except ImgclsError as error:
+        log.line(str(error))
+        raise
     except Exception:
         log.line(traceback.format_exc())
         raise
@@ -55,11 +58,9 @@ class _Fit:
         self.config, self.recipe, self.run_url, self.world, self.log = config, config.recipe, run_url, world, log
         self.set_url = storage.join(data_url, self.recipe.dataset)
         self.store = CheckpointStore(storage.join(run_url, "checkpoints"))
-        self.clock = Stopwatch()
-        self.clock.add("start", max(0.0, time.time() - world.started_s))
+        self.clock, self.start_s = Stopwatch(), max(0.0, time.time() - world.started_s)
 
     def run(self) -> RunResult:
-        began = time.perf_counter()
         self.manifest = self._manifest()
         self.cache = self._cache()
         self.splits = split_ids(self.recipe, self.manifest)
@@ -68,7 +69,7 @@ class _Fit:
         self.data = self._data()
         self.recorder = self._recorder()
         self._train()
-        result = self._finish(began)
+        result = self._finish()
         if self.world.rank == 0:
             storage.write_bytes(storage.join(self.run_url, "result.json"), result.to_bytes())
         return result
@@ -86,19 +87,23 @@ class _Fit:
         self.world.report(Progress(phase="cache"))
         with self.clock.of("cache"):
             into = self.recipe.input
-            return open_cache(self.set_url, self.manifest, px=into.stored_px, channels=into.channels)
+            cache = open_cache(self.set_url, self.manifest, px=into.stored_px, channels=into.channels)
+        # Reports wait for all ranks without a deadline: no rank meets a collective's while another node still decodes.
+        self.world.report(Progress(phase="start"))
+        return cache
 
     def _recorder(self) -> Recorder:
         return Recorder(
             self.run_url,
             self.store,
             run_digest=self.config.digest(),
-            about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.manifest.synthetic),
+            about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.config.synthetic),
             planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
             patience=self.recipe.length.patience,
             writes=self.world.rank == 0,
             log=self.log,
+            clock=self.clock,
             report=self.world.report,
         )
 
@@ -107,11 +112,10 @@ class _Fit:
         pixels = read_pixel_digests(self.set_url, self.manifest)
         ancestors: tuple[Seen, ...] = ()
         if self.config.init is not None:
-            url = source_model_url(self.config, self.run_url)
-            source = load_model(url)
-            refuse_seen_images(source.lineage, source=url, dataset=self.recipe.dataset, pixels=pixels)
-            start_from(network, source.weights, source=url)
-            ancestors = source.lineage
+            found = source_model(self.config, self.run_url)
+            refuse_seen_images(found.model.lineage, source=found.url, dataset=self.recipe.dataset, pixels=pixels)
+            start_from(network, found.model.weights, source=found.url)
+            ancestors = found.model.lineage
         entry = LineageEntry(dataset=self.recipe.dataset, digest=self.manifest.digest, run=self.config.name)
         steps = order.num_steps(
             len(self.splits.train), size=self.recipe.global_batch_size, keep_last=self.recipe.last_batch == "keep"
@@ -135,8 +139,9 @@ class _Fit:
             callbacks=[self.recorder],
             max_epochs=self.recipe.length.epochs,
         )
-        last = self.store.last()
+        last = self.world.agree(self.store.last())
         if last is None:
+            self.clock.add("start", self.start_s)
             self.log.line(f"{self.config.name}: {self._plan()}")
         else:
             self._check_resume(last.run_digest)
@@ -171,11 +176,11 @@ class _Fit:
             f"{len(self.data.train_dataloader())} steps an epoch, {self.world.size} workers"
         )
 
-    def _finish(self, began: float) -> RunResult:
+    def _finish(self) -> RunResult:
         last_sha256 = weights_sha256(self.module.network.state_dict())
-        best = self.store.best()
-        assert best is not None
-        best_state = self.store.load_checkpoint(self.store.place(best.step))
+        best = self.recorder.best_row
+        best_place = self.store.place(int(best["step"]))
+        best_state = self.store.load_checkpoint(best_place)
         self.module.network.load_state_dict(network_weights(best_state))
         self.world.report(Progress(phase="test", epoch=len(self.recorder.history), epochs=self.recipe.length.epochs))
         with self.clock.of("test"):
@@ -187,33 +192,28 @@ class _Fit:
             class_names=self.manifest.class_names,
             weights=self.module.network.state_dict(),
             lineage=self.lineage,
-            synthetic=self.manifest.synthetic,
+            synthetic=self.config.synthetic,
         )
         best_sha256 = save_model(model, model_url) if self.world.rank == 0 else model.weights_sha256
-        timing = self.recorder.timing
-        for phase in ("train", "validate", "checkpoint"):
-            self.clock.add(phase, sum(float(row[f"{phase}_s"]) for row in timing))
-        self.clock.add("fit", time.perf_counter() - began)
-        self.log.line(f"tested once, on the best checkpoint (epoch {best.epoch}): accuracy {test.accuracy:.4f}")
-        trained = sum(float(row["samples"]) for row in self.recorder.history)
+        self.log.line(f"tested once, on the best checkpoint (epoch {best['epoch']}): accuracy {test.accuracy:.4f}")
+        trained, seconds = sum(float(row["samples"]) for row in self.recorder.history), self.clock.seconds
         return RunResult.of(
             self.config,
             status="finished",
             class_names=self.manifest.class_names,
             epochs=len(self.recorder.history),
             steps=int(self.recorder.history[-1]["step"]),
-            best_epoch=best.epoch,
+            best_epoch=int(best["epoch"]),
             num_train=len(self.splits.train),
             val=self.recorder.best,
             test=test,
             examples=self._examples() if self.world.rank == 0 else (),
-            seconds={phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
-            images_per_s=round(trained / max(1e-9, self.clock.seconds["train"]), 1),
-            checkpoint=f"checkpoints/{storage.name_of(self.store.place(best.step))}",
+            seconds={phase: round(value, 3) for phase, value in seconds.items()},
+            images_per_s=round(trained / seconds["train"], 1),
+            checkpoint=f"checkpoints/{storage.name_of(best_place)}",
             weights_sha256=last_sha256,
             best_weights_sha256=best_sha256,
             num_parameters=sum(p.numel() for p in self.module.network.parameters()),
-            synthetic=self.manifest.synthetic,
             lineage=tuple(seen.entry for seen in self.lineage),
             placement=self.world.placement,
             versions=environment.versions(),
@@ -244,12 +244,18 @@ class _Fit:
         return (*right, *wrong)
 
 
-def source_model_url(config: RunConfig, run_url: str) -> str:
-    """Where the `model.pt` lies that this run starts from."""
+def source_model(config: RunConfig, run_url: str) -> FoundModel:
+    """The weights that this run starts from. Raises CheckpointError where they are not those that were named."""
     assert config.init is not None
-    if config.source_run is None:
-        return config.init.run
-    return storage.join(run_url.rstrip("/").rpartition("/")[0], config.source_run, "model.pt")
+    if config.source_run is not None:
+        return find_model(storage.join(run_url.rstrip("/").rpartition("/")[0], config.source_run))
+    found = find_model(config.init.run)
+    if found.model.weights_sha256 != config.init.identity:
+        raise CheckpointError(
+            f"{found.url} has other weights than when {config.name} was asked for\n"
+            "  do: bring them back, or take another --id"
+        )
+    return found
 
 
 def check_counted(scores: Scores, expected: int) -> None:

@@ -1,6 +1,6 @@
 """The LightningModule: loss, totals and optimizer around a network. Called by `fit` and `evaluate`."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import lightning.pytorch as pl
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
 from imgcls.errors import ImgclsError
-from imgcls.recipe import Adam, Recipe
+from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import Scores
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
@@ -88,11 +88,14 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, parameters = self.recipe.optimizer, self.parameters()
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
-        if isinstance(optimizer, Adam):
-            built: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=optimizer.lr, fused=True)
-        else:
-            built = torch.optim.AdamW(parameters, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True)
-
+        built: torch.optim.Optimizer
+        match optimizer:
+            case Adam(lr=lr):
+                built = torch.optim.Adam(parameters, lr=lr, fused=True)
+            case AdamW(lr=lr, weight_decay=weight_decay):
+                built = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+            case _:
+                assert_never(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(built, self._lr_factor)
         return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -40,20 +40,20 @@ HISTORY = (
     "val/loss",
     "val/accuracy",
 )
-TIMING = ("epoch", "train_s", "validate_s", "checkpoint_s", "images_per_s")
+TIMING = ("epoch", "train_s", "validate_s", "images_per_s")
 
 
 class RunLog:
     """The run's log.txt: kept in memory, and put whole into the run's folder."""
 
-    def __init__(self, url: str, *, writes: bool) -> None:
-        self.url, self.writes = storage.join(url, "log.txt"), writes
+    def __init__(self, url: str, *, writes: bool, synthetic: bool) -> None:
+        self.url, self.writes, self.mark = storage.join(url, "log.txt"), writes, "SYNTHETIC " if synthetic else ""
         old = storage.read_bytes_if_there(self.url) if writes else None
         self.lines = old.decode().splitlines() if old else []
 
     def line(self, text: str) -> None:
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.lines += [f"{stamp} {part}" for part in text.splitlines()]
+        self.lines += [f"{self.mark}{stamp} {part}" for part in text.splitlines()]
         self.put()
 
     def put(self) -> None:
@@ -62,10 +62,11 @@ class RunLog:
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase, and in all under `fit`; those of earlier attempts, up to their last commit, are added."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
@@ -76,7 +77,11 @@ class Stopwatch:
             self.add(phase, time.perf_counter() - begin)
 
     def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self._seconds | {"fit": self._seconds.get("fit", 0.0) + time.perf_counter() - self.began}
 
 
 class Recorder(Checkpoint):
@@ -96,11 +101,13 @@ class Recorder(Checkpoint):
         patience: int | None,
         writes: bool,
         log: RunLog,
+        clock: Stopwatch,
         report: Callable[[Progress], None],
     ) -> None:
         self.run_url, self.store, self.run_digest, self.about = run_url, store, run_digest, about
         self.planned_batches = planned_batches
-        self.epochs, self.patience, self.writes, self.run_log, self.report = epochs, patience, writes, log, report
+        self.epochs, self.patience, self.writes, self.report = epochs, patience, writes, report
+        self.run_log, self.clock = log, clock
         self.history: list[Row] = []
         self.timing: list[Row] = []
         self.best: Scores | None = None
@@ -108,11 +115,14 @@ class Recorder(Checkpoint):
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "timing": self.timing, "best": self.best.model_dump_json() if self.best else None}
+        best = self.best.model_dump_json() if self.best else None
+        return {"history": self.history, "timing": self.timing, "best": best, "seconds": self.clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])
         self.best = Scores.model_validate_json(state_dict["best"]) if state_dict["best"] else None
+        for phase, seconds in state_dict["seconds"].items():
+            self.clock.add(phase, seconds)
         # Cuts the run's files back to where it goes on.
         self._write()
 
@@ -125,6 +135,11 @@ class Recorder(Checkpoint):
             return True
         losses = [float(row["val/loss"]) for row in self.history]
         return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
+
+    @property
+    def best_row(self) -> Row:
+        """The epoch of the lowest val/loss, of equals the earliest: from the history, so that every rank names the same."""
+        return min(self.history, key=lambda row: float(row["val/loss"]))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._marks = {"start": time.perf_counter()}
@@ -144,22 +159,24 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        validated = time.perf_counter()
+        validated, begun, trained = time.perf_counter(), self._marks["start"], self._marks["trained"]
         self._add_row(trainer, pl_module)
+        row = self.history[-1]
+        timing: Row = {
+            "epoch": row["epoch"],
+            "train_s": round(trained - begun, 3),
+            "validate_s": round(validated - trained, 3),
+            "images_per_s": round(float(row["samples"]) / (trained - begun), 1),
+        }
+        # Before the commit, which keeps them.
+        self.timing.append(timing)
+        self.clock.add("train", trained - begun)
+        self.clock.add("validate", validated - trained)
         if self.stops():
             trainer.should_stop = True
-        self._commit(trainer)
-        train_s = self._marks["trained"] - self._marks["start"]
-        timing: Row = {
-            "epoch": len(self.history),
-            "train_s": round(train_s, 3),
-            "validate_s": round(validated - self._marks["trained"], 3),
-            "checkpoint_s": round(time.perf_counter() - validated, 3),
-            "images_per_s": round(float(self.history[-1]["samples"]) / train_s, 1),
-        }
-        self.timing.append(timing)
+        with self.clock.of("checkpoint"):
+            self._commit(trainer)
         self._write()
-        row = self.history[-1]
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
         progress = self._progress("train", trainer, pl_module)
         self.report(replace(progress, images_per_s=float(timing["images_per_s"]), row=row))
@@ -222,7 +239,7 @@ class Recorder(Checkpoint):
                     for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr"):
                         events.add_scalar(name, row[name], int(row["step"]))
             (file,) = Path(folder).iterdir()
-            storage.put_file(file, storage.join(self.run_url, "events.out.tfevents"))
+            storage.write_bytes(storage.join(self.run_url, "events.out.tfevents"), file.read_bytes())
 
     def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule) -> Progress:
         assert isinstance(module, Classifier)

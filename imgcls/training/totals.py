@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from imgcls.errors import ImgclsError
 from imgcls.records import Scores
 
-_LOSS_UNIT = 2.0**-32
-"""Losses are added as multiples of this; sums stay exact up to 2**31 samples of loss 1."""
+_LOSS_UNIT, _LOSS_LIMIT = 2.0**-24, 1e4
+"""Losses are added as multiples of the unit, each up to the limit: 5e7 samples fit into 63 bits."""
 
 
 class Totals(Metric):
@@ -25,8 +26,13 @@ class Totals(Metric):
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: (b, classes); labels: int64, (b,)."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none").double().nan_to_num(nan=1e6).clamp(max=1e6)
+        """logits: (b, classes); labels: int64, (b,). Raises ImgclsError where a loss is not finite."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none").double()
+        if not losses.isfinite().all():
+            raise ImgclsError(
+                "a loss is not finite in evaluation: the weights have diverged\n  do: a lower --set optimizer.lr="
+            )
+        losses = losses.clamp(max=_LOSS_LIMIT)
         self.loss += (losses / _LOSS_UNIT).round().long().sum()
         pairs = labels * self.num_classes + logits.argmax(dim=1)
         self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)

@@ -29,6 +29,11 @@ class Model:
     synthetic: bool
 
     @property
+    def data_digest(self) -> str:
+        """Of the set that it was trained on."""
+        return self.lineage[-1].entry.digest
+
+    @property
     def weights_sha256(self) -> str:
         return weights_sha256(self.weights)
 
@@ -104,10 +109,13 @@ def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
     """Tensors and plain values, nothing that runs code. Raises CheckpointError."""
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise CheckpointError(f"{where} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where} holds no checkpoint")
+    except Exception:  # torch raises many kinds on damaged files, with advice that is not ours
+        content = None
+    if not isinstance(content, dict) or "about" not in content:
+        raise CheckpointError(
+            f"{where} is no checkpoint of this system, or damaged\n"
+            "  do: name a run's folder, a folder of its checkpoints, or a model.pt"
+        )
     return content
 
 

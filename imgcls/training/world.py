@@ -15,6 +15,10 @@ def _no_report(progress: Progress) -> None:
     pass
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
     """Who this rank is, and where it reports."""
@@ -27,6 +31,8 @@ class World:
     plugins: tuple[Any, ...] = ()
     report: Callable[[Progress], None] = _no_report
     """Called by every rank, equally often."""
+    agree: Callable[[Any], Any] = _as_it_is
+    """Rank 0's value on every rank."""
     placement: Placement | None = None
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""

@@ -44,7 +44,7 @@ def test_recipes_times_seeds_are_the_runs_and_the_fine_tuned_wait_for_their_own_
 def test_a_missing_source_is_added_and_said(request_of):
     plan = make_plan(request_of(quick.FINETUNED, recipes=(derive(quick.FINETUNED, TINY),)))
     assert list(plan.configs) == ["finetuned-seed0", "resnet18-seed0"]
-    assert plan.notes == ("finetuned starts from resnet18, which is added where it is missing",)
+    assert plan.notes == ("finetuned starts from resnet18, which is added",)
 
 
 def test_the_placement_is_not_in_a_runs_digest(request_of):
@@ -86,7 +86,7 @@ def test_what_can_be_known_to_be_wrong_is_refused_before_training(request_of, pa
     (copy / "test-00000.tar").unlink()
     with pytest.raises(DataError, match=r"lacks test-00000\.tar"):
         make_plan(request_of(FIVE[3], data_url=str(tmp_path / "data")))
-    with pytest.raises(RecipeError, match="not in the catalogue"):
+    with pytest.raises(RecipeError, match="neither under this id nor in the catalogue"):
         make_plan(request_of(derive(FINETUNED, {"init.recipe": "vit"})))
     with pytest.raises(RecipeError, match="in a circle"):
         make_plan(request_of(derive(FINETUNED, {"init.recipe": "finetuned"})))

@@ -13,7 +13,8 @@ from cluster.session import session
 before = dict(os.environ)
 with session(verbose=False):
     import ray
-    print("reached", ray.nodes()[0]["NodeManagerAddress"], os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"])
+    told = os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"]
+    print("reached", ray.nodes()[0]["NodeManagerAddress"], *told)
 assert dict(os.environ) == before
 """
 

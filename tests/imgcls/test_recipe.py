@@ -9,6 +9,7 @@ from imgcls.errors import ImgclsError, RecipeError
 from imgcls.recipe import (
     Augment,
     FromRun,
+    Recipe,
     Scratch,
     changes_between,
     derive,
@@ -16,6 +17,7 @@ from imgcls.recipe import (
     parse_changes,
     recipe_from_json,
 )
+from imgcls.records import RunConfig
 
 ALL = [(name, recipe) for name, suite in catalogue.CATALOGUES.items() for recipe in suite]
 
@@ -45,11 +47,20 @@ def test_paper_holds_the_published_settings():
     assert scratch.validation.fraction == 0.1
 
 
+def config(recipe: Recipe) -> RunConfig:
+    return RunConfig(catalogue="quick", recipe=recipe, seed=0, data_digest="d", init=None, synthetic=False)
+
+
 def test_the_digest_changes_with_any_field_and_with_nothing_else():
-    assert quick.SCRATCH.digest() == replace(quick.SCRATCH).digest()
+    assert config(quick.SCRATCH).digest() == config(replace(quick.SCRATCH)).digest()
     changed = derive(quick.SCRATCH, {"optimizer.lr": 0.01})
-    assert changed.digest() != quick.SCRATCH.digest()
+    assert config(changed).digest() != config(quick.SCRATCH).digest()
     assert differing_fields(quick.SCRATCH.to_json(), changed.to_json()) == ["optimizer.lr: 0.002 / 0.01"]
+
+
+def test_a_recipe_has_one_digest_from_python_and_from_json():
+    for _, recipe in ALL:
+        assert RunConfig.model_validate_json(config(recipe).to_bytes()).digest() == config(recipe).digest()
 
 
 def test_changes_are_made_by_path():

@@ -9,11 +9,13 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from imgcls.catalogue import CATALOGUES
-from imgcls.catalogue.published import PUBLISHED
 from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import answers, finished, interval_of
+from imgcls.results.compare import answers, finished, interval_of, published_beside
 from imgcls.results.page import figures
+
+DEFAULT_DATA = "data/packed"
+"""What --data is, unless said."""
 
 
 def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
@@ -27,18 +29,19 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
     template = environment.from_string((here / "template.html").read_text())
     curves = {name: _rows(data) for name, data in histories.items()}
     done = results.finished
+    published = {run.recipe.name: found for run in results.runs if (found := published_beside(run))}
     return template.render(
         results=results,
         style=(here / "style.css").read_text(),
         answers=answers(results),
-        published=PUBLISHED,
+        published=published,
         intervals={name: interval_of(list(runs.values())) for name, runs in _by_recipe(results).items()},
-        accuracy_figure=figures.accuracies(_by_recipe(results), PUBLISHED) if done else "",
+        accuracy_figure=figures.accuracies(_by_recipe(results), published) if done else "",
         curves={one.name: figures.curves(curves[one.name]) for one in done if one.name in curves},
         confusions={one.name: figures.confusion(one) for one in done},
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
-        commands={one.name: _command(results.id, one) for one in done},
+        commands={one.name: _command(results, one) for one in done},
     )
 
 
@@ -52,19 +55,23 @@ def _rows(data: bytes) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
 
 
-def _command(suite: str, result: RunResult) -> str:
-    """What gives this row again, at its commit, from the same packed data; `suite` is the folder of its suite."""
-    words = ["python", "-m", "jobs.train", result.recipe.name, "--catalogue", result.catalogue]
-    words += ["--seed", str(result.seed)] if result.seed else []
-    base = next((one for one in CATALOGUES[result.catalogue] if one.name == result.recipe.name), None)
+def _command(results: SuiteResults, run: RunResult) -> str:
+    """What makes this row again under the id `again`, at its commit, from the same packed data; its source's row first."""
+    words = ["python", "-m", "jobs.train", run.recipe.name, "--catalogue", run.catalogue, "--id", "again"]
+    words += ["--data", results.data] if results.data != DEFAULT_DATA else []
+    words += ["--seed", str(run.seed)] if run.seed else []
+    base = next((one for one in CATALOGUES[run.catalogue] if one.name == run.recipe.name), None)
     if base is None:
-        words[3:4] = ["--recipe", f"{suite}/{result.name}/config.json"]
+        words[3:4] = ["--recipe", f"{results.url}/{run.name}/config.json"]
     else:
-        for path, value in changes_between(base, result.recipe).items():
+        for path, value in changes_between(base, run.recipe).items():
             words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
-    if result.init is not None and "/" in result.init.run:
-        words += ["--init-from", result.init.run]
-    if result.placement is not None and result.placement.num_workers > 1:
-        words += ["--num-workers", str(result.placement.num_workers)]
-    at = f"git checkout {result.commit.removesuffix('+changes')} && " if result.commit and result.commit != "unknown" else ""
-    return at + shlex.join(words)
+    source = next((one for one in results.finished if run.init is not None and one.name == run.init.run), None)
+    if run.init is not None and source is None:
+        words += ["--init-from", run.init.run]
+    if run.placement is not None and run.placement.num_workers > 1:
+        words += ["--num-workers", str(run.placement.num_workers)]
+    if source is not None:
+        return f"{_command(results, source)} && {shlex.join(words)}"
+    clean = run.commit and run.commit != "unknown" and not run.commit.endswith("+changes")
+    return f"git checkout {run.commit} && {shlex.join(words)}" if clean else shlex.join(words)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,7 +95,9 @@ def confusion(result: RunResult) -> str:
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():  # letters stay text, drawn by the reader's browser with the reader's fonts
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     # Inside HTML neither the XML head nor fixed points: the page decides the width.
     svg = svg[svg.index("<svg") :]

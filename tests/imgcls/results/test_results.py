@@ -1,15 +1,19 @@
+import html
 import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from imgcls.catalogue import quick
+from imgcls.errors import DataError
 from imgcls.recipe import derive
-from imgcls.records import Example, RunConfig, RunResult, Scores, SuiteResults
+from imgcls.records import Example, InitSource, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, answers, table_row
+from imgcls.results.measurement import markdown_table, measure, newest
 from imgcls.results.page import render
 from imgcls.results.statistics import accuracy_interval, difference_interval, paired_interval, seeds_interval
 
@@ -20,26 +24,29 @@ HISTORY = b"""epoch,step,lr,samples,ledger,train/loss,train/accuracy,val/samples
 """
 
 
-def config(recipe, seed: int = 0) -> RunConfig:
-    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest="c" * 64, init=None)
+def config(recipe, seed: int = 0, *, init: InitSource | None = None, synthetic: bool = False) -> RunConfig:
+    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest="c" * 64, init=init, synthetic=synthetic)
 
 
 def result(recipe, accuracy: float, *, seed: int = 0, n: int = 1000, **fields) -> RunResult:
     right = round(accuracy * n)
     scores = Scores(num_samples=n, loss=1.0, accuracy=right / n, confusion=((right, 0), (n - right, 0)))
+    request = {name: fields.pop(name) for name in ("init", "synthetic") if name in fields}
     return RunResult.of(
-        config(recipe, seed), status="finished",
+        config(recipe, seed, **request), status="finished",
         class_names=("<cat> & co", "dog"), epochs=2, steps=20, best_epoch=2, num_train=80, val=scores, test=scores,
         examples=(Example(label=0, prediction=1, probability=0.7, png_base64=PIXEL),), seconds={"fit": 12.0},
         images_per_s=100.0, checkpoint="checkpoints/step-00000020", weights_sha256="a" * 64, best_weights_sha256="b" * 64,
-        num_parameters=10, versions={"torch": "2"}, hardware={"cpu": "x"}, commit="abc", **fields,
+        num_parameters=10, versions={"torch": "2"}, hardware={"cpu": "x", "cpus": "2", "vectors": "AVX2"},
+        commit="abc", **fields,
     )  # fmt: skip
 
 
 def suite(*runs: RunResult, synthetic: bool = False) -> SuiteResults:
     return SuiteResults(
-        id="quick", catalogue="quick", synthetic=synthetic, runs=runs, seconds=1.0, command="python -m jobs.suite"
-    )
+        id="quick", catalogue="quick", url="runs/quick", data="data/packed", synthetic=synthetic, runs=runs, seconds=1.0,
+        command="python -m jobs.suite",
+    )  # fmt: skip
 
 
 def five(**fields) -> list[RunResult]:
@@ -79,13 +86,15 @@ def test_the_three_questions_are_answered_with_their_intervals():
 
 def test_several_seeds_are_compared_in_pairs():
     runs = [result(r, a + 0.01 * s, seed=s) for r, a in ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.55)) for s in range(3)]
-    assert "3 seeds" in answers(suite(*runs))[2].detail
+    assert "3 seeds" in answers(suite(*runs))[0].detail
 
 
 def test_what_is_not_finished_is_not_answered():
-    found = answers(suite(*five()[:1]))
-    assert found[0].verdict == "not answered"
+    waiting = RunResult.of(config(quick.RESNET18), status="open", error="not finished yet")
+    found = answers(suite(five()[0], waiting))
+    assert [one.verdict for one in found] == ["not answered"]
     assert "resnet18 is not finished" in found[0].detail
+    assert answers(suite(five()[0])) == []  # what was not asked for is no question
 
 
 def test_the_table_has_a_row_a_run_with_the_published_figure_beside():
@@ -100,13 +109,57 @@ def test_the_table_has_a_row_a_run_with_the_published_figure_beside():
     assert (blocked["status"], blocked["test accuracy"]) == ("blocked", "")
 
 
+def commands(*runs: RunResult) -> list[str]:
+    page = html.unescape(render(suite(*runs), {}))
+    return re.findall(r"<td><code>(git checkout .*?|python -m .*?)</code>", page)
+
+
 def test_a_rows_command_makes_its_recipe_again():
     changed = derive(quick.SCRATCH, {"optimizer.lr": 0.01, "dataset": "my photos"})
-    page = render(suite(result(changed, 0.5, seed=3)), {})
-    command = (
-        "python -m jobs.train scratch --catalogue quick --seed 3 --set &#39;dataset=my photos&#39; --set optimizer.lr=0.01"
-    )
-    assert f"git checkout abc &amp;&amp; {command}" in page
+    command = "python -m jobs.train scratch --catalogue quick --id again --seed 3"
+    assert commands(result(changed, 0.5, seed=3)) == [
+        f"git checkout abc && {command} --set 'dataset=my photos' --set optimizer.lr=0.01"
+    ]
+
+
+def test_a_fine_tuned_rows_command_makes_its_source_first():
+    source = result(quick.RESNET18, 0.6)
+    init = InitSource(run=source.name, identity=source.digest)
+    again = commands(source, result(quick.FINETUNED, 0.5, init=init))[1]
+    one, two = (f"python -m jobs.train {name} --catalogue quick --id again" for name in ("resnet18", "finetuned"))
+    assert again == f"git checkout abc && {one} && {two}"
+
+
+def test_the_command_of_a_recipe_from_a_file_and_of_changed_code_claims_nothing_that_is_not_so():
+    mine = result(replace(quick.SCRATCH, name="mine"), 0.5).model_copy(update={"commit": "abc+changes"})
+    assert commands(mine) == ["python -m jobs.train --recipe runs/quick/mine-seed0/config.json --catalogue quick --id again"]
+
+
+def test_a_published_figure_stands_beside_its_own_data_set_alone():
+    photos, drawn = result(derive(quick.SCRATCH, {"dataset": "photos"}), 0.5), result(quick.SCRATCH, 0.5, synthetic=True)
+    assert table_row(photos)[-1] == table_row(drawn)[-1] == ""
+
+
+def test_a_record_holds_the_catalogue_at_one_commit_or_is_refused(tmp_path: Path):
+    runs = five()
+    record = measure(suite(*runs))
+    assert [one.name for one in record.runs] == [one.name for one in runs]
+    assert not any(one.examples for one in record.runs)
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    table = markdown_table(newest(tmp_path, "suite-quick"))
+    assert "| basic-cnn-seed0 | finished | 0.5500 |" in table
+    assert "| scratch | unmeasured |" in markdown_table(None)
+    for changes, message in (
+        ({"recipe": derive(quick.BASIC_CNN, {"dataset": "photos"})}, "differ from the catalogue"),
+        ({"commit": "abc+changes"}, "a figure needs one commit"),
+        ({"hardware": {"cpu": "y"}}, "several kinds of hardware"),
+    ):
+        with pytest.raises(DataError, match=message):
+            measure(suite(runs[0].model_copy(update=changes), *runs[1:]))
+    with pytest.raises(DataError, match="SYNTHETIC"):
+        measure(suite(*runs, synthetic=True))
+    with pytest.raises(DataError, match="nothing to record"):
+        measure(suite(FAILED))
 
 
 FAILED = RunResult.of(config(quick.SCRATCH, 1), status="failed", error="it <broke>")

@@ -10,14 +10,17 @@ import torch
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES, quick
+from imgcls.data import shards
 from imgcls.data.shards import read_manifest
+from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
 from imgcls.records import InitSource, RunConfig, RunResult
 from imgcls.training import fit as fitting
-from imgcls.training.checkpoints import CheckpointStore, read_checkpoint
-from imgcls.training.evaluate import evaluate, find_model
+from imgcls.training.checkpoints import CheckpointStore, find_model, read_checkpoint
+from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
+from imgcls.training.module import Classifier
 from imgcls.training.predict import Predictor
 from imgcls.training.recorder import Recorder
 from imgcls.training.weights import load_model
@@ -37,7 +40,7 @@ SMALL = replace(
 
 def config_of(recipe: Recipe, packed: Path, *, seed: int = 0, init: InitSource | None = None) -> RunConfig:
     digest = read_manifest(str(packed / recipe.dataset)).digest
-    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest=digest, init=init)
+    return RunConfig(catalogue="quick", recipe=recipe, seed=seed, data_digest=digest, init=init, synthetic=True)
 
 
 def run(recipe: Recipe, packed: Path, to: Path, **options) -> RunResult:
@@ -119,6 +122,11 @@ def test_a_run_killed_at_an_epochs_end_goes_on_to_the_same_bits(
     assert result.best_weights_sha256 == small[1].best_weights_sha256
     assert result.test == small[1].test
     assert (tmp_path / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
+    timing = list(csv.DictReader((tmp_path / "timing.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in timing] == ["1", "2", "3"]
+    seconds = sum(float(row["train_s"]) for row in timing)
+    assert result.images_per_s == pytest.approx(3 * 256 / seconds, rel=0.02)
+    assert result.seconds["fit"] > result.seconds["train"] == pytest.approx(seconds, abs=0.01)
 
 
 def test_a_half_written_checkpoint_is_never_read(small, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,6 +190,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(packed: P
         run(derive(SMALL, {"optimizer.lr": 1e30}), packed, tmp_path)
 
 
+def test_weights_that_diverge_in_evaluation_alone_stop_the_run(packed: Path, tmp_path: Path, monkeypatch):
+    def diverged(self, totals, batch) -> None:
+        totals.update(torch.full((len(batch.labels), 10), torch.nan), batch.labels)
+
+    monkeypatch.setattr(Classifier, "_evaluate", diverged)
+    with pytest.raises(ImgclsError, match="not finite in evaluation"):
+        run(SMALL, packed, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_evaluation_on_other_data_than_it_was_trained_on_is_refused_but_for_the_test_set(
+    small, packed: Path, tmp_path: Path
+):
+    shards.pack(synthetic_source("cifar10", 400), str(tmp_path / "cifar10"), name="cifar10")
+    found = find_model(str(small[0]))
+    assert evaluate(found, data_url=str(tmp_path), split="test", world=World()).num_samples == 80
+    with pytest.raises(DataError, match="here its val split would be another"):
+        evaluate(found, data_url=str(tmp_path), split="val", world=World())
+
+
 def test_data_that_were_packed_again_are_refused(packed: Path, tmp_path: Path):
     config = config_of(SMALL, packed).model_copy(update={"data_digest": "0" * 64})
     with pytest.raises(DataError, match="packed again"):
@@ -215,7 +243,7 @@ def test_an_altered_model_pt_is_refused(small, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"the result\.json beside it says 000000"):
         load_model(str(tmp_path / "model.pt"))
     (tmp_path / "model.pt").write_bytes(b"no model")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this system, or damaged"):
         load_model(str(tmp_path / "model.pt"))
 
 
@@ -237,8 +265,6 @@ def test_what_is_no_checkpoint_is_named(small, tmp_path: Path):
 
 
 def test_predictions_are_the_evaluations(small, packed: Path):
-    from imgcls.data import shards
-
     found = find_model(str(small[0]))
     predictor, manifest = Predictor(found.model), read_manifest(str(packed / "cifar10"))
     shard = next(one for one in manifest.shards if one.split == "test")
@@ -260,7 +286,15 @@ def test_a_fine_tuned_run_starts_from_its_source_and_remembers_it(packed: Path, 
         ("imagenette", "resnet18-seed0"),
         ("cifar10", "finetuned-seed0"),
     ]
-    back = InitSource(run=str(tmp_path / "finetuned-seed0" / "model.pt"), identity="x")
+    with pytest.raises(CheckpointError, match="has other weights than when"):
+        run(
+            derive(quick.FINETUNED, tiny),
+            packed,
+            tmp_path / "other",
+            init=InitSource(run=str(tmp_path / "resnet18-seed0"), identity="x"),
+        )
+    place = tmp_path / "finetuned-seed0" / str(result.checkpoint)
+    back = InitSource(run=str(place), identity=str(result.best_weights_sha256))
     with pytest.raises(CheckpointError, match="its lineage saw imagenette"):
         run(replace(derive(quick.FINETUNED, tiny), dataset="imagenette"), packed, tmp_path / "back", init=back)
 

@@ -31,7 +31,7 @@ def test_a_sample_is_augmented_on_the_device_as_on_the_cpu():
 
 def test_the_same_request_gives_the_same_bits_on_a_device(packed: Path, tmp_path: Path):
     digest = read_manifest(str(packed / "cifar10")).digest
-    config = RunConfig(catalogue="quick", recipe=RECIPE, seed=0, data_digest=digest, init=None)
+    config = RunConfig(catalogue="quick", recipe=RECIPE, seed=0, data_digest=digest, init=None, synthetic=True)
     results = [
         fit(config, data_url=str(packed), run_url=str(tmp_path / name), world=World(accelerator="gpu")) for name in "ab"
     ]

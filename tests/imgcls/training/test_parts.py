@@ -50,6 +50,13 @@ def test_totals_are_torchs_loss_and_sklearns_confusion():
     assert (scores.accuracy, scores.num_samples) == (pytest.approx(2 / 3), 3)
 
 
+def test_the_largest_losses_of_a_large_split_fit_into_their_sum():
+    totals = Totals(2)
+    for _ in range(50):
+        totals.update(torch.tensor([[1e30, 0.0]]).expand(100_000, 2), torch.ones(100_000, dtype=torch.int64))
+    assert totals.compute().loss == 1e4
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_ledger_of_all_ranks_is_the_planned_one(world_size: int):
     batches = global_batches(np.arange(103), seed=1, epoch=2, size=8, keep_last=True)
