@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,25 +46,23 @@ def ray_cluster() -> Iterator[dict[str, str]]:
         yield dict(os.environ)
 
 
+def run_in(folder: Path, name: str, *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 300):
+    """Runs `python -m jobs.<name> ...` in `folder`, and returns what came of it."""
+    return subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, **(env or {}), "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
 @pytest.fixture
 def run_command(tmp_path: Path) -> Command:
-    """Runs `python -m jobs.<name> ...` in a fresh folder, and returns what came of it."""
-
-    def run(
-        name: str, *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 300, cwd: Path | None = None
-    ):
-        environment = {**os.environ, **(env or {}), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        return subprocess.run(
-            [sys.executable, "-m", f"jobs.{name}", *map(str, arguments)],
-            cwd=cwd or tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-    return run
+    """`run_in` a fresh folder."""
+    return partial(run_in, tmp_path)
 
 
 def image(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:

@@ -40,6 +40,10 @@ def refused(
         (("scratch", "--set", "global_batch_size=100000"), "--set global_batch_size="),
         (("scratch", "--set", "global_batch_size=2", "--num-workers", "2"), "resnet18 needs 2"),
         (("scratch", "--recipe", "none.toml"), "give one or the other"),
+        (("scratch", "--cpus-per-worker", "0", "--set", "global_batch_size=16"), "a worker without a CPU and a GPU"),
+        (("scratch", "--set", "optimizer.lr=Infinity"), "finite number"),
+        (("scratch", "--set", "dataset=../x"), "dataset:"),
+        (("basic-cnn", "--set", "input.px=4"), "input.px is 4, 8 is the least"),
         (("--recipe", "none.toml"), "none.toml cannot be read"),
     ],
 )
@@ -120,12 +124,14 @@ def test_verify_names_the_damaged_set_and_passes_the_whole_one(run_command: Comm
     refused(run_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar has")
 
 
-def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: Path):
+def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: Path, tmp_path: Path):
     small = ("--set", "global_batch_size=16", "--set", "train_fraction=1.0")
-    done = run_command("train", "scratch", *small, "--data", packed, env={"RAY_ADDRESS": "127.0.0.1:1"})
-    assert done.returncode == 2, done.stderr
-    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.stderr
-    assert "Traceback" not in done.stderr
+    for address, says in (("127.0.0.1:1", "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"), ("head", "HOST:PORT")):
+        done = run_command("train", "scratch", *small, "--data", packed, env={"RAY_ADDRESS": address})
+        assert done.returncode == 3, done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "quick" / "suite.json").exists()  # nothing was begun
 
 
 def test_a_suite_or_checkpoint_that_is_not_there_is_named(run_command: Command, tmp_path: Path):
@@ -133,6 +139,10 @@ def test_a_suite_or_checkpoint_that_is_not_there_is_named(run_command: Command, 
     refused(run_command, "report", "quick", "--storage", tmp_path / "runs", code=3, says="name one of what is there: mine")
     refused(run_command, "evaluate", tmp_path / "none", code=3, says="there is no such run")
     refused(run_command, "predict", tmp_path / "none", "a.png", code=3, says="there is no such run")
+    refused(run_command, "predict", tmp_path / "none", code=2, says="name an IMAGE")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(run_command, "predict", tmp_path / "empty.pt", "a.png", code=3, says="is no checkpoint of this system")
+    refused(run_command, "evaluate", tmp_path / "none", "--num-workers", "0", code=3, says="there is no such run")
 
 
 def test_no_data_and_no_network_is_refused_by_pack_and_said(run_command: Command, tmp_path: Path):

@@ -2,12 +2,21 @@
 
 import csv
 import json
+import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import Command, image, image_folder
+from tests.conftest import Command, image, image_folder, run_in
+
+
+class Five(NamedTuple):
+    command: tuple[str, ...]
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
 
 TINY = (
     *("--set", "length.epochs=1", "--set", "train_fraction=1.0", "--set", "global_batch_size=32"),
@@ -15,9 +24,18 @@ TINY = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def five(packed: Path, storage: Path, ray_cluster: dict[str, str]) -> Five:
+    """The suite of five, run once for all tests that look at it."""
+    command = ("suite", "--data", str(packed), "--storage", str(storage), "--id", "five", *TINY)
+    done = run_in(storage, *command, env=ray_cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Five(command, storage / "five", done)
 
 
 def results_of(folder: Path) -> dict[str, dict]:
@@ -29,27 +47,27 @@ def ledger_of(run: Path) -> list[tuple[str, str]]:
 
 
 def test_the_suite_of_five_runs_to_its_page_and_is_not_run_twice(
-    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
+    run_command: Command, five: Five, storage: Path, ray_cluster: dict[str, str]
 ):
-    command = ("suite", "--data", packed, "--storage", storage, "--id", "five", *TINY)
-    done = run_command(*command, env=ray_cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = results_of(storage / "five")
+    command, _, done = five
+    rows = results_of(five.folder)
     assert list(rows) == [f"{name}-seed0" for name in ("basic-cnn", "resnet18", "regularized", "scratch", "finetuned")]
     assert {row["status"] for row in rows.values()} == {"finished"}
     assert {row["test"]["num_samples"] for row in rows.values()} == {60}
     assert [entry["dataset"] for entry in rows["finetuned-seed0"]["lineage"]] == ["imagenette", "cifar10"]
     assert all(line.startswith("SYNTHETIC ") for line in done.stdout.splitlines())
-    assert "<title>SYNTHETIC" in (storage / "five" / "report.html").read_text()
+    assert "<title>SYNTHETIC" in (five.folder / "report.html").read_text()
     assert done.stdout.index("resnet18-seed0: finished") < done.stdout.index("finetuned-seed0: started")
     assert done.stderr == ""
 
-    before = {path: path.stat().st_mtime_ns for path in (storage / "five").glob("*/*")}
+    before = {path: path.stat().st_mtime_ns for path in five.folder.glob("*/*")}
     began = time.monotonic()
     again = run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"})  # it would fail if it asked Ray
     assert again.returncode == 0, again.stderr
     assert time.monotonic() - began < 30
-    assert {path: path.stat().st_mtime_ns for path in (storage / "five").glob("*/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in five.folder.glob("*/*")} == before
+    results = json.loads((five.folder / "results.json").read_text())
+    assert results["seconds"] > 5  # of the command that did the work
 
     other = run_command(*command, "--set", "optimizer.lr=0.5", env=ray_cluster)
     assert other.returncode == 3
@@ -62,38 +80,80 @@ def test_the_suite_of_five_runs_to_its_page_and_is_not_run_twice(
 
 
 def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
-    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str], tmp_path: Path
+    run_command: Command, packed: Path, five: Five, storage: Path, ray_cluster: dict[str, str], tmp_path: Path
 ):
-    run = storage / "five" / "basic-cnn-seed0"
+    run = five.folder / "basic-cnn-seed0"
     alone = run_command("evaluate", run, "--data", packed, "--json")
     shared = run_command("evaluate", run, "--data", packed, "--json", "--num-workers", "2", env=ray_cluster)
     assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
     assert json.loads(alone.stdout) == json.loads(shared.stdout)
-    assert json.loads(alone.stdout)["scores"] == results_of(storage / "five")["basic-cnn-seed0"]["test"]
+    assert json.loads(alone.stdout)["scores"] == results_of(five.folder)["basic-cnn-seed0"]["test"]
 
     image(0).save(tmp_path / "a b.png")
     (tmp_path / "torn.png").write_bytes(b"torn")
     done = run_command("predict", run, tmp_path / "a b.png", tmp_path / "torn.png", "--json")
     assert done.returncode == 1
-    assert "torn.png cannot be read as an image" in done.stderr
+    assert "torn.png cannot be used: no image of a known format" in done.stderr
     good, bad = json.loads(done.stdout)["predictions"]
     assert len(good["top"]) == 5
     assert "error" in bad
 
 
 def test_two_workers_see_the_same_samples_in_every_step_as_one(
-    run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
+    run_command: Command, packed: Path, five: Five, storage: Path, ray_cluster: dict[str, str]
 ):
     done = run_command(
         "train", "basic-cnn", "--num-workers", "2", "--id", "w2", "--data", packed, "--storage", storage, *TINY,
         env=ray_cluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    two, one = storage / "w2" / "basic-cnn-seed0", storage / "five" / "basic-cnn-seed0"
+    two, one = storage / "w2" / "basic-cnn-seed0", five.folder / "basic-cnn-seed0"
     assert ledger_of(two) == ledger_of(one)
     result = json.loads((two / "result.json").read_text())
     assert result["placement"]["num_workers"] == 2
     assert result["test"]["num_samples"] == 60
+
+
+def test_a_run_that_starts_from_a_named_checkpoint_is_the_one_that_waited_for_it(
+    run_command: Command, packed: Path, five: Five, ray_cluster: dict[str, str]
+):
+    source = json.loads((five.folder / "resnet18-seed0" / "result.json").read_text())
+    checkpoint = five.folder / "resnet18-seed0" / source["checkpoint"]
+    places = ("--data", packed, "--storage", five.folder.parent, "--id", "named")
+    done = run_command("train", "finetuned", "--init-from", checkpoint, *places, *TINY, env=ray_cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    named = results_of(five.folder.parent / "named")["finetuned-seed0"]
+    assert named["weights_sha256"] == results_of(five.folder)["finetuned-seed0"]["weights_sha256"]
+
+
+def test_without_data_and_network_the_suite_says_so_and_takes_procedural_images(
+    run_command: Command, tmp_path: Path, ray_cluster: dict[str, str]
+):
+    # A proxy that does not answer stands for a network that is not there.
+    nowhere = ray_cluster | {"https_proxy": "http://127.0.0.1:9", "IMGCLS_SOURCES": ""}
+    command = ("suite", "--pack", "--recipes", "scratch", "--set", "length.epochs=1", "--id", "mine")
+    done = run_command(*command, env=nowhere)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no data: https://" in done.stdout
+    assert all(line.startswith("SYNTHETIC ") for line in done.stdout.splitlines())
+    assert list(results_of(tmp_path / "runs" / "mine-synthetic")) == ["scratch-seed0"]
+    assert all(
+        line.startswith("SYNTHETIC")
+        for line in (tmp_path / "runs/mine-synthetic/scratch-seed0/log.txt").read_text().splitlines()
+    )
+
+
+@pytest.mark.parametrize("kind", ["damaged", "mistyped"])
+def test_data_that_are_there_and_cannot_be_used_are_an_error_not_a_reason_to_draw_others(
+    run_command: Command, tmp_path: Path, kind: str
+):
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "cifar10.tar").write_bytes(b"no tar")
+    named = tmp_path / ("sources" if kind == "damaged" else "sauces")
+    done = run_command("suite", "--pack", "--recipes", "scratch", env={"IMGCLS_SOURCES": str(named), "RAY_ADDRESS": ""})
+    assert done.returncode == 3
+    assert ("is neither a folder nor a tar" if kind == "damaged" else "is no folder") in done.stderr
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
@@ -128,7 +188,9 @@ def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
     assert rows["resnet18-seed0"]["log_tail"]
     assert rows["finetuned-seed0"]["error"] == "its source resnet18-seed0 failed"
     assert "resnet18-seed0 failed: " in done.stdout
-    assert run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"}).returncode == 1  # stays failed, asks no Ray
+    again = run_command(*command, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert again.returncode == 1  # stays failed, asks no Ray
+    assert "resnet18-seed0: failed before; --retry-failed tries it again" in again.stdout
 
 
 def as_toml(value: dict, prefix: str = "") -> str:

@@ -88,6 +88,17 @@ def test_broken_images_are_refused_by_name_or_left_out_by_number(pets: Path, tmp
     assert len(manifest.labels("train")) == 18
 
 
+def test_a_set_stays_whole_until_another_can_take_its_place(pets: Path, tmp_path: Path):
+    first = pack(pets, tmp_path / "packed")
+    (pets / "train" / "cat" / "torn.jpg").write_bytes(b"torn")
+    with pytest.raises(DataError, match="torn"):
+        pack(pets, tmp_path / "packed")
+    assert shards.verify(str(tmp_path / "packed")) == first
+    second = pack(pets, tmp_path / "packed", max_bad=1)
+    assert shards.verify(str(tmp_path / "packed")) == second != first
+    assert not (tmp_path / "packed" / ".packing").exists()
+
+
 def test_the_same_image_in_two_splits_is_reported(pets: Path, tmp_path: Path):
     shutil.copy(pets / "train" / "cat" / "0.png", pets / "test" / "dog" / "leak.png")
     notes = pack(pets, tmp_path / "packed").notes
