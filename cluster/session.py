@@ -111,7 +111,10 @@ def _check_answers(address: str) -> None:
 
 
 def _no_cluster(address: str, reason: str) -> str:
-    return f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n  do: start it, or unset RAY_ADDRESS to run here"
+    return (
+        f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n"
+        "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
+    )
 
 
 def _check_loopback() -> None:

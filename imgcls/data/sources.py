@@ -13,7 +13,6 @@ import stat
 import tarfile
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -234,12 +233,12 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
     labels = {class_dir: label for label, class_dir in enumerate(class_dirs)}
     samples = tuple(Sample(path, labels[class_dir], split, content) for path, (split, class_dir, content) in placed.items())
     class_names = tuple(IMAGENETTE_CLASSES.get(class_dir, class_dir) for class_dir in class_dirs)
+    _check_classes(name, class_names, samples)
     if not any(sample.split == "test" for sample in samples):
         samples = _cut_test(samples)
-        if not any(sample.split == "test" for sample in samples):
-            raise DataError(f"{name} has one image a class: no test set can be cut\n  do: add images")
         notes.append(f"no test set there: {TEST_FRACTION:.0%} of every class was cut as the test set, seed {CUT_SEED}")
-    _check(name, class_names, samples)
+    if not any(sample.split == "test" for sample in samples):
+        raise DataError(f"{name} has one image a class: no test set can be cut\n  do: add images")
     return Source(name, class_names, samples, tuple(notes), _identity(files))
 
 
@@ -294,14 +293,14 @@ def _cut_test(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
     return tuple(Sample(s.path, s.label, "test", s.content) if i in cut else s for i, s in enumerate(samples))
 
 
-def _check(name: str, class_names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
+def _check_classes(name: str, class_names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
     if len(class_names) < 2:
         raise DataError(
             f"{name} has one class, {', '.join(class_names)}: nothing to tell apart\n  do: give two class folders or more"
         )
-    counts = Counter((sample.split, sample.label) for sample in samples)
+    trained = {sample.label for sample in samples if sample.split == "train"}
     for label, class_name in enumerate(class_names):
-        if not counts["train", label]:
+        if label not in trained:
             raise DataError(
                 f"{name}: class {class_name} has no training image\n"
                 "  do: add some, or leave the class out of the other splits"
