@@ -68,7 +68,7 @@ def write_down(request: Request, plan: Plan, record: SuiteRecord) -> None:
     """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone."""
     for name, config in plan.configs.items():
         target = storage.join(request.run_url(name), "config.json")
-        if not storage.exists(target):
+        if storage.read_bytes_if_there(target) != config.to_bytes():
             storage.write_bytes(target, config.to_bytes())
     # After them: each run that it names has its config.
     storage.write_bytes(storage.join(request.suite_url, "suite.json"), record.to_bytes())

@@ -216,9 +216,9 @@ def _seal(source: Source, paths: list[str], set_url: str, name: str, packed: lis
         notes=tuple(notes),
     )
     storage.delete(manifest_url(set_url))
-    for name in storage.files(storage.join(set_url, _UNDER_WAY)):
-        if name.endswith(".tar"):
-            storage.move(storage.join(set_url, _UNDER_WAY, name), storage.join(set_url, name))
+    for waiting in storage.files(storage.join(set_url, _UNDER_WAY)):
+        if waiting.endswith(".tar"):
+            storage.move(storage.join(set_url, _UNDER_WAY, waiting), storage.join(set_url, waiting))
     storage.write_bytes(storage.join(set_url, "pixels.u64"), pixels)
     planned = {shard.name for shard in shards}
     for left in storage.files(set_url):
