@@ -74,10 +74,11 @@ def _answer(results: SuiteResults, question: Question) -> Answer:
     detail += "; the interval covers the test set's sampling, not the seeds' spread)" if len(shared) == 1 else ")"
     if other := _other_differences(a[shared[0]], b[shared[0]], question):
         detail += f". They also differ in {other}."
+    by = "" if len(shared) > 1 else ", by one seed"
     if gap.low > 0:
-        verdict = f"{question.first} is better"
+        verdict = f"{question.first} is better{by}"
     elif gap.high < 0:
-        verdict = f"{question.second} is better"
+        verdict = f"{question.second} is better{by}"
     else:
         verdict = "not decided by these runs"
     return Answer(question.text, verdict, detail)

@@ -78,7 +78,11 @@ def test_seeds_have_students_interval():
 
 def test_the_three_questions_are_answered_with_their_intervals():
     found = answers(suite(*five()))
-    assert [one.verdict for one in found] == ["resnet18 is better", "not decided by these runs", "finetuned is better"]
+    assert [one.verdict for one in found] == [
+        "resnet18 is better, by one seed",
+        "not decided by these runs",
+        "finetuned is better, by one seed",
+    ]
     assert "+10.0 points" in found[0].detail
     assert "They also differ in optimizer, length" in found[0].detail
     assert "differ" not in found[2].detail
@@ -87,6 +91,7 @@ def test_the_three_questions_are_answered_with_their_intervals():
 def test_several_seeds_are_compared_in_pairs():
     runs = [result(r, a + 0.01 * s, seed=s) for r, a in ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.55)) for s in range(3)]
     assert "3 seeds" in answers(suite(*runs))[0].detail
+    assert answers(suite(*runs))[0].verdict == "finetuned is better"
 
 
 def test_what_is_not_finished_is_not_answered():
