@@ -28,10 +28,8 @@ def in_a_session(*prefix: str) -> subprocess.CompletedProcess[str]:
 
 
 def without_network(setup: str) -> tuple[str, ...]:
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(["unshare", "-n", "true"], check=False, capture_output=True).returncode
-    ):
+    tools = shutil.which("unshare") and shutil.which("ip")
+    if not tools or subprocess.run(["unshare", "-n", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine or user cannot make a network namespace")
     return ("unshare", "-n", "sh", "-c", f'{setup} exec "$@"', "sh")
 
