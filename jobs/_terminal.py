@@ -57,15 +57,13 @@ class SuiteView:
         self.lines = lines
         self.began = time.monotonic()
         self.rows: dict[str, dict[str, Any]] = {run: {"state": _waiting(source)} for run, source in runs.items()}
-        self.live: Live | None = None
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         if not self.lines.console.is_terminal:
             yield
             return
-        with Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True) as live:
-            self.live = live
+        with Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True):
             yield
 
     def already(self, run: str, status: "Status") -> None:

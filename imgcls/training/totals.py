@@ -13,31 +13,35 @@ _LOSS_UNIT, _LOSS_LIMIT = 2.0**-24, 1e4
 
 
 class Totals(Metric):
-    """Added over batches and, by torchmetrics, over ranks."""
+    """Added over batches and, by torchmetrics, over ranks. Nothing waits for the device before `compute`."""
 
     full_state_update = False
     loss: Tensor
+    num_not_finite: Tensor
     confusion: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.add_state("loss", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: (b, classes); labels: int64, (b,). Raises ImgclsError where a loss is not finite."""
+        """logits: (b, classes); labels: int64, (b,)."""
         losses = F.cross_entropy(logits.float(), labels, reduction="none").double()
-        if not losses.isfinite().all():
-            raise ImgclsError(
-                "a loss is not finite in evaluation: the weights have diverged\n  do: a lower --set optimizer.lr="
-            )
-        losses = losses.clamp(max=_LOSS_LIMIT)
+        self.num_not_finite += (~losses.isfinite()).sum()
+        losses = losses.nan_to_num(nan=_LOSS_LIMIT).clamp(max=_LOSS_LIMIT)
         self.loss += (losses / _LOSS_UNIT).round().long().sum()
         pairs = labels * self.num_classes + logits.argmax(dim=1)
         self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
 
     def compute(self) -> Scores:
+        """Raises ImgclsError, on every rank, where a loss was not finite."""
+        if count := int(self.num_not_finite):
+            raise ImgclsError(
+                f"{count:,} losses are not finite: the weights have diverged\n  do: a lower --set optimizer.lr="
+            )
         confusion = self.confusion.cpu()
         count = int(confusion.sum())
         return Scores(

@@ -38,7 +38,6 @@ def test_every_door_answers_help(door: str):
         [sys.executable, "-m", f"jobs.{door}", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert f"usage: python -m jobs.{door}" in done.stdout
-    assert "--help" in done.stdout
 
 
 def test_help_asks_for_nothing_heavy():

@@ -14,9 +14,6 @@ from imgcls.records import RunResult, SuiteResults
 from imgcls.results.compare import answers, finished, interval_of, published_beside
 from imgcls.results.page import figures
 
-DEFAULT_DATA = "data/packed"
-"""What --data is, unless said."""
-
 
 def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
     """histories: each run's history.csv, by run."""
@@ -57,8 +54,18 @@ def _rows(data: bytes) -> list[dict[str, float]]:
 
 def _command(results: SuiteResults, run: RunResult) -> str:
     """What makes this row again under the id `again`, at its commit, from the same packed data; its source's row first."""
-    words = ["python", "-m", "jobs.train", run.recipe.name, "--catalogue", run.catalogue, "--id", "again"]
-    words += ["--data", results.data] if results.data != DEFAULT_DATA else []
+    words = [
+        "python",
+        "-m",
+        "jobs.train",
+        run.recipe.name,
+        "--catalogue",
+        run.catalogue,
+        "--id",
+        "again",
+        "--data",
+        results.data,
+    ]
     words += ["--seed", str(run.seed)] if run.seed else []
     base = next((one for one in CATALOGUES[run.catalogue] if one.name == run.recipe.name), None)
     if base is None:

@@ -121,7 +121,7 @@ def commands(*runs: RunResult) -> list[str]:
 
 def test_a_rows_command_makes_its_recipe_again():
     changed = derive(quick.SCRATCH, {"optimizer.lr": 0.01, "dataset": "my photos"})
-    command = "python -m jobs.train scratch --catalogue quick --id again --seed 3"
+    command = "python -m jobs.train scratch --catalogue quick --id again --data data/packed --seed 3"
     assert commands(result(changed, 0.5, seed=3)) == [
         f"git checkout abc && {command} --set 'dataset=my photos' --set optimizer.lr=0.01"
     ]
@@ -131,13 +131,17 @@ def test_a_fine_tuned_rows_command_makes_its_source_first():
     source = result(quick.RESNET18, 0.6)
     init = InitSource(run=source.name, identity=source.digest)
     again = commands(source, result(quick.FINETUNED, 0.5, init=init))[1]
-    one, two = (f"python -m jobs.train {name} --catalogue quick --id again" for name in ("resnet18", "finetuned"))
+    one, two = (
+        f"python -m jobs.train {name} --catalogue quick --id again --data data/packed" for name in ("resnet18", "finetuned")
+    )
     assert again == f"git checkout abc && {one} && {two}"
 
 
 def test_the_command_of_a_recipe_from_a_file_and_of_changed_code_claims_nothing_that_is_not_so():
     mine = result(replace(quick.SCRATCH, name="mine"), 0.5).model_copy(update={"commit": "abc+changes"})
-    assert commands(mine) == ["python -m jobs.train --recipe runs/quick/mine-seed0/config.json --catalogue quick --id again"]
+    assert commands(mine) == [
+        "python -m jobs.train --recipe runs/quick/mine-seed0/config.json --catalogue quick --id again --data data/packed"
+    ]
 
 
 def test_a_published_figure_stands_beside_its_own_data_set_alone():

@@ -195,7 +195,7 @@ def test_weights_that_diverge_in_evaluation_alone_stop_the_run(packed: Path, tmp
         totals.update(torch.full((len(batch.labels), 10), torch.nan), batch.labels)
 
     monkeypatch.setattr(Classifier, "_evaluate", diverged)
-    with pytest.raises(ImgclsError, match="not finite in evaluation"):
+    with pytest.raises(ImgclsError, match="losses are not finite: the weights have diverged"):
         run(SMALL, packed, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
