@@ -6,6 +6,9 @@
     |   `-- NoSourceError     there are no images to pack, neither here nor within reach
     |-- StorageError      bytes could not be read or written: mend the place or the rights
     |-- CheckpointError   a checkpoint does not fit, or is damaged
+    |   `-- NumericsError     it fits, but would go on with other last bits: say so, or go back
+    |-- TrainingError     the training itself went wrong, alike on every rank: change the recipe
+    |-- LeaseError        another command is at this run: wait for it, or stop it
     |-- PlacementError    it can never run on the workers that were asked for
     `-- ClusterError      Ray cannot be started here, or a cluster does not answer
 
@@ -34,6 +37,18 @@ class StorageError(ImgclsError):
 
 
 class CheckpointError(ImgclsError):
+    pass
+
+
+class NumericsError(CheckpointError):
+    pass
+
+
+class TrainingError(ImgclsError):
+    pass
+
+
+class LeaseError(ImgclsError):
     pass
 
 

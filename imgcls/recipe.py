@@ -153,8 +153,14 @@ class Recipe(_Strict):
     """In training only; val/loss and test/loss are plain cross-entropy."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast; weights and sums stay fp32."""
+    numerics: Literal["ddp", "elastic"] = "ddp"
+    """ddp: the last bits depend on the number of workers. elastic: they do not, see `training.elastic`; slower."""
+    virtual_ranks: Count = 4
+    """Parts of a global batch under elastic numerics, each with its own batch norm; a power of two."""
 
     def __post_init__(self) -> None:
+        if self.virtual_ranks & (self.virtual_ranks - 1):
+            raise ValueError(f"virtual_ranks is {self.virtual_ranks}: a power of two, as 2, 4 or 8")
         if isinstance(self.model, BasicCNN) and self.input.px < 8:
             raise ValueError(f"basic-cnn halves its input three times: input.px is {self.input.px}, 8 is the least")
 

@@ -162,6 +162,17 @@ class Placement(Record):
     gpus_per_worker: float
 
 
+class Keeping(Record):
+    """Which checkpoints a run writes and keeps; changes no bit of its result."""
+
+    every_n_steps: int | None = None
+    """Beside those at every epoch's end."""
+    num_recent: int = 0
+    """Kept beside the best and the last, which always stay."""
+    budget_bytes: int | None = None
+    """Of all checkpoints of the run; recent ones go until it holds."""
+
+
 class RunResult(Record):
     """What a run came to. A run is over when this lies in its folder, finished or failed."""
 
@@ -201,6 +212,8 @@ class RunResult(Record):
     placement: Placement | None = None
     versions: dict[str, str] = {}
     hardware: dict[str, str] = {}
+    numerics_changes: tuple[str, ...] = ()
+    """What differed when the run went on under other numerics, before / after, as was accepted."""
     commit: str | None = None
 
     @classmethod

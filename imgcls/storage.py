@@ -135,6 +135,15 @@ def move(url: str, to: str) -> None:
         fs.mv(path, _split(to)[1])
 
 
+def clean_temporary(url: str) -> None:
+    """Files that a kill left half-written below the folder are gone. Only for who alone writes there."""
+    if is_local(url):
+        with _told("deleted", url):
+            for left in Path(_split(url)[1]).rglob(".*"):
+                if left.is_file():
+                    left.unlink(missing_ok=True)
+
+
 def check_writable(url: str) -> None:
     """A small object can be written there and is gone again. Raises StorageError with the reason."""
     probe = join(url, f".writable-{os.getpid()}")

@@ -55,8 +55,13 @@ def num_steps(num_samples: int, *, size: int, keep_last: bool) -> int:
 
 def rank_part(batch: Ids, *, rank: int, world_size: int) -> Ids:
     """This rank's part of a global batch; parts differ by at most one sample and together are the batch."""
-    bounds = len(batch) * np.arange(rank, rank + 2) // world_size
-    return batch[bounds[0] : bounds[1]]
+    begin, end = rank_bounds(len(batch), rank=rank, world_size=world_size)
+    return batch[begin:end]
+
+
+def rank_bounds(size: int, *, rank: int, world_size: int) -> tuple[int, int]:
+    """Where a rank's part of a global batch of this size begins and ends. A world of half the size has the same bounds."""
+    return size * rank // world_size, size * (rank + 1) // world_size
 
 
 def evaluation_batches(num_samples: int, *, rank: int, world_size: int, size: int) -> list[tuple[Ids, int]]:

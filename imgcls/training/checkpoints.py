@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import records, storage
 from imgcls.errors import CheckpointError, StorageError
-from imgcls.records import Record
+from imgcls.records import Keeping, Record
 from imgcls.training.weights import Model, load_model, load_tensors, model_of
 
 
@@ -26,10 +26,13 @@ class Facts(Record):
     step: int
     epoch: int
     """Whole epochs behind it."""
-    val_loss: float
+    val_loss: float | None
+    """None in the middle of an epoch."""
     finished: bool
     """Nothing is left to train."""
     run_digest: str
+    numerics: dict[str, str]
+    """What decides the last bits beside the request, see `environment.numerics`."""
 
 
 class Committed(Facts):
@@ -60,14 +63,33 @@ class CheckpointStore(CheckpointIO):
         return found[-1] if found else None
 
     def best(self) -> Committed | None:
-        """The lowest val/loss; of equals the earliest."""
-        return min(self.committed(), key=lambda one: (one.val_loss, one.step), default=None)
+        """The lowest val/loss of an epoch's end; of equals the earliest."""
+        return _best(self.committed())
 
-    def keep_best_and_last(self) -> None:
-        best, last = self.best(), self.last()
-        for one in self.committed():
-            if best and last and one.step not in (best.step, last.step):
+    def prune(self, keeping: Keeping, *, in_use: int | None = None) -> int:
+        """The best, the last, the one in use and the newest others stay, as `keeping` says. Returns the bytes kept.
+
+        in_use: the step that this attempt goes on from.
+        """
+        found = self.committed()
+        best, last = _best(found), found[-1:]
+        kept = [one for one in found if one is best or one in last or one.step == in_use]
+        others = [one for one in reversed(found) if one not in kept]
+        size = sum(one.num_bytes for one in kept)
+        for rank, one in enumerate(others):
+            fits = keeping.budget_bytes is None or size + one.num_bytes <= keeping.budget_bytes
+            if rank < keeping.num_recent and fits:
+                size += one.num_bytes
+            else:
                 self.remove_checkpoint(self.place(one.step))
+        return size
+
+    def clean(self) -> None:
+        """What a kill left half-written is gone."""
+        committed = {storage.name_of(self.place(one.step)) for one in self.committed()}
+        for folder in storage.folders(self.url):
+            if folder not in committed:
+                storage.delete(storage.join(self.url, folder))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Committed at `path`: the data are there and were read back before the marker is. `storage_options`: Facts."""
@@ -93,6 +115,11 @@ class CheckpointStore(CheckpointIO):
         # The marker goes first: a kill in between leaves a folder that nobody reads.
         storage.delete(storage.join(str(path), "committed.json"))
         storage.delete(str(path))
+
+
+def _best(found: list[Committed]) -> Committed | None:
+    validated = [(one.val_loss, one.step, one) for one in found if one.val_loss is not None]
+    return min(validated, default=(0, 0, None))[-1]
 
 
 def read_checkpoint(url: str) -> dict[str, Any]:

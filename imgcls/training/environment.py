@@ -3,9 +3,13 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from imgcls.recipe import Recipe
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "ray", "webdataset", "numpy", "pillow")
 
@@ -27,6 +31,34 @@ def hardware() -> dict[str, str]:
     found = {"cpu": _cpu_name(), "cpus": str(os.cpu_count()), "vectors": torch.backends.cpu.get_cpu_capability()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch computes with so many inside; None leaves them as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def numerics(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, str]:
+    """What decides the last bits of a run, beside its request."""
+    import torch
+
+    found = {name: version(name) for name in ("torch", "torchvision", "lightning", "numpy")}
+    if accelerator == "gpu":
+        found["device"] = torch.cuda.get_device_name()
+    else:
+        num_threads = 1 if recipe.numerics == "elastic" else torch.get_num_threads()
+        found |= {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}", "threads": str(num_threads)}
+    if recipe.numerics != "elastic":
+        found["workers"] = str(world_size)
     return found
 
 

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 
@@ -20,11 +21,12 @@ from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
-from imgcls.errors import CheckpointError, DataError, ImgclsError
+from imgcls.errors import CheckpointError, DataError, ImgclsError, NumericsError
 from imgcls.models.build import build_model, start_from
-from imgcls.records import Example, LineageEntry, Manifest, RunConfig, RunResult, Scores
+from imgcls.recipe import differing_fields
+from imgcls.records import Example, Keeping, LineageEntry, Manifest, RunConfig, RunResult, Scores
 from imgcls.training import environment
-from imgcls.training.checkpoints import CheckpointStore, FoundModel, find_model, network_weights
+from imgcls.training.checkpoints import CheckpointStore, Committed, FoundModel, find_model, network_weights
 from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
@@ -35,29 +37,54 @@ NUM_EXAMPLES = 8
 """Of right and of wrong predictions each, for the page."""
 
 
-def fit(config: RunConfig, *, data_url: str, run_url: str, world: World) -> RunResult:
+def fit(
+    config: RunConfig,
+    *,
+    data_url: str,
+    run_url: str,
+    world: World,
+    keeping: Keeping = Keeping(),  # noqa: B008
+    accept_different_numerics: bool = False,
+) -> RunResult:
     """The run is trained to its end and its result lies in its folder. Every rank returns the same scores.
 
-    Raises DataError, CheckpointError or StorageError; the log then ends with the reason.
+    Raises DataError, CheckpointError or StorageError; NumericsError where the run would go on with other last bits than
+    it was begun with; TrainingError, on every rank, where training itself went wrong. The log then ends with the reason.
     """
     log = RunLog(run_url, writes=world.rank == 0, synthetic=config.synthetic)
+    fitting = _Fit(config, data_url, run_url, world, log, keeping, accept_different_numerics)
     try:
-        return _Fit(config, data_url, run_url, world, log).run()
+        with environment.threads(1 if config.recipe.numerics == "elastic" else None):
+            return fitting.run()
     except ImgclsError as error:
         log.line(str(error))
         raise
-    except Exception:
+    except Exception as error:
         log.line(traceback.format_exc())
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        world.crashed(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", fitting.step)
         raise
 
 
 class _Fit:
     """The parts of one call of `fit`, in the order in which they are made."""
 
-    def __init__(self, config: RunConfig, data_url: str, run_url: str, world: World, log: RunLog) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data_url: str,
+        run_url: str,
+        world: World,
+        log: RunLog,
+        keeping: Keeping,
+        accept_different_numerics: bool,
+    ) -> None:
         self.config, self.recipe, self.run_url, self.world, self.log = config, config.recipe, run_url, world, log
+        self.keeping, self.accept_different_numerics = keeping, accept_different_numerics
         self.set_url = storage.join(data_url, self.recipe.dataset)
         self.store = CheckpointStore(storage.join(run_url, "checkpoints"))
+        self.numerics = environment.numerics(self.recipe, world_size=world.size, accelerator=world.accelerator)
+        self.trainer: pl.Trainer | None = None
         self.clock, self.start_s = Stopwatch(), max(0.0, time.time() - world.started_s)
 
     def run(self) -> RunResult:
@@ -65,6 +92,8 @@ class _Fit:
         self.cache = self._cache()
         self.splits = split_ids(self.recipe, self.manifest)
         check_parts(self.recipe, len(self.splits.train), world_size=self.world.size)
+        if self.world.rank == 0:
+            self.store.clean()
         self.module, self.lineage = self._module()
         self.data = self._data()
         self.recorder = self._recorder()
@@ -73,6 +102,11 @@ class _Fit:
         if self.world.rank == 0:
             storage.write_bytes(storage.join(self.run_url, "result.json"), result.to_bytes())
         return result
+
+    @property
+    def step(self) -> int:
+        """The one under way."""
+        return self.trainer.global_step if self.trainer else 0
 
     def _manifest(self) -> Manifest:
         manifest = read_manifest(self.set_url)
@@ -96,7 +130,9 @@ class _Fit:
         return Recorder(
             self.run_url,
             self.store,
+            keeping=self.keeping,
             run_digest=self.config.digest(),
+            numerics=self.numerics,
             about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.config.synthetic),
             planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
@@ -128,6 +164,7 @@ class _Fit:
             seed=self.config.seed,
             rank=self.world.rank,
             world_size=self.world.size,
+            leaving=self.world.leaving,
         )
         return module, (*ancestors, Seen(entry, np.sort(pixels)))
 
@@ -144,7 +181,8 @@ class _Fit:
             self.clock.add("start", self.start_s)
             self.log.line(f"{self.config.name}: {self._plan()}")
         else:
-            self._check_resume(last.run_digest)
+            self._check_resume(last)
+            self.recorder.gone_on_from = last.step
             self.log.line(f"{self.config.name}: goes on after epoch {last.epoch}, step {last.step}")
         if last is not None and last.finished:
             state = self.store.load_checkpoint(self.store.place(last.step))
@@ -157,12 +195,22 @@ class _Fit:
             resume = self.store.place(last.step) if last else None
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
 
-    def _check_resume(self, found: str) -> None:
-        if found != self.config.digest():
+    def _check_resume(self, last: Committed) -> None:
+        """Of the same request; under the same numerics, unless that does not matter any more or was accepted."""
+        if last.run_digest != self.config.digest():
             raise CheckpointError(
-                f"{self.store.url} holds checkpoints of another request ({found[:12]}, not {self.config.digest()[:12]})\n"
-                "  do: take another --id"
+                f"{self.store.url} holds checkpoints of another request ({last.run_digest[:12]}, not "
+                f"{self.config.digest()[:12]})\n  do: take another --id"
             )
+        changes = [] if last.finished else self.world.agree(differing_fields(last.numerics, self.numerics))
+        if changes and not self.accept_different_numerics:
+            raise NumericsError(
+                f"{self.config.name} stopped at step {last.step} under other numerics: {'; '.join(changes)} (then / now)\n"
+                "  do: go on as it was begun, or with --accept-different-numerics; its last bits will be others"
+            )
+        for change in changes:
+            self.log.line(f"goes on under other numerics, as was accepted: {change} (then / now)")
+        self.recorder.numerics_changes += changes
 
     def _data(self) -> ImageData:
         return ImageData(
@@ -177,6 +225,7 @@ class _Fit:
         )
 
     def _finish(self) -> RunResult:
+        assert self.trainer is not None
         last_sha256 = weights_sha256(self.module.network.state_dict())
         best = self.recorder.best_row
         best_place = self.store.place(int(best["step"]))
@@ -210,6 +259,7 @@ class _Fit:
             examples=self._examples() if self.world.rank == 0 else (),
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             images_per_s=round(trained / seconds["train"], 1),
+            numerics_changes=tuple(self.recorder.numerics_changes),
             checkpoint=f"checkpoints/{storage.name_of(best_place)}",
             weights_sha256=last_sha256,
             best_weights_sha256=best_sha256,

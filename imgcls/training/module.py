@@ -1,17 +1,23 @@
 """The LightningModule: loss, totals and optimizer around a network. Called by `fit` and `evaluate`."""
 
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, assert_never
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
-from imgcls.errors import ImgclsError
+from imgcls.errors import TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import Scores
+from imgcls.training.elastic import VirtualRanks, virtual_parts
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
@@ -30,11 +36,15 @@ class Classifier(pl.LightningModule):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.network = network
         self.recipe, self.total_steps = recipe, total_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.leaving, self.someone_leaves = leaving, False
+        """Whether this rank's node is about to be taken away; whether any rank's is, known to all since the last step."""
+        self.automatic_optimization = recipe.numerics != "elastic"
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
         self.ledger = Ledger()
         self.seen: Entry | None = None
@@ -42,21 +52,83 @@ class Classifier(pl.LightningModule):
         self.scores: dict[str, Scores] = {}
         """Of the last whole pass over each split."""
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # Dropout is a function of (seed, step, rank): nothing to save, nothing to restore.
-        torch.manual_seed(int(hash64(self.seed, self.global_step, self.rank)[0] >> 1))
-        logits = self.network(batch.images)
-        smoothing = self.recipe.label_smoothing
-        summed = F.cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=smoothing)
-        if not torch.isfinite(summed):
-            raise ImgclsError(
-                f"the loss of {self.recipe.name} is not finite in epoch {self.current_epoch}, step {self.global_step}, "
-                f"samples {batch.ids[:8].tolist()}..\n  do: a lower --set optimizer.lr="
-            )
-        self.train_totals.update(logits.detach(), batch.labels)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self.ledger.update(batch.ids, batch_idx)
+        if not self.automatic_optimization:
+            self._elastic_step(batch)
+            return None
+        loss, finite = self._forward(batch, slice(None), self.rank)
+        self._agree(finite, batch)
         # DDP takes the mean over ranks; parts may differ in size. So weighted, it is the mean over the global batch.
-        return summed * (self.world_size / batch.global_size)
+        return loss * self.world_size
+
+    def _forward(self, batch: Batch, rows: slice, rank: int) -> tuple[Tensor, Tensor]:
+        """(these rows' share of the global batch's mean loss, whether it is finite)."""
+        # Dropout is a function of (seed, step, rank): nothing to save, nothing to restore.
+        torch.manual_seed(int(hash64(self.seed, self.global_step, rank)[0] >> 1))
+        logits, labels = self.network(batch.images[rows]), batch.labels[rows]
+        smoothing = self.recipe.label_smoothing
+        summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        self.train_totals.update(logits.detach(), labels)
+        return summed / batch.global_size, torch.isfinite(summed.detach())
+
+    def _elastic_step(self, batch: Batch) -> None:
+        """As the automatic step, but for the way in which gradients are added; see `training.elastic`."""
+        virtual_ranks = self.recipe.virtual_ranks
+        parts = virtual_parts(
+            batch.global_size, rank=self.rank, world_size=self.world_size, virtual_ranks=virtual_ranks
+        )  # fmt: skip
+        all_finite: list[Tensor] = []
+
+        def loss_of(virtual: int, rows: slice) -> Tensor:
+            loss, finite = self._forward(batch, rows, virtual)
+            all_finite.append(finite)
+            return loss
+
+        def gather(mine: Tensor) -> Sequence[Tensor]:
+            self._agree(torch.stack(all_finite).all(), batch)
+            return [mine] if self.world_size == 1 else list(self.trainer.strategy.all_gather(mine))
+
+        VirtualRanks(self.network).step(
+            loss_of, list(parts), virtual_ranks=virtual_ranks, gather=gather, num_steps=self.global_step + 1
+        )
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(scheduler, LambdaLR)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+    def _agree(self, finite: Tensor, batch: Batch) -> None:
+        """Every rank knows of every other's loss and node, in step with the gradients: nobody is left in a collective.
+
+        Raises TrainingError, on every rank, where a loss is not finite.
+        """
+        flags = torch.stack([(~finite).int(), torch.full_like(finite, self.leaving(), dtype=torch.int32)])
+        not_finite, self.someone_leaves = map(bool, self.trainer.strategy.reduce(flags, reduce_op="max").tolist())
+        if not_finite:
+            mine = [] if finite else batch.ids[:8].tolist()
+            everyones: list[list[int]] = [mine] * self.world_size
+            if self.world_size > 1:
+                torch.distributed.all_gather_object(everyones, mine)
+            raise TrainingError(
+                f"the loss of {self.recipe.name} is not finite in epoch {self.current_epoch}, step {self.global_step}, "
+                f"samples {list(chain(*everyones))[:8]}..\n  do: a lower --set optimizer.lr="
+            )
+
+    # The part of an epoch that lies behind a checkpoint in its middle, over all ranks: it goes on from rank 0's sums.
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_so_far"] = {name: _summed(metric) for name, metric in self._counted.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.rank == 0:
+            for name, metric in self._counted.items():
+                for state, value in checkpoint["epoch_so_far"][name].items():
+                    setattr(metric, state, value)
+
+    @property
+    def _counted(self) -> dict[str, Metric]:
+        return {"ledger": self.ledger, "train": self.train_totals}
 
     def on_train_epoch_end(self) -> None:
         self._take("train", self.train_totals)
@@ -96,7 +168,7 @@ class Classifier(pl.LightningModule):
                 built = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
             case _:
                 assert_never(optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(built, self._lr_factor)
+        scheduler = LambdaLR(built, self._lr_factor)
         return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_at(self, step: int) -> float:
@@ -105,3 +177,9 @@ class Classifier(pl.LightningModule):
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(self.recipe.schedule, step=step, total_steps=self.total_steps)
+
+
+def _summed(metric: Metric) -> dict[str, Tensor]:
+    """The metric's states over all ranks. Every rank calls it."""
+    with metric.sync_context():
+        return {name: state.clone().cpu() for name, state in metric.metric_state.items() if isinstance(state, Tensor)}

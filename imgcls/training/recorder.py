@@ -20,9 +20,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from imgcls import storage
+from imgcls.data.batches import Batch
 from imgcls.data.order import Ids
-from imgcls.errors import ImgclsError
-from imgcls.records import Scores
+from imgcls.errors import TrainingError
+from imgcls.records import Keeping, Scores
 from imgcls.training.checkpoints import CheckpointStore, Facts
 from imgcls.training.ledger import Entry, planned
 from imgcls.training.module import Classifier
@@ -85,7 +86,11 @@ class Stopwatch:
 
 
 class Recorder(Checkpoint):
-    """Keeps the history, decides when to stop, commits each epoch after its validation, reports progress."""
+    """Keeps the history, decides when to stop, commits each epoch after its validation, reports progress.
+
+    Between, it commits every `keeping.every_n_steps` and when a node is about to be taken away; an epoch's last step
+    never before its validation.
+    """
 
     REPORTS_AN_EPOCH = 8
 
@@ -94,7 +99,9 @@ class Recorder(Checkpoint):
         run_url: str,
         store: CheckpointStore,
         *,
+        keeping: Keeping,
         run_digest: str,
+        numerics: dict[str, str],
         about: dict[str, Any],
         planned_batches: Callable[[int], list[Ids]],
         epochs: int,
@@ -104,23 +111,38 @@ class Recorder(Checkpoint):
         clock: Stopwatch,
         report: Callable[[Progress], None],
     ) -> None:
-        self.run_url, self.store, self.run_digest, self.about = run_url, store, run_digest, about
+        self.run_url, self.store, self.keeping = run_url, store, keeping
+        self.run_digest, self.numerics, self.about = run_digest, numerics, about
         self.planned_batches = planned_batches
         self.epochs, self.patience, self.writes, self.report = epochs, patience, writes, report
         self.run_log, self.clock = log, clock
         self.history: list[Row] = []
         self.timing: list[Row] = []
         self.best: Scores | None = None
+        self.numerics_changes: list[str] = []
+        self.gone_on_from: int | None = None
+        """The step of the checkpoint from which this attempt goes on."""
+        self._epoch_s = 0.0
+        """Of the epoch under way, in earlier attempts."""
         self._marks: dict[str, float] = {}
+        self._told_of_leaving = self._told_of_budget = False
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
-        best = self.best.model_dump_json() if self.best else None
-        return {"history": self.history, "timing": self.timing, "best": best, "seconds": self.clock.seconds}
+        return {
+            "history": self.history,
+            "timing": self.timing,
+            "best": self.best.model_dump_json() if self.best else None,
+            "seconds": self.clock.seconds,
+            "epoch_s": self._so_far() if self._marks else 0.0,
+            "numerics_changes": self.numerics_changes,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.timing = list(state_dict["history"]), list(state_dict["timing"])
         self.best = Scores.model_validate_json(state_dict["best"]) if state_dict["best"] else None
+        self._epoch_s = state_dict["epoch_s"]
+        self.numerics_changes = [*state_dict["numerics_changes"], *self.numerics_changes]
         for phase, seconds in state_dict["seconds"].items():
             self.clock.add(phase, seconds)
         # Cuts the run's files back to where it goes on.
@@ -141,8 +163,20 @@ class Recorder(Checkpoint):
         """The epoch of the lowest val/loss, of equals the earliest: from the history, so that every rank names the same."""
         return min(self.history, key=lambda row: float(row["val/loss"]))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning begins no epoch again in whose middle it goes on.
+        self._marks = {"start": time.perf_counter()}
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._marks = {"start": time.perf_counter()}
+
+    def _so_far(self) -> float:
+        """Seconds of training in the epoch under way, those of earlier attempts too."""
+        return self._epoch_s + self._marks.get("trained", time.perf_counter()) - self._marks["start"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        if self.gone_on_from == trainer.global_step:
+            self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,6 +186,15 @@ class Recorder(Checkpoint):
         # By step, not by time: every rank has to report equally often.
         if done % max(10, math.ceil(steps / self.REPORTS_AN_EPOCH)) == 0 and done < steps:
             self.report(self._progress("train", trainer, pl_module))
+        assert isinstance(pl_module, Classifier)
+        every = self.keeping.every_n_steps
+        leaves = pl_module.someone_leaves and not self._told_of_leaving
+        if done < steps and (leaves or (every and trainer.global_step % every == 0)):
+            with self.clock.of("checkpoint"):
+                self._commit(trainer)
+        if leaves:
+            self._told_of_leaving = True
+            self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and "trained" not in self._marks:
@@ -159,27 +202,27 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        validated, begun, trained = time.perf_counter(), self._marks["start"], self._marks["trained"]
+        trained_s, validated_s = self._so_far(), time.perf_counter() - self._marks["trained"]
         self._add_row(trainer, pl_module)
         row = self.history[-1]
         timing: Row = {
             "epoch": row["epoch"],
-            "train_s": round(trained - begun, 3),
-            "validate_s": round(validated - trained, 3),
-            "images_per_s": round(float(row["samples"]) / (trained - begun), 1),
+            "train_s": round(trained_s, 3),
+            "validate_s": round(validated_s, 3),
+            "images_per_s": round(float(row["samples"]) / trained_s, 1),
         }
         # Before the commit, which keeps them.
         self.timing.append(timing)
-        self.clock.add("train", trained - begun)
-        self.clock.add("validate", validated - trained)
+        self.clock.add("train", trained_s)
+        self.clock.add("validate", validated_s)
+        self._marks, self._epoch_s = {}, 0.0
         if self.stops():
             trainer.should_stop = True
         with self.clock.of("checkpoint"):
             self._commit(trainer)
         self._write()
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
-        progress = self._progress("train", trainer, pl_module)
-        self.report(replace(progress, images_per_s=float(timing["images_per_s"]), row=row))
+        self.report(self._progress("train", trainer, pl_module, row=row, images_per_s=float(timing["images_per_s"])))
 
     def _add_row(self, trainer: pl.Trainer, module: Classifier) -> None:
         train, val, seen = module.scores["train"], module.scores["val"], self._checked_ledger(trainer, module)
@@ -204,23 +247,32 @@ class Recorder(Checkpoint):
         """What was seen is what was planned, or the run stops."""
         plan, seen = planned(self.planned_batches(trainer.current_epoch)), module.seen
         if seen != plan:
-            raise ImgclsError(
+            raise TrainingError(
                 f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
             )
         return plan
 
     def _commit(self, trainer: pl.Trainer) -> None:
-        row = self.history[-1]
+        """Everything up to this step is in the store; in the middle of an epoch too. Every rank calls it."""
+        last = self.history[-1] if self.history else None
+        at_epochs_end = last is not None and last["step"] == trainer.global_step
         facts = Facts(
-            epoch=int(row["epoch"]),
-            step=int(row["step"]),
-            val_loss=float(row["val/loss"]),
-            finished=self.stops(),
+            epoch=len(self.history),
+            step=trainer.global_step,
+            val_loss=float(last["val/loss"]) if last and at_epochs_end else None,
+            finished=at_epochs_end and self.stops(),
             run_digest=self.run_digest,
+            numerics=self.numerics,
         )
         trainer.save_checkpoint(self.store.place(facts.step), storage_options=facts)
         if self.writes:
-            self.store.keep_best_and_last()
+            self._prune()
+
+    def _prune(self) -> None:
+        size, budget = self.store.prune(self.keeping, in_use=self.gone_on_from), self.keeping.budget_bytes
+        if budget is not None and size > budget and not self._told_of_budget:
+            self._told_of_budget = True
+            self.run_log.line(f"best and last checkpoint take {size:,} bytes, the budget is {budget:,}: both are kept")
 
     def _write(self) -> None:
         if not self.writes:
@@ -241,18 +293,19 @@ class Recorder(Checkpoint):
             (file,) = Path(folder).iterdir()
             storage.write_bytes(storage.join(self.run_url, "events.out.tfevents"), file.read_bytes())
 
-    def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule) -> Progress:
+    def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule, **newest: Any) -> Progress:
         assert isinstance(module, Classifier)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        rate = done * module.recipe.global_batch_size / max(1e-9, time.perf_counter() - self._marks["start"])
-        return Progress(
+        progress = Progress(
             phase=phase,
             epoch=trainer.current_epoch + 1,
             epochs=self.epochs,
             step=trainer.global_step,
             total_steps=module.total_steps,
-            images_per_s=rate,
         )
+        if not newest:
+            newest = {"images_per_s": done * module.recipe.global_batch_size / max(1e-9, self._so_far())}
+        return replace(progress, **newest)
 
 
 def _short(value: float | str) -> str:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from imgcls.errors import ImgclsError
+from imgcls.errors import TrainingError
 from imgcls.records import Scores
 
 _LOSS_UNIT, _LOSS_LIMIT = 2.0**-24, 1e4
@@ -37,9 +37,9 @@ class Totals(Metric):
         self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
 
     def compute(self) -> Scores:
-        """Raises ImgclsError, on every rank, where a loss was not finite."""
+        """Raises TrainingError, on every rank, where a loss was not finite."""
         if count := int(self.num_not_finite):
-            raise ImgclsError(
+            raise TrainingError(
                 f"{count:,} losses are not finite: the weights have diverged\n  do: a lower --set optimizer.lr="
             )
         confusion = self.confusion.cpu()

@@ -33,6 +33,10 @@ class World:
     """Called by every rank, equally often."""
     agree: Callable[[Any], Any] = _as_it_is
     """Rank 0's value on every rank."""
+    leaving: Callable[[], bool] = lambda: False
+    """Whether this rank's node is about to be taken away. Asked in every step: it may not wait for anybody."""
+    crashed: Callable[[str, int], None] = lambda error, step: None
+    """Told of an exception that nobody expected, and the step at which this rank was."""
     placement: Placement | None = None
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""

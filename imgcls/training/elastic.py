@@ -1,0 +1,77 @@
+"""Virtual ranks: the same bits at 1, 2, 4, .. workers. A training step of a recipe with `numerics="elastic"`.
+
+A global batch is cut into V virtual ranks, however many workers there are. Each is a forward and a backward pass of its
+own, with its own batch norm, from the buffers with which the step began. What they find is added in one binary tree:
+a worker adds its own, which is a branch of the tree; then all gather the branches, and every worker adds them alike.
+Sources: virtual nodes (VirtualFlow, Or et al. 2022); elastic determinism, mosaicml/streaming docs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from imgcls.data.order import rank_bounds
+
+
+def virtual_parts(global_size: int, *, rank: int, world_size: int, virtual_ranks: int) -> Iterator[tuple[int, slice]]:
+    """(virtual rank, its rows in this rank's part), for those of this rank."""
+    first, _ = rank_bounds(global_size, rank=rank, world_size=world_size)
+    each = virtual_ranks // world_size
+    for virtual in range(rank * each, (rank + 1) * each):
+        begin, end = rank_bounds(global_size, rank=virtual, world_size=virtual_ranks)
+        yield virtual, slice(begin - first, end - first)
+
+
+def tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, neighbours first: (a + b) + (c + d). As many as a power of two."""
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+class VirtualRanks:
+    """The gradients and buffers of one step, as one flat vector a virtual rank. Holds no state between steps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self.counters = [buffer for buffer in network.buffers() if not buffer.is_floating_point()]
+
+    def step(
+        self,
+        losses: Callable[[int, slice], Tensor],
+        parts: Sequence[tuple[int, slice]],
+        *,
+        virtual_ranks: int,
+        gather: Callable[[Tensor], Sequence[Tensor]],
+        num_steps: int,
+    ) -> None:
+        """Every gradient is that of the global batch; running statistics are the mean over virtual ranks.
+
+        losses: the forward pass of a virtual rank's rows; so scaled that their sum is the global batch's loss.
+        gather: this worker's vector to those of all workers, by rank. num_steps: with this one, for integer buffers.
+        """
+        start = [buffer.clone() for buffer in self.buffers]
+        found = []
+        for virtual, rows in parts:
+            self._set(self.buffers, start)
+            gradients = torch.autograd.grad(losses(virtual, rows), self.parameters)
+            found.append(torch.cat([one.reshape(-1) for one in (*gradients, *(b / virtual_ranks for b in self.buffers))]))
+        whole = tree_sum(list(gather(tree_sum(found))))
+        tensors = [*self.parameters, *self.buffers]
+        pieces = [
+            piece.view_as(one) for piece, one in zip(whole.split([one.numel() for one in tensors]), tensors, strict=True)
+        ]
+        for parameter, gradient in zip(self.parameters, pieces, strict=False):
+            # In the parameter's own memory format: a fused optimizer walks both as they lie.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        self._set(self.buffers, pieces[len(self.parameters) :])
+        for counter in self.counters:
+            counter.fill_(num_steps)
+
+    @torch.no_grad()
+    def _set(self, buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
