@@ -15,7 +15,7 @@ from imgcls.data.shards import check_shards, read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import CheckpointError, RecipeError
 from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields
-from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, SuiteRecord
+from imgcls.records import InitSource, Keeping, LineageEntry, Manifest, RunConfig, SuiteRecord
 from imgcls.training.lineage import Seen, refuse_seen_images
 
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
@@ -38,7 +38,10 @@ class Request:
     num_workers: int = 1
     cpus_per_worker: float | None = None
     gpus_per_worker: float | None = None
+    keeping: Keeping = Keeping()  # noqa: RUF009
+    accept_different_numerics: bool = False
     max_failures: int = 3
+    hang_timeout_s: float = 120.0
     retry_failed: bool = False
     verbose: bool = False
 

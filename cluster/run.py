@@ -6,15 +6,19 @@ need neither.
 
 import logging
 import os
-import tempfile
+import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from cluster import attempts
+from cluster.attempts import Ending
+from cluster.decide import Begins, GoOn, Leave, State, Stop, decide
 from cluster.placement import scaling_config
-from cluster.session import COLLECTIVE_TIMEOUT_S
+from cluster.session import set_train_environment
 from imgcls import storage
-from imgcls.errors import ImgclsError
-from imgcls.records import Placement, Record, RunConfig, RunResult
+from imgcls.errors import ImgclsError, NumericsError, TrainingError
+from imgcls.records import Keeping, Placement, Record, RunConfig, RunResult
 
 if TYPE_CHECKING:
     from imgcls.training.world import World
@@ -25,14 +29,26 @@ LOG_TAIL_LINES = 20
 class Assignment(Record):
     """What a trial is told: plain values, so that it travels as JSON."""
 
+    command: str
+    """Who asks: the holder of the run's lease."""
     config: RunConfig
     data_url: str
     run_url: str
     placement: Placement
+    keeping: Keeping
+    accept_different_numerics: bool
     max_failures: int
+    hang_timeout_s: float
     verbose: bool
     environment: dict[str, str]
     """Of the workers; see `told`."""
+
+    def at_begin(self) -> GoOn | Leave | Stop:
+        """Whether the run goes on, from what is committed of it alone."""
+        state = State(command=self.command, max_failures=self.max_failures)
+        _, action = decide(state, Begins(self.config.name, attempts.look(self.run_url)))
+        assert isinstance(action, GoOn | Leave | Stop)
+        return action
 
 
 def told(commit: str | None) -> dict[str, str]:
@@ -52,12 +68,16 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
 
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
+    set_train_environment(hang_timeout_s=given.hang_timeout_s)
     try:
         _train(given, {"assignment": text, "started_s": time.time()})
     except TrainingFailedError as error:
         rank, cause = cause_of(error)
         last = str(cause).strip().splitlines()[-1:]
-        record_failure(given.config, given.run_url, ": ".join([f"rank {rank}", type(cause).__name__, *last]))
+        action = given.at_begin()
+        if not isinstance(action, Leave):
+            reason = action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last])
+            record_failure(given.config, given.run_url, reason)
 
 
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
@@ -65,13 +85,13 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.temporary_folder("train") as folder:
         TorchTrainer(
             train_worker,
             train_loop_config=loop_config,
             # NCCL refuses two ranks on one GPU; gloo does not.
             torch_config=TorchConfig(
-                backend="gloo" if 0 < given.placement.gpus_per_worker < 1 else None, timeout_s=COLLECTIVE_TIMEOUT_S
+                backend="gloo" if 0 < given.placement.gpus_per_worker < 1 else None, timeout_s=int(given.hang_timeout_s)
             ),
             scaling_config=scaling_config(given.placement),
             run_config=ray.train.RunConfig(
@@ -79,6 +99,7 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
                 callbacks=[TuneReportCallback()],
+                # Preemptions are counted apart, and not bounded.
                 failure_config=ray.train.FailureConfig(max_failures=given.max_failures),
                 logging_config=ray.train.LoggingConfig(log_level="INFO" if given.verbose else "CRITICAL"),
                 worker_runtime_env={"env_vars": given.environment},
@@ -87,27 +108,94 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """One rank of one run. Whatever is the user's to mend is recorded as the run's failure and not tried again."""
+    """One rank of one run, in one attempt. A stop is recorded and returned: what is raised, Train tries again."""
     given = Assignment.model_validate_json(loop_config["assignment"])
-    if storage.exists(storage.join(given.run_url, "result.json")):
-        return
     quiet(given.verbose)
+    attempt = _begin(given)
+    if attempt is None:
+        return
     from imgcls.training.fit import fit
 
-    world = world_of(given.placement, started_s=loop_config["started_s"])
+    rank = _rank()
+
+    def ended(**facts: Any) -> None:
+        attempts.end(given.run_url, attempt, Ending(**facts), rank=rank)
+
+    def crashed(error: str, step: int) -> None:
+        ended(end="crashed", error=error, step=step)
+
+    world = world_of(
+        given.placement,
+        elastic=given.config.recipe.numerics == "elastic",
+        started_s=loop_config["started_s"],
+        crashed=crashed,
+        leaving=_leaving(lambda: ended(end="preempted")),
+    )
     try:
-        fit(given.config, data_url=given.data_url, run_url=given.run_url, world=world)
+        fit(
+            given.config,
+            data_url=given.data_url,
+            run_url=given.run_url,
+            world=world,
+            keeping=given.keeping,
+            accept_different_numerics=given.accept_different_numerics,
+        )
+    except NumericsError as error:  # on every rank
+        ended(end="refused", error=str(error))
+    except TrainingError as error:  # on every rank
+        if rank == 0:
+            record_failure(given.config, given.run_url, str(error))
     except ImgclsError as error:
         record_failure(given.config, given.run_url, str(error))
         if world.size > 1:  # the other ranks wait in a collective: only a restart ends them
             raise
 
 
-def world_of(placement: Placement, **options: Any) -> "World":
+def _begin(given: Assignment) -> int | None:
+    """The attempt's number on every rank, where there is anything to do."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    if _rank() != 0:
+        return broadcast_from_rank_zero(None)
+    number, action = None, given.at_begin()
+    if isinstance(action, Stop):
+        record_failure(given.config, given.run_url, action.reason)
+    elif isinstance(action, GoOn):
+        number = attempts.begin(given.run_url, command=given.command, host=socket.gethostname(), pid=os.getpid())
+    return broadcast_from_rank_zero(number)
+
+
+def _rank() -> int:
+    import ray.train
+
+    return ray.train.get_context().get_world_rank()
+
+
+def _leaving(told: Callable[[], None]) -> Callable[[], bool]:
+    """Whether Train's watcher has told this process that a node of the run is being drained.
+
+    Read where the watcher puts it: `ray.train.get_preemption_info` asks every rank, and would wait for one that is gone.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    context, known = get_train_context().preemption_context, False
+
+    def leaving() -> bool:
+        nonlocal known
+        if not known and context.preemption_info is not None:
+            known = True
+            told()
+        return known
+
+    return leaving
+
+
+def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> "World":
     """This worker as a rank, with threads as its CPUs; two ranks or more are DDP. Called inside a Train worker."""
     import ray.train
     import torch
 
+    from imgcls.training.elastic import leave_gradients_alone
     from imgcls.training.world import World
 
     context = ray.train.get_context()
@@ -116,7 +204,10 @@ def world_of(placement: Placement, **options: Any) -> "World":
         from ray.train.collective import broadcast_from_rank_zero
         from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
-        options |= {"strategy": RayDDPStrategy(), "plugins": (RayLightningEnvironment(),), "agree": broadcast_from_rank_zero}
+        strategy = RayDDPStrategy()
+        if elastic:
+            leave_gradients_alone(strategy)
+        options |= {"strategy": strategy, "plugins": (RayLightningEnvironment(),), "agree": broadcast_from_rank_zero}
     return World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),

@@ -1,12 +1,12 @@
 """Tune's side of a suite: which run is next, by `decide`; and what Tune hears of a run, passed on to a view."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from cluster.decide import Start, Status, Wait, next_action
+from cluster.decide import Action, Asked, Ended, Event, Lost, Seen, Start, State, Status, Stop, Wait, decide
 
 
 class View(Protocol):
@@ -21,6 +21,8 @@ class View(Protocol):
 
     def ended(self, run: str, status: Status) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class _NotKept:
     """Tune pickles what it is handed, for a restore that we never make; a view and a storage do not belong there."""
@@ -34,29 +36,40 @@ class PlanSearcher(_NotKept, Searcher):
 
     def __init__(
         self,
-        statuses: dict[str, Status],
-        sources: Mapping[str, str | None],
+        state: State,
         *,
         room: Callable[[], int],
-        came_to: Callable[[str], Status],
+        look: Callable[[str], Seen],
+        failed: Callable[[str, str], None],
         view: View,
     ) -> None:
         super().__init__()
-        self.statuses, self.sources, self.room, self.came_to, self.view = statuses, sources, room, came_to, view
+        self.state, self.room, self.look, self.failed, self.view = state, room, look, failed, view
         self.runs: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        action = next_action(self.statuses, self.sources, room=self.room())
+        action = self._tell(Asked(self.room()))
         if isinstance(action, Start):
-            self.statuses[action.run], self.runs[trial_id] = Status.STARTED, action.run
+            self.runs[trial_id] = action.run
             self.view.started(action.run)
             return {"run": action.run}
         return None if isinstance(action, Wait) else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         run = self.runs[trial_id]
-        self.statuses[run] = self.came_to(run)
-        self.view.ended(run, self.statuses[run])
+        action = self._tell(Ended(run, self.look(run)))
+        if isinstance(action, Stop):
+            self.failed(run, action.reason)
+        self.view.ended(run, self.state.statuses[run])
+
+    def lose(self, runs: Collection[str]) -> None:
+        """Other commands hold the leases of these runs."""
+        for run in runs:
+            self._tell(Lost(run))
+
+    def _tell(self, event: Event) -> Action:
+        self.state, action = decide(self.state, event)
+        return action
 
     # Tune asks for these; the state of a suite is its storage, and a fresh Tuner runs what is left.
     def save(self, checkpoint_path: str) -> None: ...
@@ -71,3 +84,17 @@ class ProgressCallback(_NotKept, Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "phase" in result:
             self.view.progress(trial.config["run"], result)
+
+
+class LeaseStopper(_NotKept, Stopper):
+    """Ends a run here that another command has taken over."""
+
+    def __init__(self, searcher: PlanSearcher, lost: Collection[str]) -> None:
+        self.searcher, self.lost = searcher, lost
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.searcher.runs[trial_id] in self.lost
+
+    def stop_all(self) -> bool:
+        self.searcher.lose(self.lost)
+        return False

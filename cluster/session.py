@@ -22,17 +22,13 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     # print() in a worker would appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Every Train run has helper processes; the raylet warns of their number.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
+    # Every Train run has helper processes, and the raylet warns of their number; a lost worker is told by us.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started|A worker died or was killed",
 }
 NEEDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Token authentication is set on purpose; left alone it depends on how Ray was started.
     "RAY_AUTH_MODE": "token",
-    # Train takes one report at each health check; at its 2 s every report of a short epoch would wait.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # A hung worker ends after this, not after 600 s.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     # Else Tune starts runs one after another.
     "TUNE_MAX_PENDING_TRIALS_PG": "8",
     # Ctrl-C comes to us as KeyboardInterrupt, instead of Tune ending as if nothing were wrong.
@@ -40,9 +36,14 @@ NEEDED = {
     # Under `uv run` Ray would start every worker with uv again.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+TRAIN = {
+    # Train takes one report at each health check; at its 2 s every report of a short epoch would wait.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A node's notice may leave 30 s.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
 OBJECT_STORE_BYTES = 200 << 20
 """Only reports and small records go through it."""
-COLLECTIVE_TIMEOUT_S = 120
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
 
@@ -83,6 +84,12 @@ def session(*, verbose: bool) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def set_train_environment(*, hang_timeout_s: float) -> None:
+    """Ray Train's settings for the runs of this process, where its environment says nothing; Train hands them on."""
+    for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(hang_timeout_s)}).items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -4,14 +4,15 @@ Comes in: a `Request`. Goes out: the suite's results, from the runs' own records
 the same request again does what is left, whoever made it and wherever it stopped.
 """
 
-import shutil
-import tempfile
+import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cluster import attempts, session
 from cluster import placement as placements
-from cluster import session
-from cluster.decide import Done, Status, blocked_by, next_action, start_order
+from cluster.decide import Asked, Done, End, State, Status, blocked_by, decide, start_order
+from cluster.lease import Leases, leases
 from cluster.plan import Plan, Request, extended
 from cluster.run import Assignment, record_failure, told, trial
 from imgcls import records, storage
@@ -29,21 +30,27 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     PlacementError where the workers can never run: all before anything is written.
     """
     began = time.monotonic()
-    statuses = statuses_of(request, plan)
-    for run, status in statuses.items():
+    state = state_of(request, plan)
+    for run, status in state.statuses.items():
         if status is not Status.OPEN:
             view.already(run, status)
     storage.check_writable(request.suite_url)
     record = extended(read_suite(request.suite_url), request, plan)
-    if isinstance(next_action(statuses, plan.sources, room=1), Done):
+    if isinstance(decide(state, Asked(room=1))[1], Done):
         write_down(request, plan, record)
         return publish(request.suite_url)
     if not session.names_cluster():
         choose(request, [placements.local_node()])  # refused before Ray starts, where it will be
-    with session.session(verbose=request.verbose):
-        placement = choose(request, placements.cluster_nodes())
-        write_down(request, plan, record)
-        _carry_out(request, plan, statuses, placement, view)
+    mine = {run: request.run_url(run) for run, status in state.statuses.items() if status is Status.OPEN}
+    with leases(mine, command=state.command, say=view.say) as held:
+        for run_url in mine.values():
+            storage.clean_temporary(run_url)
+        with session.session(verbose=request.verbose):
+            placement = choose(request, placements.cluster_nodes())
+            write_down(request, plan, record)
+            # As it is now that nobody else is at it.
+            state = replace(state_of(request, plan), command=state.command)
+            _carry_out(request, plan, state, held, placement, view)
     return publish(request.suite_url, seconds=round(time.monotonic() - began, 1), command=command)
 
 
@@ -56,12 +63,14 @@ def choose(request: Request, nodes: list[placements.Node]) -> Placement:
     )
 
 
-def statuses_of(request: Request, plan: Plan) -> dict[str, Status]:
-    """What each run came to so far, in the order in which they start."""
+def state_of(request: Request, plan: Plan) -> State:
+    """What each run came to so far, in the order in which they start; for a command of its own."""
     found = {name: status_of(request.run_url(name)) for name in start_order(plan.sources)}
     if request.retry_failed:
-        return {name: Status.OPEN if status is Status.FAILED else status for name, status in found.items()}
-    return found
+        found = {name: Status.OPEN if status is Status.FAILED else status for name, status in found.items()}
+    return State(
+        command=secrets.token_hex(8), max_failures=request.max_failures, statuses=found, sources=plan.sources
+    )  # fmt: skip
 
 
 def write_down(request: Request, plan: Plan, record: SuiteRecord) -> None:
@@ -86,25 +95,20 @@ def status_of(run_url: str) -> Status:
     return _status(result_of(run_url))
 
 
-def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placement: Placement, view: "View") -> None:
+def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placement: Placement, view: "View") -> None:
     from ray import tune
 
-    from cluster.searcher import PlanSearcher, ProgressCallback
+    from cluster.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
-    def came_to(run: str) -> Status:
-        status = status_of(request.run_url(run))
-        if status is Status.OPEN:
-            record_failure(plan.configs[run], request.run_url(run), "its process died; the node's logs may say why")
-            status = Status.FAILED
-        return status
-
-    def room() -> int:
-        return placements.how_many_fit(placements.cluster_nodes(), placement)
-
-    searcher = PlanSearcher(statuses, plan.sources, room=room, came_to=came_to, view=view)
-    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, placement))
-    folder = tempfile.mkdtemp(prefix="imgcls-tune-")
-    try:
+    searcher = PlanSearcher(
+        state,
+        room=lambda: placements.how_many_fit(placements.cluster_nodes(), placement),
+        look=lambda run: attempts.look(request.run_url(run)),
+        failed=lambda run, reason: record_failure(plan.configs[run], request.run_url(run), reason),
+        view=view,
+    )
+    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, state.command, placement))
+    with storage.temporary_folder("tune") as folder:
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1),
@@ -112,23 +116,27 @@ def _carry_out(request: Request, plan: Plan, statuses: dict[str, Status], placem
                 name=storage.name_of(folder),
                 storage_path=folder,
                 verbose=0,
+                stop=LeaseStopper(searcher, held.lost),
                 callbacks=[ProgressCallback(view)],
+                # The bound on Train's restarts and these together is `decide`'s.
                 failure_config=tune.FailureConfig(max_failures=request.max_failures),
             ),
         ).fit()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _assignments(request: Request, plan: Plan, placement: Placement) -> dict[str, str]:
+def _assignments(request: Request, plan: Plan, command: str, placement: Placement) -> dict[str, str]:
     environment = told(commit())
     return {
         name: Assignment(
+            command=command,
             config=config,
             data_url=request.data_url,
             run_url=request.run_url(name),
             placement=placement,
+            keeping=request.keeping,
+            accept_different_numerics=request.accept_different_numerics,
             max_failures=request.max_failures,
+            hang_timeout_s=request.hang_timeout_s,
             verbose=request.verbose,
             environment=environment,
         ).model_dump_json()
@@ -170,16 +178,21 @@ def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command:
         synthetic=suite.synthetic,
         url=storage.shown(suite_url),
         data=storage.shown(suite.data),
-        runs=tuple(result or _unfinished(configs[name], blocked.get(name)) for name, result in found.items()),
+        runs=tuple(
+            result or _unfinished(configs[name], storage.join(suite_url, name), blocked.get(name))
+            for name, result in found.items()
+        ),
         seconds=seconds,
         command=command,
     )
 
 
-def _unfinished(config: RunConfig, failed_source: str | None) -> RunResult:
+def _unfinished(config: RunConfig, run_url: str, failed_source: str | None) -> RunResult:
     if failed_source:
         return RunResult.of(config, status="blocked", error=f"its source {failed_source} failed")
-    return RunResult.of(config, status="open", error="not finished yet: the same command goes on")
+    before = attempts.look(run_url).attempts
+    refused = before[-1].error if before and before[-1].end is End.REFUSED else None
+    return RunResult.of(config, status="open", error=refused or "not finished yet: the same command goes on")
 
 
 def result_of(run_url: str) -> RunResult | None:

@@ -5,8 +5,9 @@ Whole objects only. A write is whole or absent; a file on a disk is put in place
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,17 +89,31 @@ def write_bytes(url: str, data: bytes) -> None:
             fs.pipe_file(path, data)
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def create_bytes(url: str, data: bytes) -> bool:
+    """The object holds `data` and was not there before; False where it was. Of several that try, one succeeds."""
+    fs, path = _split(url)
+    with _told("written", url):
+        try:
+            if isinstance(fs, LocalFileSystem):
+                _write_file(Path(path), data, put=os.link)
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def _write_file(path: Path, data: bytes, put: Callable[[str, Path], None] = os.replace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        put(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def folders(url: str) -> list[str]:
@@ -153,6 +168,18 @@ def check_writable(url: str) -> None:
         told = str(error).replace(probe, url)
         raise StorageError(f"{told}\n  do: name a place that can be written") from None
     delete(probe)
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[str]:
+    """A folder of this process on this machine's disk, gone at the end; those that killed processes left go first."""
+    prefix = f"imgcls-{what}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
+        yield folder
 
 
 def cache_root() -> Path:

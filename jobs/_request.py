@@ -14,6 +14,7 @@ from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.errors import RecipeError
 from imgcls.recipe import Recipe, derive, digest_of, parse_changes, recipe_from_json
+from imgcls.records import Keeping
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results
 
@@ -42,8 +43,18 @@ class Flags:
     """One unless said."""
     gpus_per_worker: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
     """One where there are GPUs, else none."""
+    checkpoint_every_n_steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Beside the checkpoint at every epoch's end; what is lost to a kill is at most this many steps."""
+    checkpoint_keep: int = 0
+    """So many recent checkpoints stay beside the best and the last."""
+    checkpoint_budget_mb: Annotated[float | None, tyro.conf.arg(metavar="MB")] = None
+    """Of one run's checkpoints; recent ones go until it holds, the best and the last always stay."""
+    accept_different_numerics: bool = False
+    """Go on with runs that stopped under other library versions, hardware, threads or number of workers."""
     max_failures: int = 3
-    """How often a run is begun again after a worker died."""
+    """How often a run is begun again after a worker or its controller died; preempted nodes do not count."""
+    hang_timeout_s: float = 120.0
+    """A worker that does not answer, or a collective that does not end, is a failure after so many seconds."""
     retry_failed: bool = False
     """Try runs again that failed."""
     verbose: bool = False
@@ -89,8 +100,12 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         ("--num-workers", flags.num_workers, 1),
         ("--seed", flags.seed, 0),
         ("--max-failures", flags.max_failures, 0),
+        ("--checkpoint-every-n-steps", flags.checkpoint_every_n_steps, 1),
+        ("--checkpoint-keep", flags.checkpoint_keep, 0),
+        ("--checkpoint-budget-mb", flags.checkpoint_budget_mb, 0),
+        ("--hang-timeout-s", flags.hang_timeout_s, 1),
     ):
-        if value < least:
+        if value is not None and not value >= least:
             raise RecipeError(f"{flag} {value}: {'one' if least else 'zero'} or more")
     request = Request(
         catalogue=flags.catalogue,
@@ -103,7 +118,14 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         num_workers=flags.num_workers,
         cpus_per_worker=flags.cpus_per_worker,
         gpus_per_worker=flags.gpus_per_worker,
+        keeping=Keeping(
+            every_n_steps=flags.checkpoint_every_n_steps,
+            num_recent=flags.checkpoint_keep,
+            budget_bytes=None if flags.checkpoint_budget_mb is None else int(flags.checkpoint_budget_mb * 1e6),
+        ),
+        accept_different_numerics=flags.accept_different_numerics,
         max_failures=flags.max_failures,
+        hang_timeout_s=flags.hang_timeout_s,
         retry_failed=flags.retry_failed,
         verbose=flags.verbose,
     )

@@ -76,6 +76,9 @@ class SuiteView:
         self.lines.say(f"{run}: started")
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None:
+        if progress["phase"] == "cache" and "phase" in self.rows[run]:
+            self.lines.say(f"{run}: a worker or its controller was lost; begun again from the last checkpoint")
+            self.rows[run].pop("since", None)
         self.rows[run] |= {"state": progress["phase"], **progress}
         if progress["phase"] == "train":
             # Since then, not since the start: imports, cache and what an earlier attempt did do not count.
@@ -91,6 +94,9 @@ class SuiteView:
     def ended(self, run: str, status: "Status") -> None:
         self.rows[run]["state"] = status.value
         self.lines.say(f"{run}: {status.value}")
+
+    def say(self, text: str) -> None:
+        self.lines.say(text)
 
     def _left(self, row: Mapping[str, Any]) -> str:
         seconds = _seconds_left(row)
@@ -138,7 +144,7 @@ def say_results(lines: Lines, results: "SuiteResults") -> None:
     for row in rows:
         lines.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for run in results.runs:
-        if run.status in ("failed", "blocked"):
+        if run.status != "finished":
             lines.say(f"{run.name} {run.status}: {run.error}")
             for text in run.log_tail[-8:]:
                 lines.say(f"  | {text}")

@@ -31,7 +31,7 @@ from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
 from imgcls.training.weights import Model, about, save_model, weights_sha256
-from imgcls.training.world import World, make_trainer
+from imgcls.training.world import World, lost_a_rank, make_trainer
 
 NUM_EXAMPLES = 8
 """Of right and of wrong predictions each, for the page."""
@@ -60,6 +60,9 @@ def fit(
         log.line(str(error))
         raise
     except Exception as error:
+        if lost_a_rank(error):
+            log.line(f"another worker of this run has gone, or hangs, at step {fitting.step}: {error}")
+            raise
         log.line(traceback.format_exc())
         place = traceback.extract_tb(error.__traceback__)[-1]
         world.crashed(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", fitting.step)

@@ -87,7 +87,11 @@ class Classifier(pl.LightningModule):
 
         def gather(mine: Tensor) -> Sequence[Tensor]:
             self._agree(torch.stack(all_finite).all(), batch)
-            return [mine] if self.world_size == 1 else list(self.trainer.strategy.all_gather(mine))
+            if self.world_size == 1:
+                return [mine]
+            everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
+            torch.distributed.all_gather(everyones, mine)
+            return everyones
 
         VirtualRanks(self.network).step(
             loss_of, list(parts), virtual_ranks=virtual_ranks, gather=gather, num_steps=self.global_step + 1

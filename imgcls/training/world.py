@@ -1,11 +1,13 @@
 """What a rank needs from outside, and Lightning's trainer made of it."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from imgcls.records import Placement
 from imgcls.training.progress import Progress
@@ -36,16 +38,24 @@ class World:
     leaving: Callable[[], bool] = lambda: False
     """Whether this rank's node is about to be taken away. Asked in every step: it may not wait for anybody."""
     crashed: Callable[[str, int], None] = lambda error, step: None
-    """Told of an exception that nobody expected, and the step at which this rank was."""
+    """Told of an exception of this rank's own that nobody expected, and the step at which it was."""
     placement: Placement | None = None
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """A collective failed since another rank has gone: a consequence, and no error of this rank's own."""
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def make_trainer(
     world: World, *, precision: str, plugins: Sequence[Any] = (), callbacks: Sequence[pl.Callback] = (), max_epochs: int = 1
 ) -> pl.Trainer:
     """Silent and deterministic, without Lightning's own loggers, checkpoints and samplers: ours stand in their place."""
+    # Without it Lightning's launcher gives every rank a number of threads of its own choice, and with it other last bits.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     return pl.Trainer(
         accelerator=world.accelerator,
         devices=1 if world.strategy == "auto" else "auto",

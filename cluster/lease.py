@@ -1,0 +1,144 @@
+"""One command at a run: a lease in the run's folder, renewed while the command lives.
+
+A new command that finds a lease watches it: renewed, it belongs to a living command, and the run is refused; else it has
+lapsed, and is taken over. Clocks of two machines are never compared.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from imgcls import records, storage
+from imgcls.errors import LeaseError, StorageError
+from imgcls.records import Record
+
+RENEW_S = 5.0
+LAPSE_S = 30.0
+"""A lease that was not renewed for so long is nobody's."""
+
+
+class Lease(Record):
+    command: str
+    host: str
+    pid: int
+    renewals: int
+
+
+class Leases:
+    """The leases that a command holds. `lost`: runs that another command has taken over since."""
+
+    def __init__(self, run_urls: dict[str, str], command: str) -> None:
+        self.run_urls, self.command = run_urls, command
+        self.lost: set[str] = set()
+        self._renewals = 0
+
+    def renew(self) -> None:
+        self._renewals += 1
+        for run, run_url in self.run_urls.items():
+            if run in self.lost:
+                continue
+            try:
+                if holder_of(run_url) == self.command:
+                    storage.write_bytes(_url(run_url), _lease(self.command, self._renewals).to_bytes())
+                else:
+                    self.lost.add(run)
+            except StorageError:
+                continue  # the next renewal tries again, long before it lapses
+
+    def release(self) -> None:
+        for run_url in self.run_urls.values():
+            if holder_of(run_url) == self.command:
+                storage.delete(_url(run_url))
+
+
+@contextmanager
+def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
+    """The runs are this command's inside. Raises LeaseError where another command is at one of them."""
+    held = Leases(run_urls, command)
+    stop = threading.Event()
+
+    def renewing() -> None:
+        while not stop.wait(RENEW_S):
+            held.renew()
+
+    thread = threading.Thread(target=renewing, name="leases", daemon=True)
+    try:
+        _take(run_urls, command, say)
+        thread.start()
+        yield held
+    finally:
+        stop.set()
+        if thread.ident is not None:
+            thread.join()
+        held.release()
+
+
+def holder_of(run_url: str) -> str | None:
+    """The command whose lease lies there, renewed or not."""
+    lease = records.read_if_there(Lease, _url(run_url))
+    return lease.command if lease else None
+
+
+def _take(run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
+    mine = _lease(command, 0).to_bytes()
+    found = {run: records.read_if_there(Lease, _url(run_url)) for run, run_url in run_urls.items()}
+    _watch({run: lease for run, lease in found.items() if lease is not None}, run_urls, say)
+    for run, run_url in run_urls.items():
+        if found[run] is not None:
+            storage.delete(_url(run_url))
+        if not storage.create_bytes(_url(run_url), mine):
+            raise LeaseError(_taken(run, records.read_if_there(Lease, _url(run_url))))
+
+
+def _watch(found: dict[str, Lease], run_urls: dict[str, str], say: Callable[[str], None]) -> None:
+    """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
+    watched = {run: lease for run, lease in found.items() if not _is_dead(lease)}
+    if watched:
+        say(f"another command was at {', '.join(watched)}: waiting up to {LAPSE_S:.0f} s for it to answer or to lapse")
+    until = time.monotonic() + LAPSE_S
+    while watched and time.monotonic() < until:
+        time.sleep(0.5)
+        now = {run: records.read_if_there(Lease, _url(run_urls[run])) for run in watched}
+        for run, lease in now.items():
+            if lease is not None and lease != watched[run]:
+                raise LeaseError(_taken(run, lease))
+        watched = {run: lease for run, lease in now.items() if lease is not None}
+
+
+def _taken(run: str, lease: Lease | None) -> str:
+    by = f" (process {lease.pid} on {lease.host.partition('/')[0]})" if lease else ""
+    return f"another command is at {run}{by}\n  do: wait until it is done, stop it, or take another --id"
+
+
+def _is_dead(lease: Lease) -> bool:
+    """Its process was on this machine, and is there no more."""
+    if lease.host != _here() or lease.pid == os.getpid():
+        return False
+    try:
+        os.kill(lease.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _lease(command: str, renewals: int) -> Lease:
+    return Lease(command=command, host=_here(), pid=os.getpid(), renewals=renewals)
+
+
+def _here() -> str:
+    """This machine since it was started, and the process numbers that are seen here: a container has its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _url(run_url: str) -> str:
+    return storage.join(run_url, "lease.json")

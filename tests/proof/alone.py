@@ -1,0 +1,173 @@
+"""Runs in processes of their own, with plain Lightning and without Ray: of several ranks, or killed at a step."""
+
+import os
+import signal
+import tempfile
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgcls.catalogue import quick
+from imgcls.data.shards import read_manifest
+from imgcls.recipe import Augment, BasicCNN, Input, Length, OneCycle, Recipe
+from imgcls.records import Keeping, RunConfig, RunResult
+
+if TYPE_CHECKING:
+    from imgcls.training.world import World
+
+TWELVE = replace(
+    quick.REGULARIZED,
+    name="twelve",
+    model=BasicCNN(dropout=0.3),
+    input=Input(px=16, channels=3, stored_px=16),
+    augment=Augment(flip=True, rotate_degrees=10, crop_min_area=0.7, brightness=0.2),
+    schedule=OneCycle(),
+    length=Length(epochs=3, patience=2),
+    global_batch_size=64,
+    train_fraction=1.0,
+)
+"""Twelve steps over three epochs of 270 synthetic images."""
+MOMENTS = ("in the step", "before the commit", "after the commit")
+
+_processes = get_context("forkserver")
+# Children are forked from a process that has imported the heavy part once.
+_processes.set_forkserver_preload(["imgcls.training.fit", "torch._dynamo", "tests.proof.alone"])
+
+
+def config_of(recipe: Recipe, packed: Path) -> RunConfig:
+    digest = read_manifest(str(packed / recipe.dataset)).digest
+    return RunConfig(catalogue="quick", recipe=recipe, seed=0, data_digest=digest, init=None, synthetic=True)
+
+
+def run_alone(
+    recipe: Recipe,
+    packed: Path,
+    to: Path,
+    *,
+    world_size: int = 1,
+    every: int | None = None,
+    dies: tuple[int, str] | None = None,
+    accept: bool = False,
+) -> list[int]:
+    """Runs `recipe`, each rank in a process of its own; returns their exit codes. dies: (step, moment) of their SIGKILL."""
+    with tempfile.TemporaryDirectory() as meeting:
+        arguments = (recipe.to_json(), str(packed), str(to), world_size, f"{meeting}/store", every, dies, accept)
+        ranks = [_processes.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(240)
+    return [rank.exitcode if rank.exitcode is not None else 0 for rank in ranks]
+
+
+def result_in(folder: Path) -> RunResult:
+    return RunResult.from_bytes((folder / "result.json").read_bytes(), where=str(folder))
+
+
+def _rank(
+    rank: int,
+    recipe: dict,
+    packed: str,
+    to: str,
+    world_size: int,
+    store: str,
+    every: int | None,
+    dies: tuple[int, str] | None,
+    accept: bool,
+) -> None:
+    import torch
+
+    from imgcls.recipe import recipe_from_json
+    from imgcls.training.fit import fit
+
+    torch.set_num_threads(1)
+    if dies is not None:
+        _die_at(*dies)
+    config = config_of(recipe_from_json(recipe, where="test"), Path(packed))
+    fit(
+        config,
+        data_url=packed,
+        run_url=to,
+        world=world_of(rank, world_size, store, elastic=config.recipe.numerics == "elastic"),
+        keeping=Keeping(every_n_steps=every),
+        accept_different_numerics=accept,
+    )
+
+
+def world_of(rank: int, world_size: int, store: str, *, elastic: bool = False) -> "World":
+    """One of several ranks on this machine, over gloo, as a launcher would hand it in."""
+    import torch
+    import torch.distributed as dist
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from imgcls.training.elastic import leave_gradients_alone
+    from imgcls.training.world import World
+
+    if world_size == 1:
+        return World()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+    class Launched(LightningEnvironment):
+        def __init__(self) -> None:
+            super().__init__()
+            self._global_rank, self._world_size = rank, world_size
+
+        @property
+        def creates_processes_externally(self) -> bool:
+            return True
+
+        def local_rank(self) -> int:
+            return rank
+
+        def set_world_size(self, size: int) -> None:
+            pass
+
+        def set_global_rank(self, rank: int) -> None:
+            pass
+
+    class OnCPU(DDPStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    def agree(value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    strategy = OnCPU(process_group_backend="gloo")
+    if elastic:
+        leave_gradients_alone(strategy)
+    return World(rank=rank, size=world_size, strategy=strategy, plugins=(Launched(),), agree=agree)
+
+
+def _die_at(step: int, moment: str) -> None:
+    """This process is killed in training step `step` (from 1) of the run."""
+    from imgcls.training.module import Classifier
+    from imgcls.training.recorder import Recorder
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "in the step":
+        forward = Classifier._forward
+
+        def dying(self, batch, rows, rank):
+            if self.global_step == step - 1:
+                kill()
+            return forward(self, batch, rows, rank)
+
+        Classifier._forward = dying
+        return
+    end = Recorder.on_train_batch_end
+
+    def dies_after_the_step(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == step and moment == "before the commit":
+            kill()
+        end(self, trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step == step and moment == "after the commit":
+            kill()
+
+    Recorder.on_train_batch_end = dies_after_the_step

@@ -1,0 +1,31 @@
+"""Plain Lightning, no Ray: a run that was killed at any step ends with the bits of one that was not."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.proof.alone import MOMENTS, TWELVE, result_in, run_alone
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "twelve-seed0"
+    assert run_alone(TWELVE, packed, folder) == [0]
+    assert result_in(folder).steps == 12
+    return folder
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_a_run_killed_at_a_step_ends_with_the_same_bits(step: int, whole: Path, packed: Path, tmp_path: Path):
+    moment = MOMENTS[step % 3]
+    # Every third step: some kills lose a step, some lose two, some none.
+    assert run_alone(TWELVE, packed, tmp_path, every=3, dies=(step, moment)) == [-signal.SIGKILL]
+    assert run_alone(TWELVE, packed, tmp_path, every=3) == [0]
+    killed, uninterrupted = result_in(tmp_path), result_in(whole)
+    assert killed.weights_sha256 == uninterrupted.weights_sha256
+    assert killed.best_weights_sha256 == uninterrupted.best_weights_sha256
+    assert killed.test == uninterrupted.test
+    assert (tmp_path / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
+    if step > 3:
+        assert "begins with samples [" in (tmp_path / "log.txt").read_text()
