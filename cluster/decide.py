@@ -147,9 +147,8 @@ def decide(state: State, event: Event) -> tuple[State, Action]:
         case Ended(run, seen):
             return _at_end(state, run, seen)
         case Lost(run):
-            if state.statuses[run] in (Status.OPEN, Status.STARTED):
-                return _with(state, run, Status.ELSEWHERE), Leave()
-            return state, Wait()
+            # A run under way is so until it has ended: its workers still hold their place.
+            return (_with(state, run, Status.ELSEWHERE) if state.statuses[run] is Status.OPEN else state), Wait()
         case _:
             assert_never(event)
 

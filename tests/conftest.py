@@ -16,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--proof", action="store_true", help="full counts of tests/proof, and a record of them")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["IMGCLS_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -1,10 +1,49 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.decide import Done, Start, Status, Wait, blocked_by, next_action, start_order
+from cluster.decide import (
+    Asked,
+    Attempt,
+    Begins,
+    Done,
+    End,
+    Ended,
+    GoOn,
+    Leave,
+    Lost,
+    Seen,
+    Start,
+    State,
+    Status,
+    Stop,
+    Wait,
+    blocked_by,
+    decide,
+    start_order,
+)
 
 OPEN, STARTED, FINISHED, FAILED = Status.OPEN, Status.STARTED, Status.FINISHED, Status.FAILED
 PAIR = {"finetuned": "resnet18", "resnet18": None}
+
+
+def state(statuses=None, sources=PAIR, *, max_failures: int = 3) -> State:
+    return State(command="me", max_failures=max_failures, statuses=statuses or {"run": STARTED}, sources=sources)
+
+
+def next_action(statuses, sources, *, room: int):
+    return decide(state(statuses, sources), Asked(room))[1]
+
+
+def at_begin(*attempts: Attempt, max_failures: int = 3, result: Status | None = None, holder: str = "me"):
+    return decide(state(max_failures=max_failures), Begins("run", Seen(result, attempts, holder)))[1]
+
+
+DIED = Attempt("me")
+PREEMPTED = Attempt("me", End.PREEMPTED)
+
+
+def crashed(step: int, error: str = "ValueError: x") -> Attempt:
+    return Attempt("me", End.CRASHED, error, step)
 
 
 def test_a_run_waits_for_its_source_and_starts_when_it_is_finished():
@@ -33,35 +72,57 @@ def test_sources_start_first():
     ]
 
 
-@given(
-    parents=st.lists(st.integers(-1, 8), min_size=1, max_size=9),
-    fates=st.lists(st.booleans(), min_size=9, max_size=9),
-    room=st.integers(1, 4),
-    ends=st.randoms(use_true_random=False),
-)
-def test_every_suite_ends_with_each_run_finished_failed_or_blocked(parents, fates, room, ends):
-    runs = [f"r{i}" for i in range(len(parents))]
-    # A parent comes earlier: no circles.
-    sources = {run: runs[p % i] if i and p >= 0 else None for i, (run, p) in enumerate(zip(runs, parents, strict=True))}
-    statuses = dict.fromkeys(reversed(runs), OPEN)
-    for _ in range(10 * len(runs)):
-        action = next_action(statuses, sources, room=room)
-        if isinstance(action, Done):
-            break
-        if isinstance(action, Start):
-            source = sources[action.run]
-            assert statuses[action.run] is OPEN
-            assert source is None or statuses[source] is FINISHED
-            statuses[action.run] = STARTED
-            assert list(statuses.values()).count(STARTED) <= room
-        else:
-            under_way = [run for run, status in statuses.items() if status is STARTED]
-            ended = ends.choice(under_way)
-            statuses[ended] = FINISHED if fates[runs.index(ended)] else FAILED
-    else:
-        raise AssertionError("the suite does not end")
-    for run in list(statuses):
-        if statuses[run] is STARTED:
-            statuses[run] = FINISHED
-    blocked = blocked_by(statuses, sources)
-    assert all(status in (FINISHED, FAILED) or run in blocked for run, status in statuses.items())
+def test_a_run_goes_on_after_as_many_failures_as_are_allowed_and_not_after_one_more():
+    assert at_begin() == GoOn()
+    assert at_begin(DIED, crashed(1), DIED) == GoOn()
+    stop = at_begin(DIED, crashed(1), DIED, crashed(2, "OSError: y"))
+    assert stop == Stop("failed 4 times, --max-failures is 3; at last: OSError: y")
+
+
+def test_preempted_attempts_and_those_of_other_commands_do_not_count():
+    others = Attempt("other", End.CRASHED, "ValueError: x", 5)
+    assert at_begin(others, others, *[PREEMPTED] * 9, DIED, max_failures=1) == GoOn()
+
+
+def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time():
+    assert at_begin(crashed(5), crashed(6)) == GoOn()
+    assert at_begin(crashed(5), crashed(5, "ValueError: y")) == GoOn()
+    stop = at_begin(crashed(5), DIED, crashed(5))
+    assert isinstance(stop, Stop)
+    assert stop.reason.startswith("the same exception twice at step 5")
+
+
+def test_nobody_begins_a_run_that_is_over_refused_or_anothers():
+    assert at_begin(result=FINISHED) == Leave()
+    assert at_begin(result=FAILED) == Leave()
+    assert at_begin(holder="other") == Leave()
+    assert at_begin(Attempt("me", End.REFUSED)) == Leave()
+    assert at_begin(Attempt("before", End.REFUSED)) == GoOn()  # another command may accept it
+
+
+def test_a_run_that_ended_is_what_its_records_say():
+    def status_after(seen: Seen, before: Status = STARTED):
+        after, action = decide(state({"run": before}), Ended("run", seen))
+        return after.statuses["run"], action
+
+    assert status_after(Seen(FINISHED, holder="me")) == (FINISHED, Wait())
+    assert status_after(Seen(FAILED, holder="me")) == (FAILED, Wait())
+    assert status_after(Seen(holder="other")) == (Status.ELSEWHERE, Wait())
+    assert status_after(Seen(None, (Attempt("me", End.REFUSED),), "me")) == (Status.REFUSED, Wait())
+    status, stop = status_after(Seen(None, (DIED,), "me"))
+    assert status is FAILED
+    assert isinstance(stop, Stop)
+    assert status_after(Seen(None, (), "me"), FINISHED) == (FINISHED, Wait())  # a late word changes nothing
+    assert status_after(Seen(None, (), "me"), OPEN) == (OPEN, Wait())
+
+
+def test_a_run_whose_lease_is_lost_is_not_started_here():
+    assert decide(state({"run": OPEN}), Lost("run"))[0].statuses["run"] is Status.ELSEWHERE
+    assert decide(state({"run": STARTED}), Lost("run"))[0].statuses["run"] is STARTED  # until it has ended
+    assert decide(state({"run": FINISHED}), Lost("run"))[0].statuses["run"] is FINISHED
+
+
+@given(parents=st.lists(st.integers(-1, 8), min_size=1, max_size=9))
+def test_start_order_keeps_every_run(parents: list[int]):
+    runs = {f"r{i}": f"r{p % i}" if i and p >= 0 else None for i, p in enumerate(parents)}
+    assert sorted(start_order(runs)) == sorted(runs)

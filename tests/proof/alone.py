@@ -99,7 +99,7 @@ def world_of(rank: int, world_size: int, store: str, *, elastic: bool = False) -
     """One of several ranks on this machine, over gloo, as a launcher would hand it in."""
     import torch
     import torch.distributed as dist
-    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
     from imgcls.training.elastic import leave_gradients_alone
