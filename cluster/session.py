@@ -8,9 +8,11 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from imgcls.errors import ClusterError
@@ -57,7 +59,8 @@ def names_cluster() -> bool:
 def session(*, verbose: bool) -> Iterator[None]:
     """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
     with _environment(NEEDED if verbose else NEEDED | QUIET):
-        if names_cluster():
+        joins = names_cluster()
+        if joins:
             options = {}
             _check_answers(os.environ["RAY_ADDRESS"])
         else:
@@ -81,9 +84,41 @@ def session(*, verbose: bool) -> Iterator[None]:
                 raise ClusterError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
-            yield
+            with nullcontext() if joins else _agents_end_with_us():
+                yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _agents_end_with_us() -> Iterator[None]:
+    """Ray's two agents end with this process even where it is killed: else they look for the rest of Ray for a minute.
+
+    A shell waits for the end of a pipe that only this process holds, and then ends the agents that are left.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    raylets = [info.process.pid for info in (node.all_processes.get("raylet", []) if node else [])]
+    children = [pid for raylet in raylets for pid in _children(raylet)]
+    reaper = 'cat; sleep 5; for p; do grep -qi agent "/proc/$p/cmdline" && kill -9 "$p"; done'
+    waiting = subprocess.Popen(
+        ["sh", "-c", reaper, "imgcls", *map(str, children)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        waiting.kill()
+        waiting.communicate()
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path("/proc", str(pid), "task").glob("*/children")  # none where there is no /proc
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def set_train_environment(*, hang_timeout_s: float) -> None:

@@ -18,6 +18,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="full counts of tests/proof, and a record of them")
+    parser.addoption("--kills", type=int, default=0, help="so many kills of each kind under Ray, in tests/proof")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -51,7 +51,8 @@ def open_cache(
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                for left in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
+                    shutil.rmtree(left, ignore_errors=True)
                 _build(set_url, manifest, folder, shape, progress)
     except OSError as error:
         raise StorageError(

@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +41,20 @@ def config_of(recipe: Recipe, packed: Path) -> RunConfig:
     return RunConfig(catalogue="quick", recipe=recipe, seed=0, data_digest=digest, init=None, synthetic=True)
 
 
+def together(target: Callable[..., None], world_size: int, *arguments: Any) -> list[int]:
+    """Calls `target(rank, world_size, meeting, *arguments)` in a process for each rank; returns their exit codes."""
+    with tempfile.TemporaryDirectory() as meeting:
+        ranks = [
+            _processes.Process(target=target, args=(rank, world_size, f"{meeting}/store", *arguments))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(240)
+    return [rank.exitcode if rank.exitcode is not None else 0 for rank in ranks]
+
+
 def run_alone(
     recipe: Recipe,
     packed: Path,
@@ -51,14 +66,7 @@ def run_alone(
     accept: bool = False,
 ) -> list[int]:
     """Runs `recipe`, each rank in a process of its own; returns their exit codes. dies: (step, moment) of their SIGKILL."""
-    with tempfile.TemporaryDirectory() as meeting:
-        arguments = (recipe.to_json(), str(packed), str(to), world_size, f"{meeting}/store", every, dies, accept)
-        ranks = [_processes.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(240)
-    return [rank.exitcode if rank.exitcode is not None else 0 for rank in ranks]
+    return together(_rank, world_size, recipe.to_json(), str(packed), str(to), every, dies, accept)
 
 
 def result_in(folder: Path) -> RunResult:
@@ -67,11 +75,11 @@ def result_in(folder: Path) -> RunResult:
 
 def _rank(
     rank: int,
+    world_size: int,
+    meeting: str,
     recipe: dict,
     packed: str,
     to: str,
-    world_size: int,
-    store: str,
     every: int | None,
     dies: tuple[int, str] | None,
     accept: bool,
@@ -89,13 +97,13 @@ def _rank(
         config,
         data_url=packed,
         run_url=to,
-        world=world_of(rank, world_size, store, elastic=config.recipe.numerics == "elastic"),
+        world=world_of(rank, world_size, meeting, elastic=config.recipe.numerics == "elastic"),
         keeping=Keeping(every_n_steps=every),
         accept_different_numerics=accept,
     )
 
 
-def world_of(rank: int, world_size: int, store: str, *, elastic: bool = False) -> "World":
+def world_of(rank: int, world_size: int, meeting: str, *, elastic: bool = False) -> "World":
     """One of several ranks on this machine, over gloo, as a launcher would hand it in."""
     import torch
     import torch.distributed as dist
@@ -107,7 +115,7 @@ def world_of(rank: int, world_size: int, store: str, *, elastic: bool = False) -
 
     if world_size == 1:
         return World()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
 
     class Launched(LightningEnvironment):
         def __init__(self) -> None:

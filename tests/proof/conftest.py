@@ -20,6 +20,12 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
+def only_in_full(full: bool) -> None:
+    if not full:
+        pytest.skip("make proof")
+
+
+@pytest.fixture(scope="session")
 def num_schedules(full: bool) -> int:
     return 10_000 if full else 300
 

@@ -1,0 +1,132 @@
+"""Commands with a local Ray of their own, and the processes that they bring: to be killed, and to be counted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgcls.records import RunResult
+from imgcls.training.checkpoints import CheckpointStore
+from tests.conftest import ROOT
+
+RUN = "scratch-seed0"
+TWELVE_STEPS = (
+    *("--set", "length.epochs=3", "--set", "length.patience=2", "--set", "train_fraction=1.0"),
+    *("--set", "global_batch_size=64", "--set", "input.px=32", "--set", "input.stored_px=32"),
+    *("--set", "model.dropout=0.2", "--set", 'augment={"flip": true, "rotate_degrees": 10, "brightness": 0.2}'),
+    *("--set", 'schedule={"kind": "one-cycle"}'),
+)
+"""`scratch`, a ResNet-18, on 270 synthetic images: three epochs of four steps, with all that could come out otherwise."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command under way in `folder`; what it says lies in `said`."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    said: Path
+    run: Path
+
+    def wait(self, timeout_s: float = 240) -> str:
+        """Its output, when it has ended with 0."""
+        code = self.process.wait(timeout_s)
+        text = self.said.read_text()
+        assert code == 0, f"exit code {code}\n{text}"
+        return text
+
+    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+        """Returns as soon as this step is committed."""
+        store = CheckpointStore(str(self.run / "checkpoints"))
+        until(lambda: (last := store.last()) is not None and last.step >= step, timeout_s, f"step {step}")
+
+    def pids(self, title: str = "") -> list[int]:
+        """Of its processes, and those that they started, whose title begins so."""
+        return [pid for pid in descendants(self.process.pid) if title_of(pid).startswith(title)]
+
+    def kill(self, title: str, index: int = 0, with_signal: int = signal.SIGKILL) -> None:
+        found = self.pids(title)
+        os.kill(found[index % len(found)], with_signal)
+
+
+def start(folder: Path, *arguments: str | Path, env: dict[str, str] | None = None, run: str = RUN) -> Running:
+    """`python -m jobs.<arguments>` in `folder`; --storage and --id are given as runs and `proof`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = folder / f"said-{time.monotonic_ns()}.txt"
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"jobs.{arguments[0]}", *map(str, arguments[1:]), "--storage", "runs", "--id", "proof"],
+            cwd=folder,
+            env={**os.environ, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT), **(env or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Running(process, folder, said, folder / "runs" / "proof" / run)
+
+
+def train(folder: Path, packed: Path, *flags: str | Path, env: dict[str, str] | None = None) -> Running:
+    """The twelve steps, with a checkpoint after each."""
+    every = () if "--checkpoint-every-n-steps" in flags else ("--checkpoint-every-n-steps", "1")
+    return start(folder, "train", "scratch", "--data", packed, *TWELVE_STEPS, *every, *flags, env=env)
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    a, b = result_in(run), result_in(whole)
+    assert a.weights_sha256 == b.weights_sha256
+    assert (run / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
+    assert (a.best_weights_sha256, a.test, a.val) == (b.best_weights_sha256, b.test, b.val)
+
+
+def result_in(run: Path) -> RunResult:
+    return RunResult.from_bytes((run / "result.json").read_bytes(), where=str(run))
+
+
+def until(true: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Seconds until it was so."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < timeout_s, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid`, its children and theirs, and whatever else is in its session."""
+    parents, sessions = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(folder.name)], sessions[int(folder.name)] = int(fields[1]), int(fields[3])
+    found, grows = {one for one, session in sessions.items() if session == pid}, True
+    while grows:
+        more = {one for one, parent in parents.items() if parent in found or one == pid} - found
+        found, grows = found | more, bool(more)
+    return sorted(found)
+
+
+def title_of(pid: int) -> str:
+    try:
+        return Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that run; a zombie does not."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            found.append(pid)
+    return found

@@ -1,0 +1,221 @@
+"""Under Ray: what a run does when a worker hangs, has a bug, diverges, or loses its node."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from imgcls.data import shards
+from imgcls.data.synthetic import synthetic_source
+from imgcls.training.checkpoints import CheckpointStore
+from tests.conftest import ROOT
+from tests.proof.commands import Running, alive, assert_same, result_in, start, train, until
+from tests.proof.faults import RAISES, TURNS_NAN, planted
+
+pytestmark = [pytest.mark.timeout(420), pytest.mark.usefixtures("only_in_full")]
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    found = {}
+    for num_workers in (1, 2):
+        running = train(tmp_path_factory.mktemp("whole"), packed, "--num-workers", str(num_workers))
+        running.wait()
+        found[num_workers] = running.run
+    return found
+
+
+def with_fault(tmp_path: Path, fault: str, **where: int) -> dict[str, str]:
+    return {"PYTHONPATH": f"{planted(tmp_path / 'fault', fault, **where)}:{ROOT}"}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_same_exception_twice_at_one_step_stops_the_run_with_its_log(
+    num_workers: int, packed: Path, tmp_path: Path, proof_row
+):
+    fault = with_fault(tmp_path, RAISES, step=5, rank=num_workers - 1)
+    running = train(tmp_path, packed, "--num-workers", str(num_workers), env=fault)
+    assert running.process.wait(240) == 1
+    result = result_in(running.run)
+    assert result.status == "failed"
+    assert result.error is not None
+    assert "the same exception twice at step 5" in result.error
+    assert "ValueError: planted" in result.error
+    assert result.log_tail
+    assert len(list((running.run / "attempts").iterdir())) == 2
+    last = CheckpointStore(str(running.run / "checkpoints")).last()
+    assert last is not None
+    assert last.step == 5
+    proof_row("the same exception twice stops the run", n=1, equal=1, detail=f"{num_workers} workers")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(packed: Path, tmp_path: Path, proof_row):
+    fault = with_fault(tmp_path, TURNS_NAN, step=5, rank=1)
+    running = train(tmp_path, packed, "--num-workers", "2", env=fault)
+    assert running.process.wait(120) == 1
+    result = result_in(running.run)
+    assert result.error is not None
+    assert re.search(r"not finite in epoch 1, step 5, samples \[\d+, ", result.error)
+    assert len(list((running.run / "attempts").iterdir())) == 1  # nobody tried again
+    last = CheckpointStore(str(running.run / "checkpoints")).last()
+    assert last is not None
+    assert last.step == 5
+    proof_row("a loss that is not finite on one rank of two", n=1, equal=1, detail="stopped in one attempt")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
+    num_workers: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+):
+    running = train(tmp_path, packed, "--num-workers", str(num_workers), "--hang-timeout-s", "15")
+    running.wait_for_step(4)
+    before = running.pids("ray::RayTrainWorker")
+    running.kill("ray::RayTrainWorker", num_workers - 1, signal.SIGSTOP)
+    seconds = until(lambda: not alive(before), 60, "the hung worker to be ended")
+    running.wait()
+    assert_same(running.run, whole[num_workers])
+    proof_row(
+        "a worker under SIGSTOP, --hang-timeout-s 15", n=1, equal=1, detail=f"of {num_workers}: ended after {seconds:.0f} s"
+    )
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a command that joins a cluster of a head without CPUs and two nodes of one CPU each."""
+    ray = str(Path(sys.executable).parent / "ray")
+    port = 20_000 + os.getpid() % 10_000
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    common = ("--block", "--disable-usage-stats", "--object-store-memory", "100000000")
+    ports = ("--dashboard-port", str(port + 1), "--ray-client-server-port", str(port + 2))
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", "0", *ports, *common],
+        **quiet,  # pyright: ignore[reportCallIssue, reportArgumentType]
+    )
+    nodes = [head]
+    try:
+        time.sleep(8)
+        for _ in range(2):
+            command = [ray, "start", "--address", env["RAY_ADDRESS"], "--num-cpus", "1", *common]
+            nodes.append(subprocess.Popen(command, **quiet))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        until(lambda: len(_nodes(env)) == 3, 60, "three nodes")
+        yield {name: env[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} | {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"
+        }
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(60)
+
+
+def _nodes(env: dict[str, str]) -> dict[str, dict]:
+    code = "import ray, json; ray.init(logging_level='ERROR'); print(json.dumps([n for n in ray.nodes() if n['Alive']]))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    return {node["NodeID"]: node for node in json.loads(done.stdout.splitlines()[-1])} if done.returncode == 0 else {}
+
+
+def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
+    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+):
+    flags = ("--max-failures", "0", "--checkpoint-every-n-steps", "1000", "--set", "length.epochs=3")
+    running = train(tmp_path, packed, *flags, env=two_nodes)
+    until(lambda: (running.run / "attempts" / "00001" / "began.json").exists(), 120, "the run to begin")
+    node = _node_of(json.loads((running.run / "attempts/00001/began.json").read_text())["pid"])
+    _drain(node, two_nodes, seconds=20)
+    running.wait()
+    ending = json.loads((running.run / "attempts/00001/rank-0.json").read_text())
+    assert ending["end"] == "preempted"
+    log = (running.run / "log.txt").read_text()
+    assert "a node of this run is about to be taken away" in log
+    assert_same(running.run, whole[1])
+    proof_row("a drained node, --max-failures 0", n=1, equal=1, detail="not counted, the same bits")
+
+
+def _node_of(pid: int) -> str:
+    """Ray's id of the node on which this worker runs, out of its command line's parent, the raylet."""
+    raylet = int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+    words = Path("/proc", str(raylet), "cmdline").read_bytes().decode().split("\0")
+    return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
+
+
+def _drain(node: str, env: dict[str, str], *, seconds: int) -> None:
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "drain-node", "--address", env["RAY_ADDRESS"], "--node-id", node, "--reason-message", "test"]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True)
+
+
+def test_of_two_commands_at_one_run_the_second_is_refused_and_takes_over_from_a_killed_one(
+    whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+):
+    first = train(tmp_path, packed)
+    first.wait_for_step(1)
+    second = train(tmp_path, packed)
+    assert second.process.wait(60) == 3
+    assert "another command is at scratch-seed0" in second.said.read_text()
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    third = train(tmp_path, packed)
+    third.wait()
+    assert_same(third.run, whole[1])
+    proof_row("two commands at one run", n=1, equal=1, detail="the second refused, the next takes over")
+
+
+def test_of_two_suites_on_an_empty_cache_one_builds_and_one_waits_and_takes_over_where_the_builder_is_killed(
+    tmp_path: Path, proof_row
+):
+    shards.pack(synthetic_source("cifar10", 6000), str(tmp_path / "packed" / "cifar10"), name="cifar10")
+    cache = tmp_path / "cache"
+
+    def suite(name: str) -> Running:
+        flags = ("--recipes", "scratch", "--set", "length.epochs=1", "--set", "train_fraction=0.05")
+        return start(tmp_path / name, "suite", *flags, "--data", tmp_path / "packed", env={"IMGCLS_CACHE": str(cache)})
+
+    def building(running: Running) -> bool:
+        return any(
+            str(cache) in target and "images.u8" in target for pid in running.pids("ray::") for target in open_files(pid)
+        )
+
+    both = [suite("one"), suite("other")]
+    builder: list[Running] = []
+
+    def found() -> bool:
+        builder[:] = [running for running in both if building(running)]
+        return bool(builder)
+
+    until(found, 120, "one of them to build")
+    assert len(builder) == 1
+    os.kill(builder[0].process.pid, signal.SIGKILL)
+    (waiting,) = [running for running in both if running is not builder[0]]
+    waiting.wait()
+    assert len([path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]) == 1
+    assert [path for path in cache.iterdir() if path.name.startswith(".")] == []
+    killed = suite(builder[0].folder.name)
+    killed.wait()
+    assert result_in(killed.run).weights_sha256 == result_in(waiting.run).weights_sha256
+    proof_row("two suites on an empty cache, the builder killed", n=1, equal=1, detail="the other took over")
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for link in Path("/proc", str(pid), "fd").glob("*"):
+        with suppress(OSError):
+            found.append(os.readlink(link))
+    return found
