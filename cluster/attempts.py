@@ -39,7 +39,7 @@ def look(run_url: str) -> Seen:
 
 def begin(run_url: str, *, command: str, host: str, pid: int) -> int:
     """A new attempt is on record; returns its number."""
-    number = int(max(_numbers(run_url), default="0")) + 1
+    number = int(max(storage.folders(storage.join(run_url, "attempts")), default="0")) + 1
     began = Began(command=command, at=datetime.now(UTC).isoformat(timespec="seconds"), host=host, pid=pid)
     storage.write_bytes(storage.join(_url(run_url, number), "began.json"), began.to_bytes())
     return number

@@ -117,7 +117,7 @@ def test_training_batches_hold_the_same_samples_augmented_alike_at_any_number_of
 
 
 def test_a_world_that_does_not_divide_the_virtual_ranks_is_refused_with_those_that_do():
-    with pytest.raises(RecipeError, match="(?s)4 virtual ranks cannot be shared alike by 3 workers.*1 or 2 or 4"):
+    with pytest.raises(RecipeError, match=r"(?s)4 virtual ranks cannot be shared alike by 3 workers.*1 or 2 or 4"):
         check_parts(ELASTIC, 270, world_size=3)
     with pytest.raises(RecipeError, match="a power of two"):
         derive(ELASTIC, {"virtual_ranks": 3})

@@ -15,9 +15,9 @@ from imgcls.data.shards import read_manifest
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
-from imgcls.records import InitSource, RunConfig, RunResult
+from imgcls.records import InitSource, Keeping, RunConfig, RunResult
 from imgcls.training import fit as fitting
-from imgcls.training.checkpoints import CheckpointStore, find_model, read_checkpoint
+from imgcls.training.checkpoints import CheckpointStore, Facts, find_model, read_checkpoint
 from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
 from imgcls.training.module import Classifier
@@ -155,6 +155,66 @@ def test_best_and_last_are_kept_and_the_best_has_the_lowest_loss(small: tuple[Pa
     assert best.step == min(losses, key=lambda step: losses[step])
     assert last.step == max(losses)
     assert {one.step for one in store.committed()} == {best.step, last.step}
+
+
+def facts(step: int, val_loss: float | None = None) -> Facts:
+    return Facts(step=step, epoch=0, val_loss=val_loss, finished=False, run_digest="x", numerics={})
+
+
+def test_best_last_the_one_in_use_and_recent_ones_are_kept_as_far_as_the_budget_goes(tmp_path: Path):
+    def kept(keeping: Keeping, in_use: int | None = None) -> list[int]:
+        store = CheckpointStore(str(tmp_path / str(len(list(tmp_path.iterdir())))))
+        for step in range(1, 8):
+            loss = {2: 0.5, 4: 0.7}.get(step)
+            store.save_checkpoint({"about": "x"}, store.place(step), facts(step, loss))
+        size = store.prune(keeping, in_use=in_use)
+        assert size == sum(one.num_bytes for one in store.committed())
+        return [one.step for one in store.committed()]
+
+    assert kept(Keeping()) == [2, 7]
+    assert kept(Keeping(num_recent=2)) == [2, 5, 6, 7]
+    assert kept(Keeping(), in_use=3) == [2, 3, 7]
+    store = CheckpointStore(str(tmp_path / "size"))
+    store.save_checkpoint({"about": "x"}, store.place(1), facts(1))
+    size = store.prune(Keeping())
+    assert kept(Keeping(num_recent=4, budget_bytes=3 * size)) == [2, 6, 7]
+    assert kept(Keeping(num_recent=4, budget_bytes=1)) == [2, 7]
+
+
+def test_what_a_kill_left_half_written_is_cleaned_away(tmp_path: Path):
+    store = CheckpointStore(str(tmp_path))
+    store.save_checkpoint({"about": "x"}, store.place(1), facts(1))
+    storage.write_bytes(storage.join(store.place(2), "checkpoint.ckpt"), b"half")
+    store.clean()
+    assert storage.folders(str(tmp_path)) == ["step-00000001"]
+
+
+def test_checkpoints_in_mid_epoch_change_no_bit_and_a_budget_that_is_too_small_is_told(small, packed: Path, tmp_path: Path):
+    keeping = Keeping(every_n_steps=3, num_recent=2, budget_bytes=10)
+    config = config_of(SMALL, packed)
+    result = fit(config, data_url=str(packed), run_url=str(tmp_path), world=World(), keeping=keeping)
+    assert result.weights_sha256 == small[1].weights_sha256
+    assert (tmp_path / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("the budget is 10: both are kept") == 1
+
+
+def test_a_node_that_is_about_to_be_taken_away_brings_a_checkpoint_at_once(small, packed: Path, tmp_path: Path):
+    asked = iter(range(100))
+
+    def leaving() -> bool:
+        if next(asked) < 5:
+            return False
+        seen.append(CheckpointStore(str(tmp_path / "checkpoints")).last())
+        return True
+
+    seen: list = []
+    world = World(leaving=leaving)
+    result = fit(config_of(SMALL, packed), data_url=str(packed), run_url=str(tmp_path), world=world)
+    assert seen[0] is None  # before the sixth step
+    assert seen[1].step == 6
+    assert seen[2].step == 6  # once
+    assert result.weights_sha256 == small[1].weights_sha256
 
 
 def test_an_altered_checkpoint_is_refused(small, tmp_path: Path):

@@ -1,0 +1,81 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster import lease
+from cluster.lease import Lease, holder_of, leases
+from imgcls import storage
+from imgcls.errors import LeaseError
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "LAPSE_S", 1.5)
+
+
+def left_behind(run: Path, *, pid: int, host: str = "elsewhere") -> None:
+    one = Lease(command="before", host=host, pid=pid, renewals=3)
+    storage.write_bytes(str(run / "lease.json"), one.to_bytes())
+
+
+def test_a_lease_is_held_renewed_and_given_back(tmp_path: Path):
+    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
+        assert holder_of(str(tmp_path)) == "me"
+        before = (tmp_path / "lease.json").read_bytes()
+        threading.Event().wait(0.6)
+        assert (tmp_path / "lease.json").read_bytes() != before
+        assert not held.lost
+    assert holder_of(str(tmp_path)) is None
+
+
+def test_a_lease_that_is_renewed_is_refused(tmp_path: Path):
+    said: list[str] = []
+    with leases({"run": str(tmp_path)}, command="first", say=print):
+        with (
+            pytest.raises(LeaseError, match=r"another command is at run \(process \d+ on "),
+            leases({"run": str(tmp_path)}, command="second", say=said.append),
+        ):
+            pass
+        assert holder_of(str(tmp_path)) == "first"
+    assert said == ["another command was at run: waiting up to 2 s for it to answer or to lapse"]
+
+
+def test_a_lease_that_nobody_renews_lapses_and_is_taken_over(tmp_path: Path):
+    left_behind(tmp_path, pid=1)
+    with leases({"run": str(tmp_path)}, command="me", say=print):
+        assert holder_of(str(tmp_path)) == "me"
+
+
+def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path):
+    said: list[str] = []
+    left_behind(tmp_path, pid=2**22 + 1, host=lease._here())
+    with leases({"run": str(tmp_path)}, command="me", say=said.append):
+        assert holder_of(str(tmp_path)) == "me"
+    assert said == []
+
+
+def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path: Path):
+    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
+        left_behind(tmp_path, pid=1)
+        threading.Event().wait(0.6)
+        assert held.lost == {"run"}
+    assert holder_of(str(tmp_path)) == "before"
+
+
+def test_of_several_that_create_an_object_one_succeeds(tmp_path: Path):
+    made: list[bool] = []
+    begin = threading.Barrier(8)
+
+    def create(name: int) -> None:
+        begin.wait()
+        made.append(storage.create_bytes(str(tmp_path / "one"), b"%d" % name))
+
+    threads = [threading.Thread(target=create, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False] * 7 + [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
