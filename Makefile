@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check setup lock readme clean
+.PHONY: run test proof check setup lock readme clean
 
 # Real images where there are any, the five runs, one page: runs/quick/report.html
 run: setup
@@ -14,6 +14,10 @@ test: check
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
+
+# The full counts of tests/proof, and their record under docs/measurements/.
+proof: setup
+	$(BIN)/python -m pytest tests/proof --proof --timeout 1800
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,50 +1,98 @@
 """Records of figures: write one from a suite's results, and the README's tables from all of them."""
 
 import re
+import tempfile
+import time
+from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from imgcls import records, storage
+from imgcls.catalogue import quick
 from imgcls.errors import RecipeError
-from imgcls.records import SuiteResults
-from imgcls.results.measurement import markdown_table, measure, newest
+from imgcls.recipe import derive
+from imgcls.records import RunResult, SuiteResults
+from imgcls.results.measurement import Measurement, check_commit, measure, table_of
+from imgcls.training import environment
 from jobs._door import DONE, enter
 from jobs._request import checked_name
-from jobs._terminal import Lines
+from jobs._terminal import Lines, SuiteView
 
 MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
 
 
 def bench(
-    what: Annotated[tyro.conf.Positional[Literal["record", "readme"]], tyro.conf.arg(metavar="WHAT")],
+    what: Annotated[tyro.conf.Positional[Literal["record", "numerics", "readme"]], tyro.conf.arg(metavar="WHAT")],
     id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")] = "",
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
+    data: str = "data/packed",
+    repeats: int = 3,
     verbose: bool = False,
 ) -> int:
-    """Write a record of a suite's figures, or the README's tables from the records.
+    """Write a record under docs/measurements/, or the README's tables from the records.
 
     Args:
-        what: `record ID` writes docs/measurements/suite-<catalogue>_<hardware>_<date>.json; `readme` the README's tables.
+        what: `record ID`: a suite's figures. `numerics`: images/s of elastic numerics beside ddp. `readme`: the tables.
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where runs leave what they found.
+        data: Folder or URL of packed sets, for `numerics`.
+        repeats: Of each measurement, for `numerics`.
         verbose: Tracebacks too.
     """
     if what == "record":
         if not id:
             raise RecipeError("bench record needs the ID of a suite, as quick")
-        found = measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json")))
-        path = MEASUREMENTS / found.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(found.to_bytes())
-        Lines().say(f"wrote {path}")
-        return DONE
+        return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
+    if what == "numerics":
+        return _write(_compare_numerics(data, repeats))
     readme = Path("README.md")
     readme.write_text(with_tables(readme.read_text()))
     Lines().say(f"wrote {readme}")
     return DONE
+
+
+def _write(found: Measurement) -> int:
+    path = MEASUREMENTS / found.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(found.to_bytes())
+    Lines().say(f"wrote {path}")
+    return DONE
+
+
+def _compare_numerics(data: str, repeats: int) -> Measurement:
+    """One epoch of `resnet18` on 1,024 images at 1 and 2 workers, ddp and elastic one after the other, again and again."""
+    from cluster.plan import Request, make_plan
+    from cluster.suite import run_suite
+
+    began, runs = time.monotonic(), list[RunResult]()
+    check_commit({environment.commit() or "unknown"}, "bench numerics")
+    few = {"length.epochs": 1, "train_fraction": 1024 / 8500, "global_batch_size": 128}
+    with tempfile.TemporaryDirectory() as folder:
+        for num_workers, repeat, numerics in product((1, 2), range(repeats), ("ddp", "elastic")):
+            request = Request(
+                catalogue="quick",
+                recipes=(derive(quick.RESNET18, few | {"numerics": numerics}),),
+                seeds=(repeat,),
+                id=f"{num_workers}-{numerics}",
+                data_url=storage.absolute(data),
+                storage_url=folder,
+                num_workers=num_workers,
+            )
+            plan, lines = make_plan(request), Lines()
+            results = run_suite(request, plan, view=SuiteView(lines, plan.sources), command="")
+            runs += [one.model_copy(update={"examples": ()}) for one in results.finished if one.seed == repeat]
+    return Measurement(
+        subject="numerics",
+        claim="images/s in training under elastic numerics (4 virtual ranks) beside ddp",
+        command=f"python -m jobs.bench numerics --repeats {repeats}",
+        date=date.today().isoformat(),
+        seconds=round(time.monotonic() - began, 1),
+        runs=tuple(runs),
+    )
 
 
 def with_tables(readme: str) -> str:
@@ -52,7 +100,7 @@ def with_tables(readme: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         subject = match[1]
-        content = markdown_table(newest(ROOT / MEASUREMENTS, subject))
+        content = table_of(subject, ROOT / MEASUREMENTS)
         return f"<!-- table {subject} -->\n{content}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)

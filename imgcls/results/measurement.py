@@ -1,7 +1,10 @@
-"""A suite's figures as a record that stays: what was found, by which command, on what. The README's tables read it."""
+"""Figures as records that stay: what was found, by which command, on what. The README's tables read them."""
 
+import statistics
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
@@ -11,7 +14,7 @@ from imgcls.results.compare import HEADER, MEASURED, table_row
 
 
 class Measurement(Record):
-    """The finished runs of one suite, at one commit, on one kind of hardware."""
+    """Finished runs at one commit, on one kind of hardware."""
 
     subject: str
     claim: str
@@ -24,9 +27,38 @@ class Measurement(Record):
 
     @property
     def file_name(self) -> str:
-        hardware = self.runs[0].hardware
-        where = hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
-        return f"{self.subject}_{where}_{self.date}.json"
+        return file_name(self.subject, self.runs[0].hardware, self.date)
+
+
+class Proved(Record):
+    what: str
+    n: int
+    """So often tried."""
+    equal: int
+    """So often as it has to be."""
+    detail: str
+
+
+class Proof(Record):
+    """What `make proof` tried, and whether it came out equal."""
+
+    subject: str = "proof"
+    claim: str = "a run that was killed, moved or cut otherwise ends with the bits of one that was not"
+    command: str = "make proof"
+    date: str
+    commit: str
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    tried: tuple[Proved, ...]
+
+    @property
+    def file_name(self) -> str:
+        return file_name(self.subject, self.hardware, self.date)
+
+
+def file_name(subject: str, hardware: dict[str, str], day: str) -> str:
+    where = hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
+    return f"{subject}_{where}_{day}.json"
 
 
 def measure(results: SuiteResults) -> Measurement:
@@ -43,12 +75,7 @@ def measure(results: SuiteResults) -> Measurement:
         )
     if len({str(one.hardware) for one in done}) > 1:
         raise DataError(f"{results.id} ran on several kinds of hardware: a record is of one\n  do: take another --id")
-    commits = {one.commit or "unknown" for one in done}
-    if len(commits) > 1 or any(c == "unknown" or c.endswith("+changes") for c in commits):
-        raise DataError(
-            f"{results.id} ran at {', '.join(sorted(commits))}: a figure needs one commit, with nothing changed\n"
-            "  do: commit, and run it again under another --id"
-        )
+    check_commit({one.commit or "unknown" for one in done}, results.id)
     return Measurement(
         subject=f"suite-{results.catalogue}",
         claim=f"test accuracy of the catalogue {results.catalogue}, each run tested once on its best checkpoint",
@@ -59,27 +86,89 @@ def measure(results: SuiteResults) -> Measurement:
     )
 
 
-def newest(folder: Path, subject: str) -> tuple[Path, Measurement] | None:
+def check_commit(commits: set[str], what: str) -> None:
+    """Raises DataError where the code is not that of one commit."""
+    if len(commits) > 1 or any(c == "unknown" or c.endswith("+changes") for c in commits):
+        raise DataError(
+            f"{what} ran at {', '.join(sorted(commits))}: a figure needs one commit, with nothing changed\n"
+            "  do: commit, and run it again under another --id"
+        )
+
+
+R = TypeVar("R", Measurement, Proof)
+
+
+def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:
     found = sorted(folder.glob(f"{subject}_*.json"), key=lambda path: path.stem.rpartition("_")[2])
-    return (found[-1], Measurement.from_bytes(found[-1].read_bytes(), where=str(found[-1]))) if found else None
+    return (found[-1], kind.from_bytes(found[-1].read_bytes(), where=str(found[-1]))) if found else None
 
 
-def markdown_table(found: tuple[Path, Measurement] | None) -> str:
+def table_of(subject: str, folder: Path) -> str:
+    """Markdown of the newest record of a subject."""
+    if subject == "proof":
+        return _proof_table(newest(Proof, folder, subject))
+    tables: dict[str, Callable[[tuple[Path, Measurement] | None], str]] = {"numerics": _numerics_table}
+    return tables.get(subject, _suite_table)(newest(Measurement, folder, subject))
+
+
+def _suite_table(found: tuple[Path, Measurement] | None) -> str:
     """A row a run; a recipe without one is unmeasured."""
     runs = found[1].runs if found else ()
-    rows = [HEADER, ("---",) * len(HEADER)]
+    rows = []
     for recipe, published in PUBLISHED.items():
         measured = [table_row(run) for run in runs if run.recipe.name == recipe]
         rows += measured or [(recipe, "unmeasured", *[""] * len(MEASURED), f"{published.accuracy:.4f}")]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    text = _rows(HEADER, rows)
     if found is None:
-        return "\n".join(lines)
+        return text
+    seeds = len({run.seed for run in found[1].runs})
+    num_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
+    return f"{text}\n\n{_source(found, f'{found[1].seconds / 60:.1f} min without packing; n = {num_seeds}')}"
+
+
+def _numerics_table(found: tuple[Path, Measurement] | None) -> str:
+    """Images/s of elastic numerics beside those of ddp, by the number of workers."""
+    header = ("workers", "ddp, images/s", "elastic, images/s", "elastic / ddp", "n each")
+    if found is None:
+        return _rows(header, [("1", "unmeasured", "unmeasured", "", "")])
+    rates: dict[tuple[int, str], list[float]] = {}
+    for run in found[1].runs:
+        assert run.placement is not None
+        rates.setdefault((run.placement.num_workers, run.recipe.numerics), []).append(run.images_per_s or 0.0)
+    rows = []
+    for workers in sorted({workers for workers, _ in rates}):
+        ddp, elastic = rates[workers, "ddp"], rates[workers, "elastic"]
+        ratio = statistics.median(e / d for e, d in zip(elastic, ddp, strict=True))
+        medians = (f"{statistics.median(one):.0f}" for one in (ddp, elastic))
+        rows.append((str(workers), *medians, f"{ratio:.2f}", str(len(ddp))))
+    return f"{_rows(header, rows)}\n\n{_source(found, f'recipe {found[1].runs[0].recipe.name}; medians')}"
+
+
+def _proof_table(found: tuple[Path, Proof] | None) -> str:
+    header = ("tried", "as it has to be")
+    if found is None:
+        return _rows(header, [("", "unmeasured")])
     path, record = found
-    first, seeds = record.runs[0], len({run.seed for run in record.runs})
-    lines.append("")
-    lines.append(
-        f"`{record.command}`: {record.seconds / 60:.1f} min without packing; n = {seeds} seed{'s' * (seeds > 1)}; "
-        f"{', '.join(f'{name} {value}' for name, value in first.hardware.items())}; torch {first.versions['torch']}; "
-        f"commit {first.commit}; {record.date}. Record: [{path.name}](docs/measurements/{path.name})."
+    kinds = list(dict.fromkeys(one.what for one in record.tried))
+    counts = {kind: [one for one in record.tried if one.what == kind] for kind in kinds}
+    rows = [(kind, f"{sum(one.equal for one in some):,} of {sum(one.n for one in some):,}") for kind, some in counts.items()]
+    return f"{_rows(header, rows)}\n\n{_told(path, record.command, 'each row in the record', record.hardware, record)}"
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+def _source(found: tuple[Path, Measurement], about: str) -> str:
+    path, record = found
+    return _told(path, record.command, about, record.runs[0].hardware, record)
+
+
+def _told(path: Path, command: str, about: str, hardware: dict[str, str], record: "Measurement | Proof") -> str:
+    versions, commit = (
+        (record.versions, record.commit) if isinstance(record, Proof) else (record.runs[0].versions, record.runs[0].commit)
     )
-    return "\n".join(lines)
+    return (
+        f"`{command}`: {about}; {', '.join(f'{name} {value}' for name, value in hardware.items())}; "
+        f"torch {versions['torch']}; commit {commit}; {record.date}. Record: [{path.name}](docs/measurements/{path.name})."
+    )

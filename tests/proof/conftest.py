@@ -1,16 +1,15 @@
 """How much is proved: by `make test` a little of everything, by `make proof` the full counts, with a record."""
 
-import json
 from collections.abc import Callable
 from datetime import date
-from typing import Any
 
 import pytest
 
+from imgcls.results.measurement import Proof, Proved
 from imgcls.training import environment
 from tests.conftest import ROOT
 
-rows: list[dict[str, Any]] = []
+tried: list[Proved] = []
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 
@@ -31,34 +30,38 @@ def num_schedules(full: bool) -> int:
 
 
 @pytest.fixture
-def proof_row() -> Callable[..., None]:
-    """Adds to the record: what was tried, how often, and how often it came out equal."""
+def proved() -> Callable[..., None]:
+    """Adds to the record what has just come out equal: called at a test's end."""
 
-    def add(what: str, *, n: int, equal: int, detail: str = "") -> None:
-        rows.append({"what": what, "n": n, "equal": equal, "detail": detail})
+    def add(what: str, detail: str = "", *, n: int = 1) -> None:
+        tried.append(Proved(what=what, n=n, equal=n, detail=detail))
 
     return add
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if report.failed:
+        tried.append(Proved(what=item.name, n=1, equal=0, detail=str(call.excinfo and call.excinfo.value)[:300]))
+    return report
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """docs/measurements/proof_<hardware>_<date>.json, where all of it passed at a commit."""
-    if not session.config.getoption("--proof") or exitstatus != 0 or not rows:
+    """docs/measurements/proof_<hardware>_<date>.json, whatever it came to."""
+    if not session.config.getoption("--proof") or not tried:
         return
-    hardware, commit = environment.hardware(), environment.commit()
+    commit = environment.commit()
     if commit is None or commit.endswith("+changes"):
         print(f"\nno record: {commit} is no commit; commit first")
         return
-    where = hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
-    found = {
-        "subject": "proof",
-        "claim": "a run that was killed, moved or cut otherwise ends with the bits of one that was not",
-        "command": "make proof",
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "versions": environment.versions(),
-        "hardware": hardware,
-        "rows": rows,
-    }
-    path = MEASUREMENTS / f"proof_{where}_{found['date']}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    found = Proof(
+        date=date.today().isoformat(),
+        commit=commit,
+        versions=environment.versions(),
+        hardware=environment.hardware(),
+        tried=tuple(tried),
+    )
+    path = MEASUREMENTS / found.file_name
+    path.write_bytes(found.to_bytes())
     print(f"\nwrote {path.relative_to(ROOT)}")

@@ -17,7 +17,7 @@ def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", range(1, 13))
-def test_a_run_killed_at_a_step_ends_with_the_same_bits(step: int, whole: Path, packed: Path, tmp_path: Path):
+def test_a_run_killed_at_a_step_ends_with_the_same_bits(step: int, whole: Path, packed: Path, tmp_path: Path, proved):
     moment = MOMENTS[step % 3]
     # Every third step: some kills lose a step, some lose two, some none.
     assert run_alone(TWELVE, packed, tmp_path, every=3, dies=(step, moment)) == [-signal.SIGKILL]
@@ -29,3 +29,4 @@ def test_a_run_killed_at_a_step_ends_with_the_same_bits(step: int, whole: Path, 
     assert (tmp_path / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
     if step > 3:
         assert "begins with samples [" in (tmp_path / "log.txt").read_text()
+    proved("killed at each of twelve steps, without Ray", f"step {step}, {moment}")

@@ -352,9 +352,9 @@ class Schedule(RuleBasedStateMachine):
         self.world.finish()
 
 
-def test_no_schedule_loses_doubles_hurries_or_leaves_anything(num_schedules: int, proof_row):
+def test_no_schedule_loses_doubles_hurries_or_leaves_anything(num_schedules: int, proved):
     play(shipped, num_schedules)
-    proof_row("schedules through decide", n=num_schedules, equal=num_schedules, detail="0 violations")
+    proved("schedules through decide", "no violation", n=num_schedules)
 
 
 MUTATIONS = {
@@ -376,7 +376,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_of_decide_is_found(mutation: str, num_schedules: int, proof_row):
+def test_a_mutation_of_decide_is_found(mutation: str, num_schedules: int, proved):
     old, new = MUTATIONS[mutation]
     assert shipped.__file__ is not None
     source = Path(shipped.__file__).read_text()
@@ -388,7 +388,7 @@ def test_a_mutation_of_decide_is_found(mutation: str, num_schedules: int, proof_
     exec(compile(source.replace(old, new), "mutated", "exec"), mutated.__dict__)
     with pytest.raises(AssertionError):
         play(mutated, max(2000, num_schedules), report=False)
-    proof_row("mutations of decide found", n=1, equal=1, detail=mutation)
+    proved("mutations of decide found", mutation)
 
 
 def play(decide: ModuleType, num_schedules: int, *, report: bool = True) -> None:

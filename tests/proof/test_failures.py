@@ -39,7 +39,7 @@ def with_fault(tmp_path: Path, fault: str, **where: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_same_exception_twice_at_one_step_stops_the_run_with_its_log(
-    num_workers: int, packed: Path, tmp_path: Path, proof_row
+    num_workers: int, packed: Path, tmp_path: Path, proved
 ):
     fault = with_fault(tmp_path, RAISES, step=5, rank=num_workers - 1)
     running = train(tmp_path, packed, "--num-workers", str(num_workers), env=fault)
@@ -54,10 +54,10 @@ def test_the_same_exception_twice_at_one_step_stops_the_run_with_its_log(
     last = CheckpointStore(str(running.run / "checkpoints")).last()
     assert last is not None
     assert last.step == 5
-    proof_row("the same exception twice stops the run", n=1, equal=1, detail=f"{num_workers} workers")
+    proved("the same exception twice stops the run", f"{num_workers} workers")
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(packed: Path, tmp_path: Path, proof_row):
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(packed: Path, tmp_path: Path, proved):
     fault = with_fault(tmp_path, TURNS_NAN, step=5, rank=1)
     running = train(tmp_path, packed, "--num-workers", "2", env=fault)
     assert running.process.wait(120) == 1
@@ -68,12 +68,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(p
     last = CheckpointStore(str(running.run / "checkpoints")).last()
     assert last is not None
     assert last.step == 5
-    proof_row("a loss that is not finite on one rank of two", n=1, equal=1, detail="stopped in one attempt")
+    proved("a loss that is not finite on one rank of two", "stopped in one attempt")
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
-    num_workers: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    num_workers: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     running = train(tmp_path, packed, "--num-workers", str(num_workers), "--hang-timeout-s", "15")
     running.wait_for_step(4)
@@ -82,9 +82,7 @@ def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
     seconds = until(lambda: not alive(before), 60, "the hung worker to be ended")
     running.wait()
     assert_same(running.run, whole[num_workers])
-    proof_row(
-        "a worker under SIGSTOP, --hang-timeout-s 15", n=1, equal=1, detail=f"of {num_workers}: ended after {seconds:.0f} s"
-    )
+    proved("a worker under SIGSTOP, --hang-timeout-s 15", f"of {num_workers}: ended after {seconds:.0f} s")
 
 
 @pytest.fixture
@@ -132,7 +130,7 @@ def _nodes(env: dict[str, str]) -> dict[str, dict]:
 
 
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
-    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     flags = ("--max-failures", "0", "--checkpoint-every-n-steps", "1000", "--set", "length.epochs=3")
     running = train(tmp_path, packed, *flags, env=two_nodes)
@@ -145,7 +143,7 @@ def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
     log = (running.run / "log.txt").read_text()
     assert "a node of this run is about to be taken away" in log
     assert_same(running.run, whole[1])
-    proof_row("a drained node, --max-failures 0", n=1, equal=1, detail="not counted, the same bits")
+    proved("a drained node, --max-failures 0", "not counted, the same bits")
 
 
 def _node_of(pid: int) -> str:
@@ -163,7 +161,7 @@ def _drain(node: str, env: dict[str, str], *, seconds: int) -> None:
 
 
 def test_of_two_commands_at_one_run_the_second_is_refused_and_takes_over_from_a_killed_one(
-    whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     first = train(tmp_path, packed)
     first.wait_for_step(1)
@@ -175,11 +173,11 @@ def test_of_two_commands_at_one_run_the_second_is_refused_and_takes_over_from_a_
     third = train(tmp_path, packed)
     third.wait()
     assert_same(third.run, whole[1])
-    proof_row("two commands at one run", n=1, equal=1, detail="the second refused, the next takes over")
+    proved("two commands at one run", "the second refused, the next takes over")
 
 
 def test_of_two_suites_on_an_empty_cache_one_builds_and_one_waits_and_takes_over_where_the_builder_is_killed(
-    tmp_path: Path, proof_row
+    tmp_path: Path, proved
 ):
     shards.pack(synthetic_source("cifar10", 6000), str(tmp_path / "packed" / "cifar10"), name="cifar10")
     cache = tmp_path / "cache"
@@ -210,7 +208,7 @@ def test_of_two_suites_on_an_empty_cache_one_builds_and_one_waits_and_takes_over
     killed = suite(builder[0].folder.name)
     killed.wait()
     assert result_in(killed.run).weights_sha256 == result_in(waiting.run).weights_sha256
-    proof_row("two suites on an empty cache, the builder killed", n=1, equal=1, detail="the other took over")
+    proved("two suites on an empty cache, the builder killed", "the other took over")
 
 
 def open_files(pid: int) -> list[str]:

@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.timeout(420)
 def test_a_run_whose_worker_is_killed_ends_with_the_same_bits(
-    worker_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    worker_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     moment, num_workers = random.Random(SEED + worker_kill), 1 + (worker_kill + 1) % 2
     running = train(tmp_path, packed, "--num-workers", str(num_workers))
@@ -57,12 +57,12 @@ def test_a_run_whose_worker_is_killed_ends_with_the_same_bits(
     assert "begun again from the last checkpoint" in said
     assert len(list((running.run / "attempts").iterdir())) == 2
     assert_same(running.run, whole[num_workers])
-    proof_row("worker killed", n=1, equal=1, detail=f"seed {SEED + worker_kill}: of {num_workers}, {when}")
+    proved("worker killed", f"seed {SEED + worker_kill}: of {num_workers}, {when}")
 
 
 @pytest.mark.timeout(420)
 def test_a_run_whose_driver_is_killed_leaves_nothing_and_goes_on_to_the_same_bits(
-    driver_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    driver_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     moment, num_workers = random.Random(SEED - driver_kill), 1 + driver_kill % 2
     how = signal.SIGTERM if driver_kill % 3 == 2 else signal.SIGKILL
@@ -78,12 +78,12 @@ def test_a_run_whose_driver_is_killed_leaves_nothing_and_goes_on_to_the_same_bit
     again.wait()
     assert not (again.run / "lease.json").exists()
     assert_same(again.run, whole[num_workers])
-    proof_row(f"driver {how.name}", n=1, equal=1, detail=f"seed {SEED - driver_kill}: {when}; all gone after {gone_s:.1f} s")
+    proved(f"driver {how.name}", f"seed {SEED - driver_kill}: {when}; all gone after {gone_s:.1f} s")
 
 
 @pytest.mark.timeout(420)
 def test_a_run_whose_controller_is_killed_ends_with_the_same_bits(
-    controller_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proof_row
+    controller_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
     moment = random.Random(SEED + 100 + controller_kill)
     running = train(tmp_path, packed)
@@ -91,4 +91,4 @@ def test_a_run_whose_controller_is_killed_ends_with_the_same_bits(
     running.kill("ray::TrainController")
     running.wait()
     assert_same(running.run, whole[1])
-    proof_row("controller killed", n=1, equal=1, detail=f"seed {SEED + 100 + controller_kill}: {when}")
+    proved("controller killed", f"seed {SEED + 100 + controller_kill}: {when}")

@@ -28,37 +28,45 @@ def elastic(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_elastic_numerics_give_the_same_bits_at_any_number_of_workers(
-    world_size: int, elastic: Path, packed: Path, tmp_path: Path
+    world_size: int, elastic: Path, packed: Path, tmp_path: Path, proved
 ):
     assert run_alone(ELASTIC, packed, tmp_path, world_size=world_size) == [0] * world_size
     assert_same(tmp_path, elastic)
+    proved("elastic numerics, without Ray", f"{world_size} workers as 1")
 
 
-def test_an_elastic_run_begins_with_four_goes_on_with_one_and_ends_with_two(elastic: Path, packed: Path, tmp_path: Path):
+def test_an_elastic_run_begins_with_four_goes_on_with_one_and_ends_with_two(
+    elastic: Path, packed: Path, tmp_path: Path, proved
+):
     killed = -signal.SIGKILL
     assert run_alone(ELASTIC, packed, tmp_path, world_size=4, every=1, dies=(3, "in the step")) == [killed] * 4
     assert run_alone(ELASTIC, packed, tmp_path, world_size=1, every=1, dies=(7, "after the commit")) == [killed]
     assert run_alone(ELASTIC, packed, tmp_path, world_size=2, every=1) == [0, 0]
     assert_same(tmp_path, elastic)
+    proved("elastic numerics, without Ray", "4, then 1, then 2 workers, killed in mid-epoch")
 
 
-def test_two_ranks_killed_in_mid_epoch_end_with_the_bits_of_two_that_were_not(packed: Path, tmp_path: Path):
+def test_two_ranks_killed_in_mid_epoch_end_with_the_bits_of_two_that_were_not(packed: Path, tmp_path: Path, proved):
     recipe = replace(TWELVE, model=ResNet18(dropout=0.2))
     killed = -signal.SIGKILL
     assert run_alone(recipe, packed, tmp_path / "a", world_size=2, every=1, dies=(6, "in the step")) == [killed] * 2
     assert run_alone(recipe, packed, tmp_path / "a", world_size=2, every=1) == [0, 0]
     assert run_alone(recipe, packed, tmp_path / "b", world_size=2) == [0, 0]
     assert_same(tmp_path / "a", tmp_path / "b")
+    proved("two DDP ranks killed in mid-epoch, without Ray")
 
 
 @pytest.mark.parametrize("split", ["test", "val", "train"])
-def test_a_checkpoint_is_evaluated_alike_at_one_two_and_three_ranks(split: str, elastic: Path, packed: Path, tmp_path: Path):
+def test_a_checkpoint_is_evaluated_alike_at_one_two_and_three_ranks(
+    split: str, elastic: Path, packed: Path, tmp_path: Path, proved
+):
     for world_size in (1, 2, 3):
         to = tmp_path / str(world_size)
         assert together(_evaluate, world_size, str(elastic), str(packed), split, str(to)) == [0] * world_size
     one, two, three = ((tmp_path / str(world_size)).read_bytes() for world_size in (1, 2, 3))
     assert one == two == three  # n, loss, accuracy, confusion
     assert Scores.from_bytes(one, where="one").num_samples == {"test": 60, "val": 30, "train": 270}[split]
+    proved("one checkpoint evaluated at 1, 2 and 3 ranks", split)
 
 
 def _evaluate(rank: int, world_size: int, meeting: str, run: str, packed: str, split: Split, to: str) -> None:
@@ -85,7 +93,7 @@ class Trainer:
 
 @pytest.mark.parametrize("last_batch", ["drop", "keep"])
 @pytest.mark.parametrize("epoch", [0, 5])
-def test_training_batches_hold_the_same_samples_augmented_alike_at_any_number_of_ranks(last_batch: str, epoch: int):
+def test_training_batches_hold_the_same_samples_augmented_alike_at_any_number_of_ranks(last_batch: str, epoch: int, proved):
     augment = Augment(flip=True, rotate_degrees=15, crop_min_area=0.6, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
     recipe = derive(replace(TWELVE, augment=augment), {"global_batch_size": 8, "last_batch": last_batch})
     images = np.random.default_rng(0).integers(0, 256, (103, 16, 16, 3), dtype=np.uint8)
@@ -114,6 +122,7 @@ def test_training_batches_hold_the_same_samples_augmented_alike_at_any_number_of
         for (ids, inputs), (same_ids, same_inputs) in zip(one, epoch_of(world_size), strict=True):
             assert ids.tolist() == same_ids.tolist()
             assert inputs.tobytes() == same_inputs.tobytes()
+    proved("103 samples in batches of 8: the same ids and inputs at 1, 2 and 3 ranks", f"{last_batch}, epoch {epoch}")
 
 
 def test_a_world_that_does_not_divide_the_virtual_ranks_is_refused_with_those_that_do():

@@ -11,9 +11,9 @@ import pytest
 from imgcls.catalogue import quick
 from imgcls.errors import DataError
 from imgcls.recipe import derive
-from imgcls.records import Example, InitSource, RunConfig, RunResult, Scores, SuiteResults
+from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, answers, table_row
-from imgcls.results.measurement import markdown_table, measure, newest
+from imgcls.results.measurement import Measurement, Proof, Proved, measure, table_of
 from imgcls.results.page import render
 from imgcls.results.statistics import accuracy_interval, difference_interval, paired_interval, seeds_interval
 
@@ -155,9 +155,9 @@ def test_a_record_holds_the_catalogue_at_one_commit_or_is_refused(tmp_path: Path
     assert [one.name for one in record.runs] == [one.name for one in runs]
     assert not any(one.examples for one in record.runs)
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
-    table = markdown_table(newest(tmp_path, "suite-quick"))
+    table = table_of("suite-quick", tmp_path)
     assert "| basic-cnn-seed0 | finished | 0.5500 |" in table
-    assert "| scratch | unmeasured |" in markdown_table(None)
+    assert "| scratch | unmeasured |" in table_of("suite-paper", tmp_path)
     for changes, message in (
         ({"recipe": derive(quick.BASIC_CNN, {"dataset": "photos"})}, "differ from the catalogue"),
         ({"commit": "abc+changes"}, "a figure needs one commit"),
@@ -217,3 +217,32 @@ def test_a_browser_shows_five_rows_and_no_error(tmp_path: Path, width: int):
     )  # fmt: skip
     assert "<title>5 rows, overflow false</title>" in done.stdout
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_table_of_numerics_compares_runs_that_followed_each_other(tmp_path: Path):
+    def one(numerics: str, num_workers: int, rate: float):
+        placement = Placement(num_workers=num_workers, cpus_per_worker=1, gpus_per_worker=0)
+        made = result(derive(quick.RESNET18, {"numerics": numerics}), 0.5)
+        return made.model_copy(update={"placement": placement, "images_per_s": rate})
+
+    rates = [("ddp", 100.0), ("elastic", 80.0), ("ddp", 50.0), ("elastic", 45.0), ("ddp", 100.0), ("elastic", 70.0)]
+    runs = tuple(one(numerics, 2, rate) for numerics, rate in rates)
+    record = Measurement(subject="numerics", claim="x", command="y", date="2026-01-01", seconds=1.0, runs=runs)
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    assert "| 2 | 100 | 70 | 0.80 | 3 |" in table_of("numerics", tmp_path)
+
+
+def test_a_table_of_proof_adds_up_what_was_tried(tmp_path: Path):
+    tried = (
+        Proved(what="worker killed", n=1, equal=1, detail="a"),
+        Proved(what="worker killed", n=1, equal=0, detail="b"),
+        Proved(what="schedules", n=10_000, equal=10_000, detail=""),
+    )
+    record = Proof(
+        date="2026-01-01", commit="c", versions={"torch": "2"}, hardware={"cpus": "2", "vectors": "X"}, tried=tried
+    )
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    table = table_of("proof", tmp_path)
+    assert "| worker killed | 1 of 2 |" in table
+    assert "| schedules | 10,000 of 10,000 |" in table
+    assert "unmeasured" in table_of("proof", tmp_path / "none")
