@@ -1,17 +1,18 @@
 """Under Ray: what a run does when a worker hangs, has a bug, diverges, or loses its node."""
 
+import ast
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
@@ -89,33 +90,31 @@ def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
 def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a command that joins a cluster of a head without CPUs and two nodes of one CPU each."""
     ray = str(Path(sys.executable).parent / "ray")
-    port = 20_000 + os.getpid() % 10_000
+    here, port = get_node_ip_address(), 20_000 + os.getpid() % 10_000
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0" * 64,
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ADDRESS": f"{here}:{port}",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    said = (tmp_path / "nodes.txt").open("wb")
+    quiet = {"env": env, "stdout": said, "stderr": said, "start_new_session": True}
     common = ("--block", "--disable-usage-stats", "--object-store-memory", "100000000")
     ports = ("--dashboard-port", str(port + 1), "--ray-client-server-port", str(port + 2))
     head = subprocess.Popen(
-        [ray, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", "0", *ports, *common],
+        [ray, "start", "--head", "--node-ip-address", here, "--port", str(port), "--num-cpus", "0", *ports, *common],
         **quiet,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )
     nodes = [head]
     try:
-        time.sleep(8)
-        for _ in range(2):
+        until(lambda: len(_nodes(env)) == 1, 60, "the head")
+        for count in (2, 3):  # one after the other: two at once take each other's socket
             command = [ray, "start", "--address", env["RAY_ADDRESS"], "--num-cpus", "1", *common]
             nodes.append(subprocess.Popen(command, **quiet))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        until(lambda: len(_nodes(env)) == 3, 60, "three nodes")
-        yield {name: env[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} | {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"
-        }
+            until(lambda count=count: len(_nodes(env)) == count, 60, f"{count} nodes")
+        yield {name: env[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     finally:
         for node in reversed(nodes):
             node.terminate()
@@ -130,19 +129,23 @@ def _nodes(env: dict[str, str]) -> dict[str, dict]:
 
 
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
-    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proved
+    two_nodes: dict[str, str], packed: Path, tmp_path: Path, proved
 ):
-    flags = ("--max-failures", "0", "--checkpoint-every-n-steps", "1000", "--set", "length.epochs=3")
-    running = train(tmp_path, packed, *flags, env=two_nodes)
+    long = ("--set", "length.epochs=20", "--set", "length.patience=null", "--checkpoint-every-n-steps", "1000")
+    running = train(tmp_path / "drained", packed, "--max-failures", "0", *long, env=two_nodes)
     until(lambda: (running.run / "attempts" / "00001" / "began.json").exists(), 120, "the run to begin")
     node = _node_of(json.loads((running.run / "attempts/00001/began.json").read_text())["pid"])
-    _drain(node, two_nodes, seconds=20)
-    running.wait()
+    running.wait_for_step(4)
+    _drain(node, two_nodes, seconds=5)
+    assert "begun again from the last checkpoint" in running.wait()
     ending = json.loads((running.run / "attempts/00001/rank-0.json").read_text())
     assert ending["end"] == "preempted"
     log = (running.run / "log.txt").read_text()
     assert "a node of this run is about to be taken away" in log
-    assert_same(running.run, whole[1])
+    assert len(list((running.run / "attempts").iterdir())) == 2
+    whole = train(tmp_path / "whole", packed, *long)
+    whole.wait()
+    assert_same(running.run, whole.run)
     proved("a drained node, --max-failures 0", "not counted, the same bits")
 
 
@@ -158,6 +161,35 @@ def _drain(node: str, env: dict[str, str], *, seconds: int) -> None:
     command = [ray, "drain-node", "--address", env["RAY_ADDRESS"], "--node-id", node, "--reason-message", "test"]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
     subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True)
+
+
+def test_a_killed_command_leaves_nothing_in_a_cluster_that_it_had_joined(
+    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proved
+):
+    running = train(tmp_path, packed, env=two_nodes)
+    running.wait_for_step(2)
+    worker = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
+    os.kill(running.process.pid, signal.SIGKILL)
+    until(lambda: not alive([worker]), 60, "the worker to be ended")
+    seconds = until(lambda: not _left(two_nodes), 60, "no actor and no placement group to be left")
+    again = train(tmp_path, packed, env=two_nodes)
+    again.wait()
+    assert_same(again.run, whole[1])
+    proved("a command killed on a joined cluster", f"nothing left after {seconds:.1f} s")
+
+
+def _left(env: dict[str, str]) -> list[str]:
+    """Actors and placement groups of the cluster, but for the one coordinator that Train keeps on each cluster."""
+    code = """
+import ray; ray.init(logging_level="ERROR")
+from ray.util.state import list_actors, list_placement_groups
+actors = [a.class_name for a in list_actors() if a.state != "DEAD" and a.class_name != "_AutoscalingCoordinatorActor"]
+print(actors + [g.state for g in list_placement_groups() if g.state != "REMOVED"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=True
+    )
+    return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
 def test_of_two_commands_at_one_run_the_second_is_refused_and_takes_over_from_a_killed_one(
