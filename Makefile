@@ -17,7 +17,7 @@ test: check
 
 # The full counts of tests/proof, and their record under docs/measurements/.
 proof: setup
-	$(BIN)/python -m pytest tests/proof --proof --timeout 1800
+	$(BIN)/python -m pytest tests/proof --proof --record --timeout 1800
 
 check: setup
 	$(BIN)/ruff check .

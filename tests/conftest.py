@@ -17,7 +17,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--proof", action="store_true", help="full counts of tests/proof, and a record of them")
+    parser.addoption("--proof", action="store_true", help="full counts of tests/proof")
+    parser.addoption("--record", action="store_true", help="with --proof: a record under docs/measurements")
     parser.addoption("--kills", type=int, default=0, help="so many kills of each kind under Ray, in tests/proof")
 
 

@@ -49,7 +49,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """docs/measurements/proof_<hardware>_<date>.json, whatever it came to."""
-    if not session.config.getoption("--proof") or not tried:
+    if not (session.config.getoption("--proof") and session.config.getoption("--record")):
         return
     commit = environment.commit()
     if commit is None or commit.endswith("+changes"):
