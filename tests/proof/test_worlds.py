@@ -16,6 +16,7 @@ from imgcls.recipe import Augment, ResNet18, derive
 from imgcls.records import Scores, Split
 from tests.proof.alone import TWELVE, result_in, run_alone, together, world_of
 
+FULL = pytest.mark.usefixtures("only_in_full")
 ELASTIC = replace(TWELVE, name="elastic", model=ResNet18(dropout=0.2), numerics="elastic")
 
 
@@ -26,7 +27,7 @@ def elastic(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=FULL), 4])
 def test_elastic_numerics_give_the_same_bits_at_any_number_of_workers(
     world_size: int, elastic: Path, packed: Path, tmp_path: Path, proved
 ):
@@ -56,7 +57,7 @@ def test_two_ranks_killed_in_mid_epoch_end_with_the_bits_of_two_that_were_not(pa
     proved("two DDP ranks killed in mid-epoch, without Ray")
 
 
-@pytest.mark.parametrize("split", ["test", "val", "train"])
+@pytest.mark.parametrize("split", ["test", *(pytest.param(split, marks=FULL) for split in ("val", "train"))])
 def test_a_checkpoint_is_evaluated_alike_at_one_two_and_three_ranks(
     split: str, elastic: Path, packed: Path, tmp_path: Path, proved
 ):
