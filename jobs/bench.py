@@ -1,6 +1,8 @@
 """Records of figures: write one from a suite's results, and the README's tables from all of them."""
 
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import date
@@ -11,15 +13,13 @@ from typing import Annotated, Literal
 import tyro
 
 from imgcls import records, storage
-from imgcls.catalogue import quick
 from imgcls.errors import RecipeError
-from imgcls.recipe import derive
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.measurement import Measurement, check_commit, measure, table_of
 from imgcls.training import environment
 from jobs._door import DONE, enter
 from jobs._request import checked_name
-from jobs._terminal import Lines, SuiteView
+from jobs._terminal import Lines
 
 MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
@@ -65,26 +65,19 @@ def _write(found: Measurement) -> int:
 
 def _compare_numerics(data: str, repeats: int) -> Measurement:
     """One epoch of `resnet18` on 1,024 images at 1 and 2 workers, ddp and elastic one after the other, again and again."""
-    from cluster.plan import Request, make_plan
-    from cluster.suite import run_suite
-
-    began, runs = time.monotonic(), list[RunResult]()
     check_commit({environment.commit() or "unknown"}, "bench numerics")
-    few = {"length.epochs": 1, "train_fraction": 1024 / 8500, "global_batch_size": 128}
+    began, runs = time.monotonic(), list[RunResult]()
+    few = ("length.epochs=1", f"train_fraction={1024 / 8500:.4f}", "global_batch_size=128")
     with tempfile.TemporaryDirectory() as folder:
         for num_workers, repeat, numerics in product((1, 2), range(repeats), ("ddp", "elastic")):
-            request = Request(
-                catalogue="quick",
-                recipes=(derive(quick.RESNET18, few | {"numerics": numerics}),),
-                seeds=(repeat,),
-                id=f"{num_workers}-{numerics}",
-                data_url=storage.absolute(data),
-                storage_url=folder,
-                num_workers=num_workers,
-            )
-            plan, lines = make_plan(request), Lines()
-            results = run_suite(request, plan, view=SuiteView(lines, plan.sources), command="")
-            runs += [one.model_copy(update={"examples": ()}) for one in results.finished if one.seed == repeat]
+            name = f"{num_workers}-{repeat}-{numerics}"
+            words = ["resnet18", "--data", data, "--storage", folder, "--id", name, "--num-workers", str(num_workers)]
+            words += [word for change in (*few, f"numerics={numerics}") for word in ("--set", change)]
+            # A command each: a process has one local Ray in its life.
+            subprocess.run([sys.executable, "-m", "jobs.train", *words], check=True, stdout=subprocess.DEVNULL)
+            run = records.read(RunResult, storage.join(folder, name, "resnet18-seed0", "result.json"))
+            Lines().say(f"{num_workers} workers, {numerics}: {run.images_per_s} images/s")
+            runs.append(run.model_copy(update={"examples": ()}))
     return Measurement(
         subject="numerics",
         claim="images/s in training under elastic numerics (4 virtual ranks) beside ddp",
