@@ -21,6 +21,7 @@ from imgcls.training.elastic import VirtualRanks, virtual_parts
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
+from imgcls.training.weights import weights_sha256
 
 
 class Classifier(pl.LightningModule):
@@ -134,7 +135,19 @@ class Classifier(pl.LightningModule):
     def _counted(self) -> dict[str, Metric]:
         return {"ledger": self.ledger, "train": self.train_totals}
 
+    def _check_alike(self) -> None:
+        """Under elastic numerics no rank hands its weights to another: unlike hardware would let them drift apart."""
+        mine = int(weights_sha256(self.network.state_dict())[:15], 16)
+        most = self.trainer.strategy.reduce(torch.tensor([mine, -mine], device=self.device), reduce_op="max").tolist()
+        if most[0] != -most[1]:
+            raise TrainingError(
+                f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently\n"
+                "  do: nodes of one kind, or --set numerics=ddp"
+            )
+
     def on_train_epoch_end(self) -> None:
+        if not self.automatic_optimization:
+            self._check_alike()
         self._take("train", self.train_totals)
         self.seen = self.ledger.compute()
         self.ledger.reset()
