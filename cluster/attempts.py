@@ -25,6 +25,7 @@ class Ending(Record):
     end: Literal["crashed", "preempted", "refused"]
     error: str = ""
     step: int = 0
+    trace: str = ""
 
 
 def look(run_url: str) -> Seen:
@@ -52,6 +53,13 @@ def end(run_url: str, number: int, ending: Ending, *, rank: int) -> None:
         storage.write_bytes(url, ending.to_bytes())
 
 
+def last_trace(run_url: str) -> str:
+    """The traceback of a rank of the last attempt, where one left it."""
+    numbers = _numbers(run_url)
+    endings = _endings(storage.join(run_url, "attempts", numbers[-1])) if numbers else []
+    return next((one.trace for one in endings if one.trace), "")
+
+
 def _url(run_url: str, number: int) -> str:
     return storage.join(run_url, "attempts", f"{number:05d}")
 
@@ -64,11 +72,15 @@ def _numbers(run_url: str) -> list[str]:
 
 def _attempt(url: str) -> decide.Attempt:
     began = records.read(Began, storage.join(url, "began.json"))
-    ranks = [name for name in storage.files(url) if name.startswith("rank-")]
-    endings = [records.read(Ending, storage.join(url, name)) for name in ranks]
-    # Of several ranks the preemption counts, then the lowest rank's word.
-    endings.sort(key=lambda one: one.end != "preempted")
+    endings = _endings(url)
     if not endings:
         return decide.Attempt(began.command)
     first = endings[0]
     return decide.Attempt(began.command, End(first.end), first.error, first.step)
+
+
+def _endings(url: str) -> list[Ending]:
+    """Of all ranks that told one: a preemption first, whoever saw it."""
+    ranks = [name for name in storage.files(url) if name.startswith("rank-")]
+    endings = [records.read(Ending, storage.join(url, name)) for name in ranks]
+    return sorted(endings, key=lambda one: one.end != "preempted")

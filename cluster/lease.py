@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imgcls import records, storage
-from imgcls.errors import LeaseError, StorageError
+from imgcls.errors import ImgclsError, LeaseError
 from imgcls.records import Record
 
 RENEW_S = 5.0
@@ -46,7 +46,7 @@ class Leases:
                     storage.write_bytes(_url(run_url), _lease(self.command, self._renewals).to_bytes())
                 else:
                     self.lost.add(run)
-            except StorageError:
+            except ImgclsError:
                 continue  # the next renewal tries again, long before it lapses
 
     def release(self) -> None:
@@ -89,6 +89,9 @@ def _take(run_urls: dict[str, str], command: str, say: Callable[[str], None]) ->
     _watch({run: lease for run, lease in found.items() if lease is not None}, run_urls, say)
     for run, run_url in run_urls.items():
         if found[run] is not None:
+            now = records.read_if_there(Lease, _url(run_url))
+            if now not in (None, found[run]):  # another one was quicker
+                raise LeaseError(_taken(run, now))
             storage.delete(_url(run_url))
         if not storage.create_bytes(_url(run_url), mine):
             raise LeaseError(_taken(run, records.read_if_there(Lease, _url(run_url))))

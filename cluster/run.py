@@ -7,17 +7,20 @@ need neither.
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster import attempts
 from cluster.attempts import Ending
-from cluster.decide import Begins, GoOn, Leave, State, Stop, decide
+from cluster.decide import Begins, End, GoOn, Leave, State, Stop, decide
+from cluster.lease import RENEW_S, holder_of
 from cluster.placement import scaling_config
 from cluster.session import set_train_environment
 from imgcls import storage
-from imgcls.errors import ImgclsError, NumericsError, TrainingError
+from imgcls.errors import ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Keeping, Placement, Record, RunConfig, RunResult
 
 if TYPE_CHECKING:
@@ -50,6 +53,11 @@ class Assignment(Record):
         assert isinstance(action, GoOn | Leave | Stop)
         return action
 
+    def fail(self, reason: str) -> None:
+        """The run is over, failed; unless it is over already, or another command's."""
+        if not isinstance(self.at_begin(), Leave):
+            record_failure(self.config, self.run_url, reason)
+
 
 def told(commit: str | None) -> dict[str, str]:
     """What a worker cannot find out by itself, as environment variables."""
@@ -69,15 +77,17 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.hang_timeout_s)
-    try:
-        _train(given, {"assignment": text, "started_s": time.time()})
-    except TrainingFailedError as error:
-        rank, cause = cause_of(error)
-        last = str(cause).strip().splitlines()[-1:]
-        action = given.at_begin()
-        if not isinstance(action, Leave):
+    while True:
+        try:
+            return _train(given, {"assignment": text, "started_s": time.time()})
+        except TrainingFailedError as error:
+            action, before = given.at_begin(), attempts.look(given.run_url).attempts
+            if isinstance(action, GoOn) and before and before[-1].end is End.PREEMPTED:
+                continue  # Train counted what the other ranks made of it
+            rank, cause = cause_of(error)
+            last = str(cause).strip().splitlines()[-1:]
             reason = action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last])
-            record_failure(given.config, given.run_url, reason)
+            return given.fail(reason)
 
 
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
@@ -99,8 +109,8 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
                 callbacks=[TuneReportCallback()],
-                # Preemptions are counted apart, and not bounded.
-                failure_config=ray.train.FailureConfig(max_failures=given.max_failures),
+                # Preemptions are counted apart, and not bounded; so often, for a minute each, workers may fail to start.
+                failure_config=ray.train.FailureConfig(max_failures=given.max_failures, controller_failure_limit=10),
                 logging_config=ray.train.LoggingConfig(log_level="INFO" if given.verbose else "CRITICAL"),
                 worker_runtime_env={"env_vars": given.environment},
             ),
@@ -121,32 +131,36 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     def ended(**facts: Any) -> None:
         attempts.end(given.run_url, attempt, Ending(**facts), rank=rank)
 
-    def crashed(error: str, step: int) -> None:
-        ended(end="crashed", error=error, step=step)
-
+    watch = _Watch(given, rank, preempted=lambda: ended(end="preempted"))
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",
         started_s=loop_config["started_s"],
-        crashed=crashed,
-        leaving=_leaving(lambda: ended(end="preempted")),
+        crashed=lambda error, step, trace: ended(end="crashed", error=error, step=step, trace=trace if rank else ""),
+        leaving=lambda: watch.leaving,
+        lost=lambda: watch.lost,
     )
     try:
-        fit(
-            given.config,
-            data_url=given.data_url,
-            run_url=given.run_url,
-            world=world,
-            keeping=given.keeping,
-            accept_different_numerics=given.accept_different_numerics,
-        )
+        with watch:
+            fit(
+                given.config,
+                data_url=given.data_url,
+                run_url=given.run_url,
+                world=world,
+                keeping=given.keeping,
+                accept_different_numerics=given.accept_different_numerics,
+            )
     except NumericsError as error:  # on every rank
         ended(end="refused", error=str(error))
+    except LeaseError:  # on every rank
+        return
     except TrainingError as error:  # on every rank
         if rank == 0:
-            record_failure(given.config, given.run_url, str(error))
+            given.fail(str(error))
+    except StorageError:  # it may have passed: `decide` counts
+        raise
     except ImgclsError as error:
-        record_failure(given.config, given.run_url, str(error))
+        given.fail(str(error))
         if world.size > 1:  # the other ranks wait in a collective: only a restart ends them
             raise
 
@@ -159,7 +173,7 @@ def _begin(given: Assignment) -> int | None:
         return broadcast_from_rank_zero(None)
     number, action = None, given.at_begin()
     if isinstance(action, Stop):
-        record_failure(given.config, given.run_url, action.reason)
+        given.fail(action.reason)
     elif isinstance(action, GoOn):
         number = attempts.begin(given.run_url, command=given.command, host=socket.gethostname(), pid=os.getpid())
     return broadcast_from_rank_zero(number)
@@ -171,23 +185,39 @@ def _rank() -> int:
     return ray.train.get_context().get_world_rank()
 
 
-def _leaving(told: Callable[[], None]) -> Callable[[], bool]:
-    """Whether Train's watcher has told this process that a node of the run is being drained.
+class _Watch(threading.Thread):
+    """Looks beside the training: is a node of the run being drained, and is the run still this command's.
 
-    Read where the watcher puts it: `ray.train.get_preemption_info` asks every rank, and would wait for one that is gone.
+    Where Train's watcher puts its notice it is read: `ray.train.get_preemption_info` asks every rank, and would wait for
+    one that is gone.
     """
-    from ray.train.v2._internal.execution.context import get_train_context
 
-    context, known = get_train_context().preemption_context, False
+    def __init__(self, given: Assignment, rank: int, *, preempted: Callable[[], None]) -> None:
+        from ray.train.v2._internal.execution.context import get_train_context
 
-    def leaving() -> bool:
-        nonlocal known
-        if not known and context.preemption_info is not None:
-            known = True
-            told()
-        return known
+        super().__init__(name="watch", daemon=True)
+        self.given, self.rank, self.preempted = given, rank, preempted
+        self.notice = get_train_context().preemption_context
+        self.leaving = self.lost = False
+        self._stop_watching = threading.Event()
 
-    return leaving
+    def run(self) -> None:
+        while not self._stop_watching.wait(0.5):
+            if not self.leaving and self.notice.preemption_info is not None:
+                self.preempted()
+                self.leaving = True
+            if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
+                self._looked_s = time.monotonic()
+                with suppress(StorageError):
+                    self.lost = holder_of(self.given.run_url) != self.given.command
+
+    def __enter__(self) -> None:
+        self._looked_s = time.monotonic()
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._stop_watching.set()
+        self.join()
 
 
 def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> "World":
@@ -244,7 +274,8 @@ def record_failure(config: RunConfig, run_url: str, reason: str) -> None:
     if storage.exists(url):
         return
     log = storage.read_bytes_if_there(storage.join(run_url, "log.txt")) or b""
-    tail = tuple(log.decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    told = [*log.decode(errors="replace").splitlines(), *attempts.last_trace(run_url).splitlines()]
+    tail = tuple(told[-LOG_TAIL_LINES:])
     storage.write_bytes(url, RunResult.of(config, status="failed", error=reason, log_tail=tail).to_bytes())
 
 

@@ -64,7 +64,7 @@ class PlanSearcher(_NotKept, Searcher):
 
     def lose(self, runs: Collection[str]) -> None:
         """Other commands hold the leases of these runs."""
-        for run in runs:
+        for run in tuple(runs):  # another thread adds to them
             self._tell(Lost(run))
 
     def _tell(self, event: Event) -> Action:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from imgcls import records, storage
-from imgcls.errors import RecipeError
+from imgcls.errors import DataError, RecipeError
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.measurement import Measurement, check_commit, measure, table_of
 from imgcls.training import environment
@@ -74,7 +74,9 @@ def _compare_numerics(data: str, repeats: int) -> Measurement:
             words = ["resnet18", "--data", data, "--storage", folder, "--id", name, "--num-workers", str(num_workers)]
             words += [word for change in (*few, f"numerics={numerics}") for word in ("--set", change)]
             # A command each: a process has one local Ray in its life.
-            subprocess.run([sys.executable, "-m", "jobs.train", *words], check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, "-m", "jobs.train", *words], check=False, capture_output=True, text=True)
+            if done.returncode != 0 or "SYNTHETIC" in done.stdout:
+                raise DataError(f"jobs.train {name}: no figure to record\n{done.stdout}{done.stderr}")
             run = records.read(RunResult, storage.join(folder, name, "resnet18-seed0", "result.json"))
             Lines().say(f"{num_workers} workers, {numerics}: {run.images_per_s} images/s")
             runs.append(run.model_copy(update={"examples": ()}))

@@ -21,7 +21,7 @@ from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
-from imgcls.errors import CheckpointError, DataError, ImgclsError, NumericsError
+from imgcls.errors import CheckpointError, DataError, ImgclsError, NumericsError, StorageError
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
 from imgcls.records import Example, Keeping, LineageEntry, Manifest, RunConfig, RunResult, Scores
@@ -56,6 +56,9 @@ def fit(
     try:
         with environment.threads(1 if config.recipe.numerics == "elastic" else None):
             return fitting.run()
+    except StorageError as error:
+        world.crashed(f"StorageError: {error}", fitting.step, "")
+        raise
     except ImgclsError as error:
         log.line(str(error))
         raise
@@ -63,9 +66,9 @@ def fit(
         if lost_a_rank(error):
             log.line(f"another worker of this run has gone, or hangs, at step {fitting.step}: {error}")
             raise
-        log.line(traceback.format_exc())
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        world.crashed(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", fitting.step)
+        place, trace = traceback.extract_tb(error.__traceback__)[-1], traceback.format_exc()
+        world.crashed(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", fitting.step, trace)
+        log.line(trace)
         raise
 
 
@@ -168,6 +171,7 @@ class _Fit:
             rank=self.world.rank,
             world_size=self.world.size,
             leaving=self.world.leaving,
+            lost=self.world.lost,
         )
         return module, (*ancestors, Seen(entry, np.sort(pixels)))
 

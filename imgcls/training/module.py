@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
-from imgcls.errors import TrainingError
+from imgcls.errors import LeaseError, TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import Scores
 from imgcls.training.elastic import VirtualRanks, virtual_parts
@@ -38,13 +38,15 @@ class Classifier(pl.LightningModule):
         rank: int = 0,
         world_size: int = 1,
         leaving: Callable[[], bool] = lambda: False,
+        lost: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.network = network
         self.recipe, self.total_steps = recipe, total_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.leaving, self.someone_leaves = leaving, False
-        """Whether this rank's node is about to be taken away; whether any rank's is, known to all since the last step."""
+        self.leaving, self.lost = leaving, lost
+        self.someone_leaves = False
+        """Some rank's node is about to be taken away: known to all since the last step."""
         self.automatic_optimization = recipe.numerics != "elastic"
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
         self.ledger = Ledger()
@@ -107,10 +109,13 @@ class Classifier(pl.LightningModule):
     def _agree(self, finite: Tensor, batch: Batch) -> None:
         """Every rank knows of every other's loss and node, in step with the gradients: nobody is left in a collective.
 
-        Raises TrainingError, on every rank, where a loss is not finite.
+        Raises, on every rank, TrainingError where a loss is not finite, LeaseError where somebody else is at this run.
         """
-        flags = torch.stack([(~finite).int(), torch.full_like(finite, self.leaving(), dtype=torch.int32)])
-        not_finite, self.someone_leaves = map(bool, self.trainer.strategy.reduce(flags, reduce_op="max").tolist())
+        known = torch.tensor([self.leaving(), self.lost()], dtype=torch.int32).to(finite.device)
+        flags = self.trainer.strategy.reduce(torch.cat([(~finite).int().view(1), known]), reduce_op="max")
+        not_finite, self.someone_leaves, lost = map(bool, flags.tolist())
+        if lost:
+            raise LeaseError(f"another command has taken this run over at step {self.global_step}: it goes on there")
         if not_finite:
             mine = [] if finite else batch.ids[:8].tolist()
             everyones: list[list[int]] = [mine] * self.world_size

@@ -7,7 +7,6 @@ run cuts it back to where it goes on. Times stand apart, in `timing.csv`.
 import csv
 import io
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,7 +120,7 @@ class Recorder(Checkpoint):
         self.best: Scores | None = None
         self.numerics_changes: list[str] = []
         self.gone_on_from: int | None = None
-        """The step of the checkpoint from which this attempt goes on."""
+        """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
         self._epoch_s = 0.0
         """Of the epoch under way, in earlier attempts."""
         self._marks: dict[str, float] = {}
@@ -181,12 +180,9 @@ class Recorder(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, Classifier)
         steps = int(trainer.num_training_batches)
         done = batch_idx + 1
-        # By step, not by time: every rank has to report equally often.
-        if done % max(10, math.ceil(steps / self.REPORTS_AN_EPOCH)) == 0 and done < steps:
-            self.report(self._progress("train", trainer, pl_module))
-        assert isinstance(pl_module, Classifier)
         every = self.keeping.every_n_steps
         leaves = pl_module.someone_leaves and not self._told_of_leaving
         if done < steps and (leaves or (every and trainer.global_step % every == 0)):
@@ -195,6 +191,9 @@ class Recorder(Checkpoint):
         if leaves:
             self._told_of_leaving = True
             self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
+        # By step, not by time: every rank has to report equally often.
+        if done % max(10, math.ceil(steps / self.REPORTS_AN_EPOCH)) == 0 and done < steps:
+            self.report(self._progress("train", trainer, pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and "trained" not in self._marks:
@@ -267,6 +266,7 @@ class Recorder(Checkpoint):
         trainer.save_checkpoint(self.store.place(facts.step), storage_options=facts)
         if self.writes:
             self._prune()
+        self.gone_on_from = None
 
     def _prune(self) -> None:
         size, budget = self.store.prune(self.keeping, in_use=self.gone_on_from), self.keeping.budget_bytes
@@ -285,7 +285,7 @@ class Recorder(Checkpoint):
         """TensorBoard events of the whole history, as one file: whatever was killed in between, nothing stands twice."""
         from tensorboardX import SummaryWriter
 
-        with tempfile.TemporaryDirectory() as folder:
+        with storage.temporary_folder("events") as folder:
             with SummaryWriter(folder) as events:
                 for row in self.history:
                     for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr"):

@@ -37,8 +37,10 @@ class World:
     """Rank 0's value on every rank."""
     leaving: Callable[[], bool] = lambda: False
     """Whether this rank's node is about to be taken away. Asked in every step: it may not wait for anybody."""
-    crashed: Callable[[str, int], None] = lambda error, step: None
-    """Told of an exception of this rank's own that nobody expected, and the step at which it was."""
+    lost: Callable[[], bool] = lambda: False
+    """Whether somebody else carries this run out by now. Asked as often, and as quick."""
+    crashed: Callable[[str, int, str], None] = lambda error, step, trace: None
+    """Told of an error of this rank's own that another try may not meet, the step at which it was, and its traceback."""
     placement: Placement | None = None
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""

@@ -169,13 +169,13 @@ def _die_at(step: int, moment: str) -> None:
 
         Classifier._forward = dying
         return
-    end = Recorder.on_train_batch_end
+    commit = Recorder._commit
 
-    def dies_after_the_step(self, trainer, pl_module, outputs, batch, batch_idx):
+    def dies_at_the_commit(self: Recorder, trainer) -> None:
         if trainer.global_step == step and moment == "before the commit":
             kill()
-        end(self, trainer, pl_module, outputs, batch, batch_idx)
+        commit(self, trainer)
         if trainer.global_step == step and moment == "after the commit":
             kill()
 
-    Recorder.on_train_batch_end = dies_after_the_step
+    Recorder._commit = dies_at_the_commit

@@ -49,7 +49,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """docs/measurements/proof_<hardware>_<date>.json, whatever it came to."""
-    if not (session.config.getoption("--proof") and session.config.getoption("--record")):
+    option = session.config.option
+    whole = session.config.args == ["tests/proof"] and not option.keyword
+    if not (option.proof and option.record and whole):
         return
     commit = environment.commit()
     if commit is None or commit.endswith("+changes"):

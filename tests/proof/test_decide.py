@@ -400,6 +400,7 @@ def play(decide: ModuleType, num_schedules: int, *, report: bool = True) -> None
             max_examples=num_schedules,
             stateful_step_count=40,
             deadline=None,
+            derandomize=True,
             database=None,
             phases=phases,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

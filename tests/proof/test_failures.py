@@ -50,7 +50,7 @@ def test_the_same_exception_twice_at_one_step_stops_the_run_with_its_log(
     assert result.error is not None
     assert "the same exception twice at step 5" in result.error
     assert "ValueError: planted" in result.error
-    assert result.log_tail
+    assert any("ValueError: planted" in line for line in result.log_tail)  # of whichever rank it was
     assert len(list((running.run / "attempts").iterdir())) == 2
     last = CheckpointStore(str(running.run / "checkpoints")).last()
     assert last is not None
@@ -80,7 +80,7 @@ def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
     running.wait_for_step(4)
     before = running.pids("ray::RayTrainWorker")
     running.kill("ray::RayTrainWorker", num_workers - 1, signal.SIGSTOP)
-    seconds = until(lambda: not alive(before), 60, "the hung worker to be ended")
+    seconds = until(lambda: not alive(before), 40, "the hung worker to be ended")
     running.wait()
     assert_same(running.run, whole[num_workers])
     proved("a worker under SIGSTOP, --hang-timeout-s 15", f"of {num_workers}: ended after {seconds:.0f} s")

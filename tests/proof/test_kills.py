@@ -90,5 +90,6 @@ def test_a_run_whose_controller_is_killed_ends_with_the_same_bits(
     when = at_a_random_moment(running, moment)
     running.kill("ray::TrainController")
     running.wait()
+    assert len(list((running.run / "attempts").iterdir())) == 2
     assert_same(running.run, whole[1])
     proved("controller killed", f"seed {SEED + 100 + controller_kill}: {when}")
