@@ -77,12 +77,14 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.hang_timeout_s)
+    known = 0
     while True:
         try:
             return _train(given, {"assignment": text, "started_s": time.time()})
         except TrainingFailedError as error:
             action, before = given.at_begin(), attempts.look(given.run_url).attempts
-            if isinstance(action, GoOn) and before and before[-1].end is End.PREEMPTED:
+            if isinstance(action, GoOn) and len(before) > known and before[-1].end is End.PREEMPTED:
+                known = len(before)
                 continue  # Train counted what the other ranks made of it
             rank, cause = cause_of(error)
             last = str(cause).strip().splitlines()[-1:]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def create_bytes(url: str, data: bytes) -> bool:
     with _told("written", url):
         try:
             if isinstance(fs, LocalFileSystem):
-                _write_file(Path(path), data, put=os.link)
+                _write_file(Path(path), data, new=True)
             else:
                 fs.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -103,14 +103,14 @@ def create_bytes(url: str, data: bytes) -> bool:
     return True
 
 
-def _write_file(path: Path, data: bytes, put: Callable[[str, Path], None] = os.replace) -> None:
+def _write_file(path: Path, data: bytes, *, new: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
-        put(temporary, path)
+        (os.link if new else os.replace)(temporary, path)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -21,7 +21,7 @@ from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
-from imgcls.errors import CheckpointError, DataError, ImgclsError, NumericsError, StorageError
+from imgcls.errors import CheckpointError, DataError, ImgclsError, LeaseError, NumericsError, StorageError
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
 from imgcls.records import Example, Keeping, LineageEntry, Manifest, RunConfig, RunResult, Scores
@@ -59,6 +59,8 @@ def fit(
     except StorageError as error:
         world.crashed(f"StorageError: {error}", fitting.step, "")
         raise
+    except LeaseError:
+        raise  # the log is another's now
     except ImgclsError as error:
         log.line(str(error))
         raise

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
 import pytest
 
 from imgcls.results.measurement import Proof, Proved
 from imgcls.training import environment
 from tests.conftest import ROOT
+from tests.proof.commands import train
 
 tried: list[Proved] = []
 MEASUREMENTS = ROOT / "docs" / "measurements"
@@ -27,6 +29,17 @@ def only_in_full(full: bool) -> None:
 @pytest.fixture(scope="session")
 def num_schedules(full: bool) -> int:
     return 10_000 if full else 300
+
+
+@pytest.fixture(scope="session")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs under Ray that nobody killed, by their number of workers."""
+    found = {}
+    for num_workers in (1, 2):
+        running = train(tmp_path_factory.mktemp("whole"), packed, "--num-workers", str(num_workers))
+        running.wait()
+        found[num_workers] = running.run
+    return found
 
 
 @pytest.fixture

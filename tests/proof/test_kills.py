@@ -16,17 +16,6 @@ from tests.proof.commands import Running, alive, assert_same, train, until
 SEED = 20261125
 
 
-@pytest.fixture(scope="session")
-def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs that nobody killed, by their number of workers."""
-    found = {}
-    for num_workers in (1, 2):
-        running = train(tmp_path_factory.mktemp("whole"), packed, "--num-workers", str(num_workers))
-        running.wait()
-        found[num_workers] = running.run
-    return found
-
-
 def at_a_random_moment(running: Running, moment: random.Random) -> str:
     """Returns between the run's first and last step."""
     step, delay_s = moment.randrange(1, 11), moment.uniform(0, 0.3)
