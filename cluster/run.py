@@ -7,8 +7,10 @@ need neither.
 import logging
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -133,7 +135,12 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     def ended(**facts: Any) -> None:
         attempts.end(given.run_url, attempt, Ending(**facts), rank=rank)
 
-    watch = _Watch(given, rank, preempted=lambda: ended(end="preempted"))
+    watch = _Watch(
+        given,
+        rank,
+        preempted=lambda: ended(end="preempted"),
+        hung=lambda error, step, trace: ended(end="crashed", error=error, step=step, trace=trace),
+    )
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",
@@ -141,6 +148,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         crashed=lambda error, step, trace: ended(end="crashed", error=error, step=step, trace=trace if rank else ""),
         leaving=lambda: watch.leaving,
         lost=lambda: watch.lost,
+        callbacks=(watch.heartbeat,),
     )
     try:
         with watch:
@@ -188,17 +196,22 @@ def _rank() -> int:
 
 
 class _Watch(threading.Thread):
-    """Looks beside the training: is a node of the run being drained, and is the run still this command's.
+    """Looks beside the training: is a node being drained, is the run still this command's, does the training move.
 
     Where Train's watcher puts its notice it is read: `ray.train.get_preemption_info` asks every rank, and would wait for
     one that is gone.
     """
 
-    def __init__(self, given: Assignment, rank: int, *, preempted: Callable[[], None]) -> None:
+    def __init__(
+        self, given: Assignment, rank: int, *, preempted: Callable[[], None], hung: Callable[[str, int, str], None]
+    ) -> None:
         from ray.train.v2._internal.execution.context import get_train_context
 
+        from imgcls.training.world import Heartbeat
+
         super().__init__(name="watch", daemon=True)
-        self.given, self.rank, self.preempted = given, rank, preempted
+        self.given, self.rank, self.preempted, self.hung = given, rank, preempted, hung
+        self.heartbeat, self.watched = Heartbeat(), threading.get_ident()
         self.notice = get_train_context().preemption_context
         self.leaving = self.lost = False
         self._stop_watching = threading.Event()
@@ -212,6 +225,20 @@ class _Watch(threading.Thread):
                 self._looked_s = time.monotonic()
                 with suppress(StorageError):
                     self.lost = holder_of(self.given.run_url) != self.given.command
+            began_s, limit_s = self.heartbeat.began_s, self.given.hang_timeout_s
+            if began_s is not None and time.monotonic() - began_s > limit_s:
+                self._end_hung(f"hung: no batch has begun for {limit_s:g} s")
+
+    def _end_hung(self, error: str) -> None:
+        """Ends this process, for Train to begin again; unless it waits for other ranks, which has a limit of its own."""
+        stack = traceback.extract_stack(sys._current_frames()[self.watched])
+        if any("/torch/distributed/" in frame.filename for frame in stack):
+            return
+        trace = "".join(traceback.format_list(stack))
+        telling = threading.Thread(target=self.hung, args=(error, self.heartbeat.step, trace), daemon=True)
+        telling.start()
+        telling.join(10)  # storage may be what hangs
+        os._exit(1)
 
     def __enter__(self) -> None:
         self._looked_s = time.monotonic()

@@ -31,6 +31,7 @@ class World:
     strategy: Any = "auto"
     """Lightning's; whoever launches several ranks hands in one that knows them."""
     plugins: tuple[Any, ...] = ()
+    callbacks: tuple[pl.Callback, ...] = ()
     report: Callable[[Progress], None] = _no_report
     """Called by every rank, equally often."""
     agree: Callable[[Any], Any] = _as_it_is
@@ -44,6 +45,23 @@ class World:
     placement: Placement | None = None
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
+
+
+class Heartbeat(pl.Callback):
+    """When this rank's last batch began, while it trains or evaluates: for whoever watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.began_s: float | None = None
+        """By `time.monotonic`; None outside of training and evaluation."""
+
+    def _beat(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.step, self.began_s = trainer.global_step, time.monotonic()
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _beat
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.began_s = None
 
 
 def lost_a_rank(error: Exception) -> bool:
@@ -65,7 +83,7 @@ def make_trainer(
         plugins=[*world.plugins, *plugins],
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=max_epochs,
-        callbacks=list(callbacks),
+        callbacks=[*world.callbacks, *callbacks],
         deterministic=True,
         logger=False,
         enable_checkpointing=bool(callbacks),

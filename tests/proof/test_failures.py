@@ -17,8 +17,8 @@ from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from imgcls.training.checkpoints import CheckpointStore
 from tests.conftest import ROOT
-from tests.proof.commands import Running, alive, assert_same, result_in, start, train, until
-from tests.proof.faults import RAISES, TURNS_NAN, planted
+from tests.proof.commands import Running, alive, assert_same, descendants, result_in, start, title_of, train, until
+from tests.proof.faults import HANGS_ONCE, RAISES, TURNS_NAN, planted
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.usefixtures("only_in_full")]
 
@@ -69,15 +69,29 @@ def test_a_worker_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
     running.wait_for_step(4)
     before = running.pids("ray::RayTrainWorker")
     running.kill("ray::RayTrainWorker", num_workers - 1, signal.SIGSTOP)
-    seconds = until(lambda: not alive(before), 40, "the hung worker to be ended")
+    seconds = until(lambda: not alive(before), 60, "the hung worker to be ended")
     running.wait()
     assert_same(running.run, whole[num_workers])
     proved("a worker under SIGSTOP, --hang-timeout-s 15", f"of {num_workers}: ended after {seconds:.0f} s")
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_training_step_that_hangs_is_ended_within_the_limit_and_the_run_goes_on(
+    num_workers: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved
+):
+    fault = with_fault(tmp_path, HANGS_ONCE, step=5, rank=num_workers - 1)
+    running = train(tmp_path, packed, "--num-workers", str(num_workers), "--hang-timeout-s", "15", env=fault)
+    running.wait()
+    assert_same(running.run, whole[num_workers])
+    ending = json.loads((running.run / f"attempts/00001/rank-{num_workers - 1}.json").read_text())
+    assert (ending["error"], ending["step"]) == ("hung: no batch has begun for 15 s", 5)
+    assert "time.sleep" in ending["trace"]
+    proved("a training step that does not end, --hang-timeout-s 15", f"on one of {num_workers}: ended, the same bits")
+
+
 @pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a command that joins a cluster of a head without CPUs and two nodes of one CPU each."""
+def three_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a command that joins a cluster of a head without CPUs and three nodes of one CPU each."""
     ray = str(Path(sys.executable).parent / "ray")
     # Ray is not imported here: it would keep the token mode of its first import, and this session's own needs another.
     here = _said_by("import ray; print(ray.util.get_node_ip_address())", dict(os.environ))
@@ -101,7 +115,7 @@ def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
     nodes = [head]
     try:
         until(lambda: len(_nodes(env)) == 1, 60, "the head")
-        for count in (2, 3):  # one after the other: two at once take each other's socket
+        for count in (2, 3, 4):  # one after the other: two at once take each other's socket
             command = [ray, "start", "--address", env["RAY_ADDRESS"], "--num-cpus", "1", *common]
             nodes.append(subprocess.Popen(command, **quiet))  # pyright: ignore[reportCallIssue, reportArgumentType]
             until(lambda count=count: len(_nodes(env)) == count, 60, f"{count} nodes")
@@ -124,25 +138,27 @@ def _said_by(code: str, env: dict[str, str]) -> str:
     return done.stdout.splitlines()[-1] if done.returncode == 0 else ""
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
-    two_nodes: dict[str, str], packed: Path, tmp_path: Path, proved
+    num_workers: int, three_nodes: dict[str, str], packed: Path, tmp_path: Path, proved
 ):
-    long = ("--set", "length.epochs=20", "--set", "length.patience=null", "--checkpoint-every-n-steps", "1000")
-    running = train(tmp_path / "drained", packed, "--max-failures", "0", *long, env=two_nodes)
-    until(lambda: (running.run / "attempts" / "00001" / "began.json").exists(), 120, "the run to begin")
-    node = _node_of(json.loads((running.run / "attempts/00001/began.json").read_text())["pid"])
+    long = ("--num-workers", str(num_workers), "--set", "length.epochs=20", "--set", "length.patience=null")
+    long += ("--checkpoint-every-n-steps", "1000")
+    running = train(tmp_path / "drained", packed, "--max-failures", "0", *long, env=three_nodes)
     running.wait_for_step(4)
-    _drain(node, two_nodes, seconds=5)
+    of_rank_0 = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
+    workers = [pid for pid in descendants(os.getpid()) if title_of(pid).startswith("ray::RayTrainWorker")]
+    _drain(_node_of(max(workers, key=lambda pid: pid != of_rank_0)), three_nodes, seconds=5)
     assert "begun again from the last checkpoint" in running.wait()
-    ending = json.loads((running.run / "attempts/00001/rank-0.json").read_text())
-    assert ending["end"] == "preempted"
+    endings = [json.loads(file.read_text())["end"] for file in (running.run / "attempts/00001").glob("rank-*.json")]
+    assert "preempted" in endings
     log = (running.run / "log.txt").read_text()
     assert "a node of this run is about to be taken away" in log
     assert len(list((running.run / "attempts").iterdir())) == 2
     whole = train(tmp_path / "whole", packed, *long)
     whole.wait()
     assert_same(running.run, whole.run)
-    proved("a drained node, --max-failures 0", "not counted, the same bits")
+    proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits")
 
 
 def _node_of(pid: int) -> str:
@@ -160,15 +176,15 @@ def _drain(node: str, env: dict[str, str], *, seconds: int) -> None:
 
 
 def test_a_killed_command_leaves_nothing_in_a_cluster_that_it_had_joined(
-    two_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proved
+    three_nodes: dict[str, str], whole: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
-    running = train(tmp_path, packed, env=two_nodes)
+    running = train(tmp_path, packed, env=three_nodes)
     running.wait_for_step(2)
     worker = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
     os.kill(running.process.pid, signal.SIGKILL)
     until(lambda: not alive([worker]), 60, "the worker to be ended")
-    seconds = until(lambda: not _left(two_nodes), 60, "no actor and no placement group to be left")
-    again = train(tmp_path, packed, env=two_nodes)
+    seconds = until(lambda: not _left(three_nodes), 60, "no actor and no placement group to be left")
+    again = train(tmp_path, packed, env=three_nodes)
     again.wait()
     assert_same(again.run, whole[1])
     proved("a command killed on a joined cluster", f"nothing left after {seconds:.1f} s")
