@@ -225,7 +225,8 @@ class _Watch(threading.Thread):
                 self._looked_s = time.monotonic()
                 with suppress(StorageError):
                     self.lost = holder_of(self.given.run_url) != self.given.command
-            began_s, limit_s = self.heartbeat.began_s, self.given.hang_timeout_s
+            # The rank that hangs is named before those that wait for it give up.
+            began_s, limit_s = self.heartbeat.began_s, 0.9 * self.given.hang_timeout_s
             if began_s is not None and time.monotonic() - began_s > limit_s:
                 self._end_hung(f"hung: no batch has begun for {limit_s:g} s")
 
