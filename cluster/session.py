@@ -35,6 +35,8 @@ NEEDED = {
     "TUNE_MAX_PENDING_TRIALS_PG": "8",
     # Ctrl-C comes to us as KeyboardInterrupt, instead of Tune ending as if nothing were wrong.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Train waits so long for the process group of a worker that hangs, before it ends it.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     # Under `uv run` Ray would start every worker with uv again.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
@@ -122,8 +124,14 @@ def _children(pid: int) -> list[int]:
 
 
 def set_train_environment(*, hang_timeout_s: float) -> None:
-    """Ray Train's settings for the runs of this process, where its environment says nothing; Train hands them on."""
-    for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(hang_timeout_s)}).items():
+    """Ray Train's settings for the runs of this process, where its environment says nothing; Train hands them on.
+
+    hang_timeout_s: until a worker that does not answer has ended.
+    """
+    # Its process group is waited for (30 s, unless the cluster was started by us), then its last words (5 s).
+    ending_s = float(os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "30")) + 6
+    silence_s = max(hang_timeout_s / 2, hang_timeout_s - ending_s)
+    for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s)}).items():
         os.environ.setdefault(name, value)
 
 
