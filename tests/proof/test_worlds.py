@@ -48,7 +48,9 @@ def test_an_elastic_run_begins_with_four_goes_on_with_one_and_ends_with_two(
     proved("elastic numerics, without Ray", "4, then 1, then 2 workers, killed in mid-epoch")
 
 
-def test_two_ranks_killed_in_mid_epoch_end_with_the_bits_of_two_that_were_not(packed: Path, tmp_path: Path, proved):
+def test_two_ranks_killed_in_mid_epoch_end_with_the_bits_of_two_that_were_not(
+    only_in_full: None, packed: Path, tmp_path: Path, proved
+):
     recipe = replace(TWELVE, model=ResNet18(dropout=0.2))
     killed = -signal.SIGKILL
     assert run_alone(recipe, packed, tmp_path / "a", world_size=2, every=1, dies=(6, "in the step")) == [killed] * 2
