@@ -51,8 +51,12 @@ def together(target: Callable[..., None], world_size: int, *arguments: Any) -> l
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(240)
-    return [rank.exitcode if rank.exitcode is not None else 0 for rank in ranks]
+            rank.join(500)
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            rank.kill()
+    assert not late, f"{len(late)} of {world_size} ranks did not end within 500 s"
+    return [int(rank.exitcode or 0) for rank in ranks]
 
 
 def run_alone(

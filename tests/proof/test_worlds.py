@@ -16,6 +16,7 @@ from imgcls.recipe import Augment, ResNet18, derive
 from imgcls.records import Scores, Split
 from tests.proof.alone import TWELVE, result_in, run_alone, together, world_of
 
+pytestmark = pytest.mark.timeout(600)
 ELASTIC = replace(TWELVE, name="elastic", model=ResNet18(dropout=0.2), numerics="elastic")
 
 
