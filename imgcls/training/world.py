@@ -32,6 +32,7 @@ class World:
     """Lightning's; whoever launches several ranks hands in one that knows them."""
     plugins: tuple[Any, ...] = ()
     callbacks: tuple[pl.Callback, ...] = ()
+    """Lightning's, of whoever launches this rank."""
     report: Callable[[Progress], None] = _no_report
     """Called by every rank, equally often."""
     agree: Callable[[Any], Any] = _as_it_is
