@@ -42,7 +42,7 @@ def begin(run_url: str, *, command: str, host: str, pid: int) -> int:
     """A new attempt is on record; returns its number."""
     number = int(max(storage.folders(storage.join(run_url, "attempts")), default="0")) + 1
     began = Began(command=command, at=datetime.now(UTC).isoformat(timespec="seconds"), host=host, pid=pid)
-    storage.write_bytes(storage.join(_url(run_url, number), "began.json"), began.to_bytes())
+    records.write(began, storage.join(_url(run_url, number), "began.json"))
     return number
 
 
@@ -50,7 +50,7 @@ def end(run_url: str, number: int, ending: Ending, *, rank: int) -> None:
     """How the attempt ended is on record. A preemption that was told stays: what comes after it is its consequence."""
     url = storage.join(_url(run_url, number), f"rank-{rank}.json")
     if not storage.exists(url):
-        storage.write_bytes(url, ending.to_bytes())
+        records.write(ending, url)
 
 
 def last_trace(run_url: str) -> str:

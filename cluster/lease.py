@@ -43,7 +43,7 @@ class Leases:
                 continue
             try:
                 if holder_of(run_url) == self.command:
-                    storage.write_bytes(_url(run_url), _lease(self.command, self._renewals).to_bytes())
+                    records.write(_lease(self.command, self._renewals), _url(run_url))
                 else:
                     self.lost.add(run)
             except ImgclsError:
@@ -84,7 +84,7 @@ def holder_of(run_url: str) -> str | None:
 
 
 def _take(run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
-    mine = _lease(command, 0).to_bytes()
+    mine = records.sealed(_lease(command, 0))
     found = {run: records.read_if_there(Lease, _url(run_url)) for run, run_url in run_urls.items()}
     _watch({run: lease for run, lease in found.items() if lease is not None}, run_urls, say)
     for run, run_url in run_urls.items():

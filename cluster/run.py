@@ -21,7 +21,7 @@ from cluster.decide import Begins, End, GoOn, Leave, State, Stop, decide
 from cluster.lease import RENEW_S, holder_of
 from cluster.placement import scaling_config
 from cluster.session import set_train_environment
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.errors import ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Keeping, Placement, Record, RunConfig, RunResult
 
@@ -144,6 +144,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",
+        asked_by=given.command,
         started_s=loop_config["started_s"],
         crashed=lambda error, step, trace: ended(end="crashed", error=error, step=step, trace=trace if rank else ""),
         leaving=lambda: watch.leaving,
@@ -306,7 +307,7 @@ def record_failure(config: RunConfig, run_url: str, reason: str) -> None:
     log = storage.read_bytes_if_there(storage.join(run_url, "log.txt")) or b""
     told = [*log.decode(errors="replace").splitlines(), *attempts.last_trace(run_url).splitlines()]
     tail = tuple(told[-LOG_TAIL_LINES:])
-    storage.write_bytes(url, RunResult.of(config, status="failed", error=reason, log_tail=tail).to_bytes())
+    records.write(RunResult.of(config, status="failed", error=reason, log_tail=tail), url)
 
 
 def cause_of(error: Exception) -> tuple[int, Exception]:

@@ -16,6 +16,7 @@ from cluster.lease import Leases, leases
 from cluster.plan import Plan, Request, extended
 from cluster.run import Assignment, record_failure, told, trial
 from imgcls import records, storage
+from imgcls.errors import DataError
 from imgcls.records import Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
@@ -34,7 +35,6 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     for run, status in state.statuses.items():
         if status is not Status.OPEN:
             view.already(run, status)
-    storage.check_writable(request.suite_url)
     record = extended(read_suite(request.suite_url), request, plan)
     if isinstance(decide(state, Asked(room=1))[1], Done):
         write_down(request, plan, record)
@@ -77,10 +77,10 @@ def write_down(request: Request, plan: Plan, record: SuiteRecord) -> None:
     """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone."""
     for name, config in plan.configs.items():
         target = storage.join(request.run_url(name), "config.json")
-        if storage.read_bytes_if_there(target) != config.to_bytes():
-            storage.write_bytes(target, config.to_bytes())
+        if storage.read_bytes_if_there(target) != records.sealed(config):
+            records.write(config, target)
     # After them: each run that it names has its config.
-    storage.write_bytes(storage.join(request.suite_url, "suite.json"), record.to_bytes())
+    records.write(record, storage.join(request.suite_url, "suite.json"))
     if request.retry_failed:
         for name in plan.configs:
             if status_of(request.run_url(name)) is Status.FAILED:
@@ -156,15 +156,23 @@ def publish(suite_url: str, *, seconds: float | None = None, command: str | None
     if command is None and (before := records.read_if_there(SuiteResults, url)):
         seconds, command = before.seconds, before.command
     results = read_results(suite_url, suite, seconds=seconds or 0.0, command=command or "")
-    storage.write_bytes(url, results.to_bytes())
+    records.write(results, url)
     storage.write_bytes(storage.join(suite_url, "report.html"), render(results, histories(suite_url, results)).encode())
     return results
 
 
 def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
-    """Each run's history.csv, where it has one."""
-    found = {run.name: storage.read_bytes_if_there(storage.join(suite_url, run.name, "history.csv")) for run in results.runs}
-    return {name: data for name, data in found.items() if data is not None}
+    """Each run's history.csv, where it has one. Raises DataError where a finished run's is another than was written."""
+    found = {}
+    for run in results.runs:
+        url = storage.join(suite_url, run.name, "history.csv")
+        data = storage.read_bytes_if_there(url)
+        if data is None:
+            continue
+        if run.history_sha256 not in (None, storage.sha256(data)):
+            raise DataError(f"{url} was altered: its SHA-256 is not the one in result.json\n  do: bring it back")
+        found[run.name] = data
+    return found
 
 
 def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command: str) -> SuiteResults:

@@ -5,6 +5,7 @@
     |-- DataError         images, shards or a manifest are wrong: mend or pack again
     |   `-- NoSourceError     there are no images to pack, neither here nor within reach
     |-- StorageError      bytes could not be read or written: mend the place or the rights
+    |   `-- MissingError      what was to be read is not there
     |-- CheckpointError   a checkpoint does not fit, or is damaged
     |   `-- NumericsError     it fits, but would go on with other last bits: say so, or go back
     |-- TrainingError     the training itself went wrong, alike on every rank: change the recipe
@@ -33,6 +34,10 @@ class NoSourceError(DataError):
 
 
 class StorageError(ImgclsError):
+    pass
+
+
+class MissingError(StorageError):
     pass
 
 

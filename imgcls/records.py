@@ -4,6 +4,7 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.suite`; read by whoever needs a fact that another process found.
 """
 
+import json
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,12 +38,35 @@ R = TypeVar("R", bound=Record)
 
 
 def read(kind: type[R], url: str) -> R:
-    return kind.from_bytes(storage.read_bytes(url), where=url)
+    """What `write` put there. Raises DataError where a byte of it is another."""
+    return _opened(kind, storage.read_bytes(url), url)
 
 
 def read_if_there(kind: type[R], url: str) -> R | None:
     data = storage.read_bytes_if_there(url)
-    return None if data is None else kind.from_bytes(data, where=url)
+    return None if data is None else _opened(kind, data, url)
+
+
+def write(record: Record, url: str) -> None:
+    storage.write_bytes(url, sealed(record))
+
+
+def sealed(record: Record) -> bytes:
+    """Its JSON, with a last field `record_sha256`: of the JSON without it."""
+    text = record.model_dump_json(indent=1)
+    return f'{text[:-2]},\n "record_sha256": "{storage.sha256(text.encode())}"\n}}\n'.encode()
+
+
+def _opened(kind: type[R], data: bytes, url: str) -> R:
+    try:
+        content = json.loads(data)
+        content.pop("record_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again") from None
+    record = kind.from_bytes(json.dumps(content).encode(), where=url)
+    if sealed(record) != data:
+        raise DataError(f"{url} was altered: its SHA-256 is another\n  do: bring it back, or make it again")
+    return record
 
 
 class Shard(Record):
@@ -199,11 +223,17 @@ class RunResult(Record):
     """By phase."""
     images_per_s: float | None = None
     """Training samples per second, augmentation and steps, without validation."""
+    storage: dict[str, float] = {}
+    """What went over a network: requests, retries, bytes and seconds waited, of all ranks and attempts."""
     checkpoint: str | None = None
     weights_sha256: str | None = None
     """Of the last step's state_dict."""
     best_weights_sha256: str | None = None
     """Of the state_dict in model.pt."""
+    model_sha256: str | None = None
+    """Of model.pt."""
+    history_sha256: str | None = None
+    """Of history.csv."""
     num_parameters: int = 0
     data_digest: str
     synthetic: bool = False

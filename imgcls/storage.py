@@ -1,21 +1,61 @@
 """URLs to bytes and files, through fsspec: a folder, `s3://`, or whatever fsspec knows.
 
-Whole objects only. A write is whole or absent; a file on a disk is put in place by a rename.
+Whole objects only. A write is whole or absent; a file on a disk is put in place by a rename. What goes over a network is
+tried again, with jitter, until its deadline, and counted in `traffic`.
 """
 
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import RetryCallState, Retrying, retry_if_not_exception_type, stop_before_delay, wait_random_exponential
 
-from imgcls.errors import StorageError
+from imgcls.errors import DataError, MissingError, StorageError
+
+fsspec.register_implementation("s3", "imgcls.s3.S3", clobber=True)
+
+DEADLINE_S = 60.0
+"""For an operation over a network, all its attempts together; and a second more for every MiB that it carries."""
+PREFLIGHT_S = 10.0
+DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""Errors that another try would not change."""
+
+
+@dataclass
+class Traffic:
+    """What went over a network in this process."""
+
+    requests: int = 0
+    retries: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    waited_s: float = 0.0
+
+
+traffic = Traffic()
+_until: ContextVar[float | None] = ContextVar("until", default=None)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """All operations inside share this deadline."""
+    token = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(token)
 
 
 def _split(url: str) -> tuple[Any, str]:
@@ -31,8 +71,38 @@ def _told(verb: str, url: str) -> Iterator[None]:
         yield
     except Exception as error:  # each of fsspec's stores raises kinds of its own beside OSError
         if isinstance(error, FileNotFoundError) and verb == "read":
-            raise StorageError(f"{url} does not exist") from None
+            raise MissingError(f"{url} does not exist") from None
         raise StorageError(f"{url} cannot be {verb}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0, **options: Any) -> Any:
+    """fs.operation(path, ...); over a network until it succeeds, cannot succeed, or its time is over."""
+    if not isinstance(fs, AsyncFileSystem):
+        return getattr(fs, operation)(path, *arguments, **options)
+    began, until = time.monotonic(), _until.get()
+    limit = until - began if until is not None else DEADLINE_S + num_bytes / (1 << 20)
+
+    def attempt() -> Any:
+        traffic.requests += 1
+        left = max(0.1, began + limit - time.monotonic())
+        return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=left, **options)
+
+    def again(state: RetryCallState) -> None:
+        traffic.retries += 1
+
+    trying = Retrying(
+        stop=stop_before_delay(limit),
+        wait=wait_random_exponential(0.1, max=5),
+        retry=retry_if_not_exception_type(DEFINITE),
+        before_sleep=again,
+        reraise=True,
+    )
+    try:
+        return trying(attempt)
+    except FSTimeoutError:
+        raise TimeoutError(f"no answer within {limit:.0f} s") from None
+    finally:
+        traffic.waited_s += time.monotonic() - began
 
 
 def join(url: str, *names: str) -> str:
@@ -61,22 +131,43 @@ def is_local(url: str) -> bool:
 def exists(url: str) -> bool:
     fs, path = _split(url)
     with _told("read", url):
-        return bool(fs.exists(path))
+        return bool(_do(fs, "exists", path))
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, *, num_bytes: int = 0) -> bytes:
+    """num_bytes: as many as are expected; a large object has more time."""
     fs, path = _split(url)
     with _told("read", url):
-        return fs.cat_file(path)
+        return _read(fs, path, num_bytes)
 
 
 def read_bytes_if_there(url: str) -> bytes | None:
     fs, path = _split(url)
     with _told("read", url):
         try:
-            return fs.cat_file(path)
+            return _read(fs, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def _read(fs: Any, path: str, num_bytes: int = 0) -> bytes:
+    data = _do(fs, "cat_file", path, num_bytes=num_bytes)
+    if isinstance(fs, AsyncFileSystem):
+        traffic.bytes_read += len(data)
+    return data
+
+
+def read_checked(url: str, *, num_bytes: int, digest: str) -> bytes:
+    """The object's bytes, compared; fetched once more where they are others. Raises DataError, naming it."""
+    found = (0, "")
+    for _ in range(2):
+        data = read_bytes(url, num_bytes=num_bytes)
+        found = (len(data), sha256(data))
+        if found == (num_bytes, digest):
+            return data
+    if found[0] != num_bytes:
+        raise DataError(f"{url} has {found[0]:,} bytes, {num_bytes:,} were written; read twice")
+    raise DataError(f"{url}: SHA-256 is {found[1][:12]}.., {digest[:12]}.. was written; read twice")
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -86,21 +177,30 @@ def write_bytes(url: str, data: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             _write_file(Path(path), data)
         else:
-            fs.pipe_file(path, data)
+            _write(fs, path, data)
 
 
 def create_bytes(url: str, data: bytes) -> bool:
-    """The object holds `data` and was not there before; False where it was. Of several that try, one succeeds."""
+    """The object holds `data` and was not there before; False where it was. Of several that try, one succeeds.
+
+    `data` are this caller's alone: where they lie there already, they are of an attempt whose answer was lost.
+    """
     fs, path = _split(url)
     with _told("written", url):
         try:
             if isinstance(fs, LocalFileSystem):
                 _write_file(Path(path), data, new=True)
             else:
-                fs.pipe_file(path, data, mode="create")
+                _write(fs, path, data, mode="create")
         except FileExistsError:
-            return False
+            return not is_local(url) and read_bytes_if_there(url) == data
     return True
+
+
+def _write(fs: Any, path: str, data: bytes, **options: Any) -> None:
+    _do(fs, "pipe_file", path, data, num_bytes=len(data), **options)
+    if isinstance(fs, AsyncFileSystem):
+        traffic.bytes_written += len(data)
 
 
 def _write_file(path: Path, data: bytes, *, new: bool = False) -> None:
@@ -130,24 +230,35 @@ def _names(url: str, kind: str) -> list[str]:
     fs, path = _split(url)
     with _told("listed", url):
         try:
-            found = fs.ls(path, detail=True)
+            found = _listed(fs, path)
+            # A listing that came over a network has no checksum: two that agree are believed.
+            while isinstance(fs, AsyncFileSystem) and (again := _listed(fs, path)) != found:
+                found = again
         except (FileNotFoundError, NotADirectoryError):
             return []
-    return [name_of(entry["name"]) for entry in found if entry["type"] == kind]
+    return [name for name, its_kind in found if its_kind == kind]
+
+
+def _listed(fs: Any, path: str) -> list[tuple[str, str]]:
+    return sorted((name_of(entry["name"]), entry["type"]) for entry in _do(fs, "ls", path, detail=True))
 
 
 def delete(url: str) -> None:
     """The file or folder is gone; it may have been gone before."""
     fs, path = _split(url)
     with _told("deleted", url), suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+        _do(fs, "rm", path, recursive=True)
 
 
 def move(url: str, to: str) -> None:
     """The object lies at `to`, in the same store, and no longer at `url`."""
     fs, path = _split(url)
     with _told("moved", url):
-        fs.mv(path, _split(to)[1])
+        if isinstance(fs, LocalFileSystem):
+            fs.mv(path, _split(to)[1])
+        else:
+            _do(fs, "cp_file", path, _split(to)[1])
+            _do(fs, "rm_file", path)
 
 
 def clean_temporary(url: str) -> None:
@@ -159,15 +270,22 @@ def clean_temporary(url: str) -> None:
                     left.unlink(missing_ok=True)
 
 
-def check_writable(url: str) -> None:
-    """A small object can be written there and is gone again. Raises StorageError with the reason."""
-    probe = join(url, f".writable-{os.getpid()}")
+def check_place(url: str, *, writes: bool) -> None:
+    """It can be listed; a small object can be created, not created again, and removed. Raises StorageError soon."""
+    probe = join(url, f".probe-{os.getpid()}")
     try:
-        write_bytes(probe, b"")
+        with within(PREFLIGHT_S):
+            folders(url)
+            if writes and (not create_bytes(probe, b"one") or create_bytes(probe, b"two")):
+                raise StorageError(f"{url}: an object that is there can be created again: leases would not hold")
+            if writes:
+                delete(probe)
     except StorageError as error:
         told = str(error).replace(probe, url)
-        raise StorageError(f"{told}\n  do: name a place that can be written") from None
-    delete(probe)
+        remedy = f"name a place that can be {'written' if writes else 'read'}"
+        if not is_local(url):
+            remedy += "; look at AWS_ENDPOINT_URL, the bucket's name and the credentials"
+        raise StorageError(f"{told}\n  do: {remedy}") from None
 
 
 @contextmanager

@@ -129,6 +129,8 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         retry_failed=flags.retry_failed,
         verbose=flags.verbose,
     )
+    storage.check_place(request.data_url, writes=False)
+    storage.check_place(request.storage_url, writes=True)
     plan = make_plan(request)
     lines = Lines(synthetic=plan.synthetic)
     for note in plan.notes:

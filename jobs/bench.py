@@ -15,7 +15,7 @@ import tyro
 from imgcls import records, storage
 from imgcls.errors import DataError, RecipeError
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.measurement import Measurement, check_commit, measure, table_of
+from imgcls.results.measurement import FaultRecord, Measurement, check_commit, measure, table_of
 from imgcls.training import environment
 from jobs._door import DONE, enter
 from jobs._request import checked_name
@@ -26,21 +26,24 @@ ROOT = Path(__file__).parent.parent
 
 
 def bench(
-    what: Annotated[tyro.conf.Positional[Literal["record", "numerics", "readme"]], tyro.conf.arg(metavar="WHAT")],
+    what: Annotated[tyro.conf.Positional[Literal["record", "numerics", "faults", "readme"]], tyro.conf.arg(metavar="WHAT")],
     id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")] = "",
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
     data: str = "data/packed",
     repeats: int = 3,
+    kills: int = 3,
     verbose: bool = False,
 ) -> int:
     """Write a record under docs/measurements/, or the README's tables from the records.
 
     Args:
-        what: `record ID`: a suite's figures. `numerics`: images/s of elastic numerics beside ddp. `readme`: the tables.
+        what: `record ID`: a suite's figures. `numerics`: images/s of elastic numerics beside ddp. `faults`: runs on S3
+            whose storage fails, and that are killed. `readme`: the tables.
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where runs leave what they found.
         data: Folder or URL of packed sets, for `numerics`.
         repeats: Of each measurement, for `numerics`.
+        kills: So many runs are killed, for `faults`.
         verbose: Tracebacks too.
     """
     if what == "record":
@@ -49,13 +52,18 @@ def bench(
         return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
     if what == "numerics":
         return _write(_compare_numerics(data, repeats))
+    if what == "faults":
+        from jobs._faults import measure_faults
+
+        check_commit({environment.commit() or "unknown"}, "bench faults")
+        return _write(measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say))
     readme = Path("README.md")
     readme.write_text(with_tables(readme.read_text()))
     Lines().say(f"wrote {readme}")
     return DONE
 
 
-def _write(found: Measurement) -> int:
+def _write(found: Measurement | FaultRecord) -> int:
     path = MEASUREMENTS / found.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(found.to_bytes())

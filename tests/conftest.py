@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from infra.s3.server import Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +45,15 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("imagenette", "cifar10"):
         shards.pack(synthetic_source(name, 300), str(folder / name), name=name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """A real S3 server with the buckets data and runs."""
+    from infra.s3.server import serving
+
+    with serving(tmp_path_factory.mktemp("s3") / "server", buckets=("data", "runs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,12 @@ Comes in: a packed set. Goes out: a `Cache`, whose rows are the samples in the o
 lock into a temporary folder and renamed when whole: who comes second waits, and who comes after a kill builds again.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +17,23 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.data.images import DECODER, decode, decoding_pool, in_order, stored_pixels
 from imgcls.data.shards import fetch_shard, read_samples
-from imgcls.errors import DataError, StorageError
-from imgcls.records import Manifest, Record
+from imgcls.errors import DataError, MissingError, StorageError
+from imgcls.records import Manifest, Record, Shard
 
 Progress = Callable[[int, int], None]
+
+
+BLOCK_BYTES = 16 << 20
 
 
 class CacheMeta(Record):
     """What lies in a cache folder; written last."""
 
-    images_sha256: str
+    images_sha256: tuple[str, ...]
+    """Of each block of `BLOCK_BYTES`."""
     labels_sha256: str
 
 
@@ -38,10 +45,18 @@ class Cache:
 
 
 def open_cache(
-    set_url: str, manifest: Manifest, *, px: int, channels: int, progress: Progress = lambda done, total: None
+    set_url: str,
+    manifest: Manifest,
+    *,
+    px: int,
+    channels: int,
+    asked_by: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, total: None,
 ) -> Cache:
     """The set's decoded images; built where they are missing or damaged.
 
+    asked_by: the command, whose runs check a cache once on each node; None checks it now.
     Raises DataError where a shard or an image is not what the manifest says, StorageError where the disk is full.
     """
     root = storage.cache_root()
@@ -50,10 +65,12 @@ def open_cache(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not _is_whole(folder):
+            if not (asked_by and _checked_by(folder) == asked_by) and not _is_whole(folder, say):
                 for left in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
                     shutil.rmtree(left, ignore_errors=True)
                 _build(set_url, manifest, folder, shape, progress)
+            if asked_by and _checked_by(folder) != asked_by:
+                (folder / "checked").write_text(asked_by)
     except OSError as error:
         raise StorageError(
             f"the cache {folder} cannot be built: {error.strerror or error}\n"
@@ -63,17 +80,51 @@ def open_cache(
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
 
 
-def _is_whole(folder: Path) -> bool:
+def _checked_by(folder: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return (folder / "checked").read_text()
+    return None
+
+
+def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
     try:
-        meta = CacheMeta.from_bytes((folder / "meta.json").read_bytes(), where=str(folder))
-    except (FileNotFoundError, DataError):
+        meta = records.read(CacheMeta, str(folder / "meta.json"))
+    except MissingError:
         return False
-    return meta == _meta(folder)
+    except DataError as error:
+        say(f"{error}; it is built again")
+        return False
+    whole = meta == _meta(folder)
+    if not whole:
+        say(f"{folder}: bytes differ from meta.json; the cache is built again")
+    return whole
 
 
 def _meta(folder: Path) -> CacheMeta:
-    digests = [storage.file_sha256(folder / name) for name in ("images.u8", "labels.i64")]
-    return CacheMeta(images_sha256=digests[0], labels_sha256=digests[1])
+    images = folder / "images.u8"
+
+    def digest(begin: int) -> str:
+        with images.open("rb") as file:
+            file.seek(begin)
+            return storage.sha256(file.read(BLOCK_BYTES))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing gives up the interpreter's lock
+        blocks = tuple(pool.map(digest, range(0, images.stat().st_size, BLOCK_BYTES)))
+    return CacheMeta(images_sha256=blocks, labels_sha256=storage.file_sha256(folder / "labels.i64"))
+
+
+def _shard_of_node(set_url: str, shard: Shard) -> bytes:
+    """The shard's checked bytes. From a bucket they come once to a node, whatever is made of them."""
+    if storage.is_local(set_url):
+        return fetch_shard(set_url, shard)
+    file = storage.cache_root() / "shards" / shard.sha256
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        with suppress(StorageError, DataError):
+            return storage.read_checked(str(file), num_bytes=shard.num_bytes, digest=shard.sha256)
+        data = fetch_shard(set_url, shard)
+        storage.write_bytes(str(file), data)
+    return data
 
 
 def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...], progress: Progress) -> None:
@@ -83,7 +134,7 @@ def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...
         row = 0
         with (temporary / "images.u8").open("wb") as file, decoding_pool() as pool:
             for shard in manifest.shards:
-                data = fetch_shard(set_url, shard)
+                data = _shard_of_node(set_url, shard)
                 where = storage.join(set_url, shard.name)
                 work = ((image, px, channels) for image, _ in read_samples(shard, data, where=where))
                 for pixels in in_order(pool, _decode_some, work, at_once=64):
@@ -92,7 +143,7 @@ def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...
                     progress(row, shape[0])
         labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype="<i8")
         labels.tofile(temporary / "labels.i64")
-        (temporary / "meta.json").write_bytes(_meta(temporary).to_bytes())
+        records.write(_meta(temporary), str(temporary / "meta.json"))
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ from imgcls import records, storage
 from imgcls.data.images import decode, decoding_pool, in_order, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
-from imgcls.errors import DataError, StorageError
+from imgcls.errors import DataError, MissingError, StorageError
 from imgcls.recipe import digest_of
 from imgcls.records import Manifest, Record, Shard, Split
 
@@ -123,7 +123,7 @@ def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard 
             return None
         waits = storage.join(set_url, _UNDER_WAY, shard_name)  # or was moved already, by a pack that ended there
         place = waits if storage.exists(waits) else storage.join(set_url, shard_name)
-        check_shard(one.shard, storage.read_bytes(place), where=shard_name)
+        storage.read_checked(place, num_bytes=one.shard.num_bytes, digest=one.shard.sha256)
     except (DataError, StorageError):
         return None
     return one
@@ -185,7 +185,7 @@ def _pack_shard(
     )
     one = PackedShard(identity=identity, shard=shard, sha256=tuple(sha256), pixels=tuple(pixels), bad=tuple(bad))
     storage.write_bytes(storage.join(set_url, _UNDER_WAY, shard_name), data)
-    storage.write_bytes(storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"), one.to_bytes())
+    records.write(one, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
     return one
 
 
@@ -224,7 +224,7 @@ def _seal(source: Source, paths: list[str], set_url: str, name: str, packed: lis
     for left in storage.files(set_url):
         if left.endswith(".tar") and left not in planned:
             storage.delete(storage.join(set_url, left))
-    storage.write_bytes(manifest_url(set_url), manifest.to_bytes())
+    records.write(manifest, manifest_url(set_url))
     storage.delete(storage.join(set_url, _UNDER_WAY))
     return manifest
 
@@ -260,27 +260,15 @@ def _duplicates(packed: list[PackedShard]) -> list[str]:
     return notes
 
 
-def check_shard(shard: Shard, data: bytes, *, where: str) -> None:
-    """`data` are the shard's bytes, or DataError says what differs."""
-    if len(data) != shard.num_bytes:
-        raise DataError(f"{where} has {len(data):,} bytes, the manifest says {shard.num_bytes:,}\n  do: pack again")
-    found = storage.sha256(data)
-    if found != shard.sha256:
-        raise DataError(
-            f"{where}: SHA-256 is {found[:12]}.., the manifest says {shard.sha256[:12]}..\n"
-            "  do: pack again, or look with python -m jobs.pack --verify URL"
-        )
-
-
 def fetch_shard(set_url: str, shard: Shard) -> bytes:
     """The shard's checked bytes. Raises DataError where it is missing or altered."""
     url = storage.join(set_url, shard.name)
     try:
-        data = storage.read_bytes(url)
-    except StorageError as error:
+        return storage.read_checked(url, num_bytes=shard.num_bytes, digest=shard.sha256)
+    except MissingError as error:
         raise DataError(f"{error}, though the manifest of {set_url} names it\n  do: pack again") from None
-    check_shard(shard, data, where=url)
-    return data
+    except DataError as error:
+        raise DataError(f"{error}\n  do: pack again, or look with python -m jobs.pack --verify URL") from None
 
 
 def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[bytes, int]]:
@@ -301,9 +289,11 @@ def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[byt
 def read_pixel_digests(set_url: str, manifest: Manifest) -> np.ndarray:
     """8 bytes of each image's pixel SHA-256: uint64, (all samples,), in the order of the shards."""
     url = storage.join(set_url, "pixels.u64")
-    data = storage.read_bytes(url)
-    if storage.sha256(data) != manifest.pixels_sha256:
-        raise DataError(f"{url} is not the file that the manifest names\n  do: pack again")
+    num_bytes = 8 * sum(shard.num_samples for shard in manifest.shards)
+    try:
+        data = storage.read_checked(url, num_bytes=num_bytes, digest=manifest.pixels_sha256)
+    except DataError as error:
+        raise DataError(f"{error}\n  do: pack again") from None
     return np.frombuffer(data, dtype="<u8")
 
 

@@ -6,6 +6,8 @@ from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.errors import DataError
@@ -56,6 +58,39 @@ class Proof(Record):
         return file_name(self.subject, self.hardware, self.date)
 
 
+class FaultTrial(Record):
+    """A run with one kind of fault."""
+
+    fault: str
+    injected: int
+    recovered: int
+    """After so many of them it went on to its end."""
+    seconds_to_step: tuple[float, ...]
+    """From each fault to the next step that was committed; those behind the last step have none."""
+    goodput: float
+    """Seconds from the first step to the last without faults, over the same with them."""
+    identical: bool
+    """Weights, history and model.pt are those of the run without faults."""
+
+
+class FaultRecord(Record):
+    """What `jobs.bench faults` found."""
+
+    subject: str = "faults"
+    claim: str = "a run on S3 ends with the same bits, whatever the storage or a kill does to it"
+    command: str
+    date: str
+    seconds: float
+    commit: str
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    trials: tuple[FaultTrial, ...]
+
+    @property
+    def file_name(self) -> str:
+        return file_name(self.subject, self.hardware, self.date)
+
+
 def file_name(subject: str, hardware: dict[str, str], day: str) -> str:
     where = hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
     return f"{subject}_{where}_{day}.json"
@@ -95,7 +130,7 @@ def check_commit(commits: set[str], what: str) -> None:
         )
 
 
-R = TypeVar("R", Measurement, Proof)
+R = TypeVar("R", Measurement, Proof, FaultRecord)
 
 
 def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:
@@ -107,6 +142,8 @@ def table_of(subject: str, folder: Path) -> str:
     """Markdown of the newest record of a subject."""
     if subject == "proof":
         return _proof_table(newest(Proof, folder, subject))
+    if subject == "faults":
+        return _faults_table(newest(FaultRecord, folder, subject))
     tables: dict[str, Callable[[tuple[Path, Measurement] | None], str]] = {"numerics": _numerics_table}
     return tables.get(subject, _suite_table)(newest(Measurement, folder, subject))
 
@@ -155,6 +192,23 @@ def _proof_table(found: tuple[Path, Proof] | None) -> str:
     return f"{_rows(header, rows)}\n\n{_told(path, record.command, 'each row in the record', record.hardware, record)}"
 
 
+def _faults_table(found: tuple[Path, FaultRecord] | None) -> str:
+    header = ("fault", "times", "recovered", "to the next step, median", "p95", "goodput", "the same bits")
+    if found is None:
+        return _rows(header, [("", "unmeasured", "", "", "", "", "")])
+    path, record = found
+    rows = []
+    for fault in dict.fromkeys(trial.fault for trial in record.trials):
+        some = [trial for trial in record.trials if trial.fault == fault]
+        seconds = [value for trial in some for value in trial.seconds_to_step]
+        median, p95 = (f"{value:.1f} s" for value in np.percentile(seconds, (50, 95))) if seconds else ("", "")
+        same = f"{sum(trial.identical for trial in some)} of {len(some)} runs"
+        goodput = f"{statistics.median(trial.goodput for trial in some):.2f}"
+        counts = (str(sum(trial.injected for trial in some)), str(sum(trial.recovered for trial in some)))
+        rows.append((fault, *counts, median, p95, goodput, same))
+    return f"{_rows(header, rows)}\n\n{_told(path, record.command, 'twelve steps a run', record.hardware, record)}"
+
+
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
 
@@ -164,10 +218,11 @@ def _source(found: tuple[Path, Measurement], about: str) -> str:
     return _told(path, record.command, about, record.runs[0].hardware, record)
 
 
-def _told(path: Path, command: str, about: str, hardware: dict[str, str], record: "Measurement | Proof") -> str:
-    versions, commit = (
-        (record.versions, record.commit) if isinstance(record, Proof) else (record.runs[0].versions, record.runs[0].commit)
-    )
+def _told(
+    path: Path, command: str, about: str, hardware: dict[str, str], record: "Measurement | Proof | FaultRecord"
+) -> str:
+    of = record.runs[0] if isinstance(record, Measurement) else record
+    versions, commit = of.versions, of.commit
     return (
         f"`{command}`: {about}; {', '.join(f'{name} {value}' for name, value in hardware.items())}; "
         f"torch {versions['torch']}; commit {commit}; {record.date}. Record: [{path.name}](docs/measurements/{path.name})."

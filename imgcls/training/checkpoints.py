@@ -7,6 +7,7 @@ The same store with and without Ray; rank 0 writes, all ranks read.
 """
 
 import io
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import records, storage
-from imgcls.errors import CheckpointError, StorageError
+from imgcls.errors import CheckpointError, DataError, StorageError
 from imgcls.records import Keeping, Record
 from imgcls.training.weights import Model, load_model, load_tensors, model_of
 
@@ -43,8 +44,12 @@ class Committed(Facts):
 
 
 class CheckpointStore(CheckpointIO):
+    """In a bucket a checkpoint is written while the training goes on, one at a time; `wait` returns when it is committed."""
+
     def __init__(self, url: str) -> None:
         self.url = url
+        self._uploads = None if storage.is_local(url) else ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._under_way: Future[None] | None = None
 
     def place(self, step: int) -> str:
         return storage.join(self.url, f"step-{step:08d}")
@@ -96,14 +101,21 @@ class CheckpointStore(CheckpointIO):
         assert isinstance(storage_options, Facts)
         file = io.BytesIO()
         torch.save(checkpoint, file)
-        data = file.getbuffer()
-        digest = storage.sha256(data)
-        target = storage.join(str(path), "checkpoint.ckpt")
-        storage.write_bytes(target, bytes(data))
-        if storage.sha256(storage.read_bytes(target)) != digest:
-            raise StorageError(f"{target}: what was read back is not what was written\n  do: look at the disk or bucket")
-        marker = Committed(num_bytes=len(data), sha256=digest, **storage_options.model_dump())
-        storage.write_bytes(storage.join(str(path), "committed.json"), marker.to_bytes())
+        data = file.getvalue()
+        self.wait()
+        if self._uploads is None:
+            _put(str(path), data, storage_options)
+        else:
+            self._under_way = self._uploads.submit(_put, str(path), data, storage_options)
+
+    def wait(self) -> None:
+        """Raises StorageError where the last write failed."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def teardown(self) -> None:
+        self.wait()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -117,6 +129,17 @@ class CheckpointStore(CheckpointIO):
         storage.delete(str(path))
 
 
+def _put(url: str, data: bytes, facts: Facts) -> None:
+    target = storage.join(url, "checkpoint.ckpt")
+    marker = Committed(num_bytes=len(data), sha256=storage.sha256(data), **facts.model_dump())
+    storage.write_bytes(target, data)
+    try:
+        storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+    except DataError as error:
+        raise StorageError(f"{error}\n  do: look at the disk or bucket") from None
+    records.write(marker, storage.join(url, "committed.json"))
+
+
 def _best(found: list[Committed]) -> Committed | None:
     validated = [(one.val_loss, one.step, one) for one in found if one.val_loss is not None]
     return min(validated, default=(0, 0, None))[-1]
@@ -128,12 +151,10 @@ def read_checkpoint(url: str) -> dict[str, Any]:
     if marker is None:
         raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
     target = storage.join(url, "checkpoint.ckpt")
-    data = storage.read_bytes(target)
-    if storage.sha256(data) != marker.sha256:
-        raise CheckpointError(
-            f"{target}: SHA-256 differs from committed.json ({len(data):,} bytes, {marker.num_bytes:,} expected)\n"
-            f"  do: delete {url}; the run goes on from the checkpoint before it"
-        )
+    try:
+        data = storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+    except DataError as error:
+        raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
     return load_tensors(data, where=target)
 
 

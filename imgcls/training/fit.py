@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.data import order
 from imgcls.data.augment import inputs
 from imgcls.data.batches import EVALUATION_BATCH, ImageData
@@ -29,7 +29,7 @@ from imgcls.training import environment
 from imgcls.training.checkpoints import CheckpointStore, Committed, FoundModel, find_model, network_weights
 from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
-from imgcls.training.recorder import Progress, Recorder, RunLog, Stopwatch
+from imgcls.training.recorder import HISTORY, Progress, Recorder, RunLog, Stopwatch, csv_bytes
 from imgcls.training.weights import Model, about, save_model, weights_sha256
 from imgcls.training.world import World, lost_a_rank, make_trainer
 
@@ -108,7 +108,7 @@ class _Fit:
         self._train()
         result = self._finish()
         if self.world.rank == 0:
-            storage.write_bytes(storage.join(self.run_url, "result.json"), result.to_bytes())
+            records.write(result, storage.join(self.run_url, "result.json"))
         return result
 
     @property
@@ -128,8 +128,14 @@ class _Fit:
     def _cache(self) -> Cache:
         self.world.report(Progress(phase="cache"))
         with self.clock.of("cache"):
-            into = self.recipe.input
-            cache = open_cache(self.set_url, self.manifest, px=into.stored_px, channels=into.channels)
+            cache = open_cache(
+                self.set_url,
+                self.manifest,
+                px=self.recipe.input.stored_px,
+                channels=self.recipe.input.channels,
+                asked_by=self.world.asked_by,
+                say=self.log.line,
+            )
         # Reports wait for all ranks without a deadline: no rank meets a collective's while another node still decodes.
         self.world.report(Progress(phase="start"))
         return cache
@@ -203,6 +209,8 @@ class _Fit:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             resume = self.store.place(last.step) if last else None
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume, weights_only=True)
+        self.store.wait()
+        self.world.agree(None)  # no rank reads what is not committed yet
 
     def _check_resume(self, last: Committed) -> None:
         """Of the same request; under the same numerics, unless that does not matter any more or was accepted."""
@@ -252,7 +260,7 @@ class _Fit:
             lineage=self.lineage,
             synthetic=self.config.synthetic,
         )
-        best_sha256 = save_model(model, model_url) if self.world.rank == 0 else model.weights_sha256
+        model_sha256 = save_model(model, model_url) if self.world.rank == 0 else None
         self.log.line(f"tested once, on the best checkpoint (epoch {best['epoch']}): accuracy {test.accuracy:.4f}")
         trained, seconds = sum(float(row["samples"]) for row in self.recorder.history), self.clock.seconds
         return RunResult.of(
@@ -268,10 +276,13 @@ class _Fit:
             examples=self._examples() if self.world.rank == 0 else (),
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             images_per_s=round(trained / seconds["train"], 1),
+            storage=self._traffic(),
             numerics_changes=tuple(self.recorder.numerics_changes),
             checkpoint=f"checkpoints/{storage.name_of(best_place)}",
             weights_sha256=last_sha256,
-            best_weights_sha256=best_sha256,
+            best_weights_sha256=model.weights_sha256,
+            model_sha256=model_sha256,
+            history_sha256=storage.sha256(csv_bytes(HISTORY, self.recorder.history)),
             num_parameters=sum(p.numel() for p in self.module.network.parameters()),
             lineage=tuple(seen.entry for seen in self.lineage),
             placement=self.world.placement,
@@ -279,6 +290,14 @@ class _Fit:
             hardware=environment.hardware(),
             commit=environment.commit(),
         )
+
+    def _traffic(self) -> dict[str, float]:
+        """Over all ranks."""
+        assert self.trainer is not None
+        mine = self.recorder.traffic
+        values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self.trainer.strategy.root_device)
+        summed = self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
+        return {name: round(value, 3) for name, value in zip(mine, summed, strict=True)}
 
     @torch.no_grad()
     def _examples(self) -> tuple[Example, ...]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ HISTORY = (
     "val/loss",
     "val/accuracy",
 )
+SLOW_S = 5.0
 TIMING = ("epoch", "train_s", "validate_s", "images_per_s")
 
 
@@ -125,6 +126,8 @@ class Recorder(Checkpoint):
         """Of the epoch under way, in earlier attempts."""
         self._marks: dict[str, float] = {}
         self._told_of_leaving = self._told_of_budget = False
+        self._traffic_at_start, self._traffic_before = asdict(storage.traffic), dict[str, float]()
+        self._traffic_told = dict[str, float]()
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
@@ -135,6 +138,7 @@ class Recorder(Checkpoint):
             "seconds": self.clock.seconds,
             "epoch_s": self._so_far() if self._marks else 0.0,
             "numerics_changes": self.numerics_changes,
+            "traffic": self.traffic,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,6 +148,8 @@ class Recorder(Checkpoint):
         self.numerics_changes = [*state_dict["numerics_changes"], *self.numerics_changes]
         for phase, seconds in state_dict["seconds"].items():
             self.clock.add(phase, seconds)
+        if self.writes:
+            self._traffic_before = state_dict["traffic"]
         # Cuts the run's files back to where it goes on.
         self._write()
 
@@ -156,6 +162,19 @@ class Recorder(Checkpoint):
             return True
         losses = [float(row["val/loss"]) for row in self.history]
         return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
+
+    @property
+    def traffic(self) -> dict[str, float]:
+        """Of this rank; of rank 0 with earlier attempts, up to their last commit."""
+        now, before = asdict(storage.traffic), self._traffic_before
+        return {name: now[name] - begun + before.get(name, 0) for name, begun in self._traffic_at_start.items()}
+
+    def _tell_of_traffic(self, epoch_s: float) -> None:
+        now, told = self.traffic, self._traffic_told
+        retries, waited_s = (now[name] - told.get(name, 0) for name in ("retries", "waited_s"))
+        if retries or waited_s > max(SLOW_S, epoch_s / 2):
+            self.run_log.line(f"storage is slow: {retries:.0f} retries, {waited_s:.1f} s waited since it was last said")
+            self._traffic_told = now
 
     @property
     def best_row(self) -> Row:
@@ -187,7 +206,7 @@ class Recorder(Checkpoint):
         leaves = pl_module.someone_leaves and not self._told_of_leaving
         if done < steps and (leaves or (every and trainer.global_step % every == 0)):
             with self.clock.of("checkpoint"):
-                self._commit(trainer)
+                self._commit(trainer, at_once=leaves)
         if leaves:
             self._told_of_leaving = True
             self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
@@ -220,6 +239,7 @@ class Recorder(Checkpoint):
         with self.clock.of("checkpoint"):
             self._commit(trainer)
         self._write()
+        self._tell_of_traffic(trained_s + validated_s)
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
         self.report(self._progress("train", trainer, pl_module, row=row, images_per_s=float(timing["images_per_s"])))
 
@@ -251,8 +271,11 @@ class Recorder(Checkpoint):
             )
         return plan
 
-    def _commit(self, trainer: pl.Trainer) -> None:
-        """Everything up to this step is in the store; in the middle of an epoch too. Every rank calls it."""
+    def _commit(self, trainer: pl.Trainer, *, at_once: bool = False) -> None:
+        """Everything up to this step is in the store, or on its way there; in the middle of an epoch too.
+
+        Every rank calls it. at_once: it returns when it is there.
+        """
         last = self.history[-1] if self.history else None
         at_epochs_end = last is not None and last["step"] == trainer.global_step
         facts = Facts(
@@ -264,6 +287,8 @@ class Recorder(Checkpoint):
             numerics=self.numerics,
         )
         trainer.save_checkpoint(self.store.place(facts.step), storage_options=facts)
+        if facts.finished or at_once:
+            self.store.wait()
         if self.writes:
             self._prune()
         self.gone_on_from = None

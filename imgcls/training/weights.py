@@ -49,30 +49,41 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def save_model(model: Model, url: str) -> str:
-    """`model` lies at `url` and was read back; returns the SHA-256 of its weights."""
+    """`model` lies at `url` and was read back; returns the file's SHA-256."""
     content = about(model.recipe, model.class_names, model.lineage, synthetic=model.synthetic)
     content["weights"] = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
     content["weights_sha256"] = model.weights_sha256
+    content["about_sha256"] = _about_sha256(content)
     file = io.BytesIO()
     torch.save(content, file)
-    storage.write_bytes(url, file.getvalue())
-    return load_model(url).weights_sha256
+    data = file.getvalue()
+    storage.write_bytes(url, data)
+    digest = storage.sha256(data)
+    storage.read_checked(url, num_bytes=len(data), digest=digest)
+    return digest
 
 
 def load_model(url: str) -> Model:
-    """A checked `model.pt`. Raises CheckpointError where it is none, or its weights have another SHA-256."""
-    content = load_tensors(storage.read_bytes(url), where=url)
+    """A checked `model.pt`. Raises CheckpointError where it is none, or is another than was written."""
+    data = storage.read_bytes(url)
+    content = load_tensors(data, where=url)
     model = model_of(content, content.get("weights"), where=url)
-    found, expected = model.weights_sha256, {"it": content.get("weights_sha256")}
+    digests = [
+        (model.weights_sha256, content.get("weights_sha256"), "it"),
+        (_about_sha256(content), content.get("about_sha256"), "it"),
+    ]
     result = records.read_if_there(RunResult, storage.join(url.rpartition("/")[0], "result.json"))
-    if result is not None and result.best_weights_sha256:
-        expected["the result.json beside it"] = result.best_weights_sha256
-    for who, digest in expected.items():
-        if digest != found:
-            raise CheckpointError(
-                f"{url} was altered: its weights' SHA-256 is {found[:12]}.., {who} says {str(digest)[:12]}.."
-            )
+    if result is not None and result.model_sha256:
+        digests.append((storage.sha256(data), result.model_sha256, "the result.json beside it"))
+    for found, expected, who in digests:
+        if found != expected:
+            raise CheckpointError(f"{url} was altered: SHA-256 is {found[:12]}.., {who} says {str(expected)[:12]}..")
     return model
+
+
+def _about_sha256(content: dict[str, Any]) -> str:
+    pixels = [storage.sha256(one.numpy().tobytes()) for one in content["lineage_pixels"]]
+    return digest_of([content["about"], pixels])
 
 
 def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool) -> dict[str, Any]:

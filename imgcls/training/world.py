@@ -44,6 +44,8 @@ class World:
     crashed: Callable[[str, int, str], None] = lambda error, step, trace: None
     """Told of an error of this rank's own that another try may not meet, the step at which it was, and its traceback."""
     placement: Placement | None = None
+    asked_by: str | None = None
+    """The command: its runs check a node's cache once."""
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
 

@@ -5,7 +5,7 @@ import pytest
 
 from cluster import lease
 from cluster.lease import Lease, holder_of, leases
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.errors import LeaseError
 
 
@@ -17,7 +17,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch):
 
 def left_behind(run: Path, *, pid: int, host: str = "elsewhere") -> None:
     one = Lease(command="before", host=host, pid=pid, renewals=3)
-    storage.write_bytes(str(run / "lease.json"), one.to_bytes())
+    records.write(one, str(run / "lease.json"))
 
 
 def test_a_lease_is_held_renewed_and_given_back(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.plan import Request, extended, make_plan
-from imgcls import storage
+from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data import shards
 from imgcls.data.sources import Source
@@ -50,7 +50,7 @@ def test_a_missing_source_is_added_and_said(request_of):
 
 def test_a_source_that_lies_under_the_id_is_taken_as_it_is(request_of, tmp_path: Path):
     before = make_plan(request_of(derive(quick.RESNET18, TINY | {"length.epochs": 9}))).configs["resnet18-seed0"]
-    storage.write_bytes(str(tmp_path / "runs/quick/resnet18-seed0/config.json"), before.to_bytes())
+    records.write(before, str(tmp_path / "runs/quick/resnet18-seed0/config.json"))
     plan = make_plan(request_of(FINETUNED))
     assert plan.configs["resnet18-seed0"] == before
     assert plan.notes == ()

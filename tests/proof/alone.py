@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data.shards import read_manifest
 from imgcls.recipe import Augment, BasicCNN, Input, Length, OneCycle, Recipe
@@ -74,7 +75,7 @@ def run_alone(
 
 
 def result_in(folder: Path) -> RunResult:
-    return RunResult.from_bytes((folder / "result.json").read_bytes(), where=str(folder))
+    return records.read(RunResult, str(folder / "result.json"))
 
 
 def _rank(
@@ -175,10 +176,10 @@ def _die_at(step: int, moment: str) -> None:
         return
     commit = Recorder._commit
 
-    def dies_at_the_commit(self: Recorder, trainer) -> None:
+    def dies_at_the_commit(self: Recorder, trainer, *, at_once: bool = False) -> None:
         if trainer.global_step == step and moment == "before the commit":
             kill()
-        commit(self, trainer)
+        commit(self, trainer, at_once=at_once)
         if trainer.global_step == step and moment == "after the commit":
             kill()
 

@@ -16,8 +16,9 @@ import pytest
 from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from imgcls.training.checkpoints import CheckpointStore
+from infra.processes import alive, descendants, title_of, until
 from tests.conftest import ROOT
-from tests.proof.commands import Running, alive, assert_same, descendants, result_in, start, title_of, train, until
+from tests.proof.commands import Running, assert_same, result_in, start, train
 from tests.proof.faults import HANGS_ONCE, RAISES, TURNS_NAN, planted
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.usefixtures("only_in_full")]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.proof.commands import Running, alive, assert_same, train, until
+from infra.processes import alive, until
+from tests.proof.commands import Running, assert_same, train
 
 SEED = 20261125
 

@@ -1,0 +1,191 @@
+"""`bench faults`: one short run, again and again, against a real S3 server behind a faulty proxy; killed, too.
+
+Everything is a command of its own, as a user starts it. The data are synthetic: what is measured is whether the bits
+stay, and how long it takes to go on.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from imgcls import records
+from imgcls.data.shards import pack
+from imgcls.data.synthetic import synthetic_source
+from imgcls.errors import StorageError
+from imgcls.records import RunResult
+from imgcls.results.measurement import FaultRecord, FaultTrial
+from imgcls.training import environment
+from infra.processes import descendants, title_of
+from infra.s3.proxy import FAULTS, Passed, Proxy, faulty
+from infra.s3.server import Server, serving
+
+RUN = "regularized-seed0"
+TWELVE_STEPS = (
+    *("--set", "length.epochs=3", "--set", "train_fraction=1.0", "--set", "global_batch_size=64"),
+    *("--set", "input.px=16", "--set", "input.stored_px=16", "--set", 'model={"kind": "basic-cnn", "dropout": 0.3}'),
+    *("--checkpoint-every-n-steps", "1"),
+)
+"""`regularized` on 270 images, three epochs of four steps, each committed."""
+FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
+_STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
+_KILLED = ("ray::RayTrainWorker", "", "ray::TrainController")
+"""Titles of what is killed, in turn; the command itself has none."""
+_LIMIT_S = 900
+
+
+@dataclass(frozen=True)
+class _Bench:
+    folder: Path
+    server: Server
+    proxy: Proxy
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        words = ("train", "regularized", "--data", "s3://data/packed", "--storage", "s3://runs", "--id", name, *TWELVE_STEPS)
+        return self._command(*words, IMGCLS_CACHE=str(self.folder / f"cache-{name}"))
+
+    def finish(self, process: subprocess.Popen[bytes], name: str) -> RunResult:
+        """The run's result when the command has ended, read past the proxy."""
+        self._end(process, name)
+        with _environment(self.server.env()):
+            return records.read(RunResult, f"s3://runs/{name}/{RUN}/result.json")
+
+    def _command(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
+        with (self.folder / "said.txt").open("ab") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"jobs.{words[0]}", *words[1:]],
+                env={**os.environ, "RAY_ADDRESS": "", **self.server.env(port=self.proxy.port), **env},
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
+        if process.wait(_LIMIT_S) != 0:
+            said = (self.folder / "said.txt").read_text()[-2000:]
+            raise StorageError(f"bench faults, {name}: exit code {process.returncode}\n{said}")
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> FaultRecord:
+    """Raises StorageError where a run did not come to its end."""
+    began, trials = time.monotonic(), list[FaultTrial]()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder, "server"), buckets=("data", "runs")) as server,
+        faulty(server.host, server.port) as proxy,
+    ):
+        bench = _Bench(Path(folder), server, proxy)
+        with _environment(server.env()):
+            pack(synthetic_source("cifar10", 300), "s3://data/packed/cifar10", name="cifar10")
+        whole = bench.finish(bench.start("whole"), "whole")
+        clean_s = _training_s(proxy.passed)
+        for fault in FAULTS:
+            trials.append(_with_fault(bench, fault, whole, clean_s))
+            say(told(trials[-1]))
+        for number in range(num_kills):
+            trials.append(_with_kill(bench, number, whole, clean_s))
+            say(told(trials[-1]))
+    return FaultRecord(
+        command=command,
+        date=date.today().isoformat(),
+        seconds=round(time.monotonic() - began, 1),
+        commit=environment.commit() or "unknown",
+        versions=environment.versions(),
+        hardware=environment.hardware(),
+        trials=tuple(trials),
+    )
+
+
+def told(trial: FaultTrial) -> str:
+    same = "the same bits" if trial.identical else "OTHER BITS"
+    median, p95 = np.percentile(trial.seconds_to_step, (50, 95)) if trial.seconds_to_step else (0.0, 0.0)
+    return (
+        f"{trial.fault}: {trial.recovered} of {trial.injected} recovered, to the next step {median:.1f} s (median), "
+        f"{p95:.1f} s (p95), goodput {trial.goodput:.2f}, {same}"
+    )
+
+
+def _with_fault(bench: _Bench, fault: str, whole: RunResult, clean_s: float) -> FaultTrial:
+    proxy = bench.proxy
+    proxy.passed.clear()
+    proxy.faults, proxy.fail = (fault,), FAIL
+    result = bench.finish(bench.start(fault), fault)
+    proxy.fail = 0.0
+    return _trial(fault, [one.at for one in proxy.injected], proxy.passed, result, whole, clean_s)
+
+
+def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> FaultTrial:
+    """A worker, the command or the controller is killed at a random step; the command is given again where it has to be."""
+    proxy, chance, title = bench.proxy, random.Random(number), _KILLED[number % len(_KILLED)]
+    proxy.passed.clear()
+    proxy.faults, proxy.fail = tuple(fault for fault in FAULTS if fault != "stall"), FAIL_WHEN_KILLED
+    name = f"kill-{number}"
+    process = bench.start(name)
+    _wait_for_steps(proxy, chance.randrange(1, 11), process)
+    time.sleep(chance.uniform(0, 0.3))
+    victim = next(pid for pid in descendants(process.pid) if title_of(pid).startswith(title)) if title else process.pid
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.time()
+    if not title:
+        process.wait()
+        process = bench.start(name)
+    result = bench.finish(process, name)
+    proxy.fail = 0.0
+    what = title.removeprefix("ray::") or "command"
+    return _trial(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s)
+
+
+def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) -> None:
+    while len(_steps(proxy.passed)) < count:
+        if process.poll() is not None:
+            raise StorageError(f"bench faults: the command ended after {len(_steps(proxy.passed))} steps")
+        time.sleep(0.05)
+
+
+def _trial(
+    fault: str, times: Sequence[float], passed: Sequence[Passed], result: RunResult, whole: RunResult, clean_s: float
+) -> FaultTrial:
+    steps = _steps(passed)
+    after = [min((step for step in steps if step > at), default=None) for at in times]
+    return FaultTrial(
+        fault=fault,
+        injected=len(times),
+        recovered=len(times) if result.status == "finished" else 0,
+        seconds_to_step=tuple(round(step - at, 3) for at, step in zip(times, after, strict=True) if step is not None),
+        goodput=round(clean_s / _training_s(passed), 3),
+        identical=(result.weights_sha256, result.history_sha256, result.model_sha256)
+        == (whole.weights_sha256, whole.history_sha256, whole.model_sha256),
+    )
+
+
+def _steps(passed: Sequence[Passed]) -> list[float]:
+    """When a step was committed."""
+    return [one.at for one in passed if _STEP.match(one.request) and one.status == 200 and not one.fault]
+
+
+def _training_s(passed: Sequence[Passed]) -> float:
+    """From the first commit to the last."""
+    steps = _steps(passed)
+    return max(steps) - min(steps)

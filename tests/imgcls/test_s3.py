@@ -1,0 +1,191 @@
+"""Objects on a real S3 server, and through a proxy that hands them on badly."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from imgcls import storage
+from imgcls.errors import MissingError, StorageError
+from infra.s3.proxy import FAULTS, Proxy, faulty
+from infra.s3.server import READER, Server
+from tests.conftest import ROOT
+
+BODY = random.Random(0).randbytes(300_000)
+
+
+@contextmanager
+def reached_by(environment: dict[str, str]) -> Iterator[None]:
+    """This process reaches S3 so; fsspec keeps its connections by their arguments, of which we give none."""
+    from imgcls.s3 import S3
+
+    before = dict(os.environ)
+    os.environ.update(environment)
+    S3.clear_instance_cache()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        S3.clear_instance_cache()
+
+
+@pytest.fixture
+def url(s3: Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    with reached_by(s3.env()):
+        yield f"s3://runs/{abs(hash(request.node.name))}"
+
+
+@pytest.fixture
+def proxied(s3: Server, url: str) -> Iterator[Proxy]:
+    with faulty(s3.host, s3.port, fail=1.0, most=0) as proxy, reached_by(s3.env(port=proxy.port)):
+        yield proxy
+
+
+def test_objects_are_written_read_listed_moved_and_deleted(url: str):
+    storage.write_bytes(f"{url}/a/one", b"1")
+    storage.write_bytes(f"{url}/a/one", b"2")
+    storage.write_bytes(f"{url}/a/b/two", BODY)
+    assert storage.read_bytes(f"{url}/a/one") == b"2"
+    assert (storage.files(f"{url}/a"), storage.folders(f"{url}/a")) == (["one"], ["b"])
+    storage.move(f"{url}/a/b/two", f"{url}/a/three")
+    assert storage.files(f"{url}/a") == ["one", "three"]
+    assert storage.read_bytes(f"{url}/a/three") == BODY
+    storage.delete(f"{url}/a")
+    storage.delete(f"{url}/a")
+    assert not storage.exists(f"{url}/a/one")
+    assert storage.read_bytes_if_there(f"{url}/a/one") is None
+    with pytest.raises(MissingError, match="does not exist"):
+        storage.read_bytes(f"{url}/a/one")
+
+
+def test_what_another_process_wrote_is_seen_at_once(url: str):
+    assert storage.files(url) == []
+    code = f"from imgcls import storage; storage.write_bytes('{url}/new', b'1')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert storage.files(url) == ["new"]
+
+
+def test_of_several_that_create_an_object_one_succeeds(url: str):
+    made: list[bool] = []
+    begin = threading.Barrier(8)
+
+    def create(name: int) -> None:
+        begin.wait()
+        made.append(storage.create_bytes(f"{url}/one", b"%d" % name))
+
+    threads = [threading.Thread(target=create, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_survived_by_reads_and_writes(fault: str, url: str, proxied: Proxy):
+    proxied.faults, proxied.stall_s = (fault,), 0.5
+    for number, operation in enumerate(
+        (
+            lambda: storage.write_bytes(f"{url}/a", BODY),
+            lambda: storage.read_bytes(f"{url}/a"),
+            lambda: storage.create_bytes(f"{url}/new", b"mine"),
+            lambda: storage.files(url),
+        )
+    ):
+        proxied.passed.clear()
+        proxied.most = 2
+        found = operation()
+        assert found == (None, BODY, True, ["a", "new"])[number]
+        # A stall is waited for; a write's answer has no body to be spoilt.
+        expected = {"stall": 1}.get(fault, 2)
+        assert len(proxied.injected) == expected or fault in ("reset-body", "truncate", "short", "corrupt")
+    assert storage.read_bytes(f"{url}/new") == b"mine"
+
+
+def test_a_create_whose_answer_was_lost_is_known_as_our_own_and_anothers_is_not(url: str, proxied: Proxy):
+    proxied.faults, proxied.most = ("lost",), 1
+    assert storage.create_bytes(f"{url}/one", b"mine")
+    assert len(proxied.injected) == 1
+    proxied.passed.clear()
+    assert not storage.create_bytes(f"{url}/one", b"another's")
+    assert storage.read_bytes(f"{url}/one") == b"mine"
+
+
+def test_what_goes_over_the_network_is_counted(url: str, proxied: Proxy):
+    before = storage.Traffic(**vars(storage.traffic))
+    proxied.faults, proxied.most = ("503",), 1
+    storage.write_bytes(f"{url}/a", BODY)
+    storage.read_bytes(f"{url}/a")
+    now = storage.traffic
+    assert (now.requests - before.requests, now.retries - before.retries) == (3, 1)
+    assert (now.bytes_written - before.bytes_written, now.bytes_read - before.bytes_read) == (len(BODY), len(BODY))
+    assert now.waited_s > before.waited_s
+
+
+@pytest.mark.parametrize("operation", [lambda url: storage.write_bytes(url, BODY), storage.read_bytes, storage.exists])
+def test_a_server_that_never_answers_is_given_up_at_the_deadline(
+    operation: Callable[[str], object], url: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "DEADLINE_S", 3.0)
+    proxied.faults, proxied.most = ("hang",), None
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="no answer within 3 s"):
+        operation(f"{url}/a")
+    assert time.monotonic() - began < 6
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a server that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, silent: int):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+    cases = {
+        "no answer within 10 s": s3.env(port=silent),
+        "Could not connect": s3.env(port=closed),
+        "key ID you provided does not exist": s3.env(("nobody", "x")),
+        "signature": s3.env((READER[0], "wrong")),
+        "Access Denied": s3.env(READER),
+    }
+    for told, environment in cases.items():
+        began = time.monotonic()
+        with reached_by(environment), pytest.raises(StorageError) as error:
+            storage.check_place("s3://runs/x", writes=True)
+        assert told in str(error.value)
+        assert "AWS_ENDPOINT_URL" in str(error.value)
+        assert time.monotonic() - began < 15
+    with reached_by(s3.env()), pytest.raises(StorageError, match="bucket does not exist"):
+        storage.check_place("s3://nobucket/x", writes=True)
+    with reached_by(s3.env(READER)):
+        storage.check_place("s3://runs/x", writes=False)
+
+
+def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
+    from imgcls.s3 import S3
+
+    kept = S3._pipe_file
+    monkeypatch.setattr(S3, "_pipe_file", lambda self, path, data, **options: kept(self, path, data))
+    with pytest.raises(StorageError, match="leases would not hold"):
+        storage.check_place(url, writes=True)
+
+
+def test_a_pickle_of_the_filesystem_holds_no_secret(s3: Server, url: str):
+    import pickle
+
+    fs, _ = storage._split(url)
+    storage.write_bytes(f"{url}/a", b"1")
+    assert s3.env()["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(fs)
+    assert s3.env()["AWS_SECRET_ACCESS_KEY"] not in fs.to_json()

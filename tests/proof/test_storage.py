@@ -1,0 +1,153 @@
+"""Whole commands on a real S3 server that fails: the same bits as in folders, or the reason, in time."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imgcls import storage
+from imgcls.records import SuiteResults, read
+from infra.processes import descendants
+from infra.s3.proxy import Proxy, faulty
+from infra.s3.server import Server
+from tests.conftest import ROOT, run_in
+from tests.imgcls.test_s3 import reached_by
+
+pytestmark = [pytest.mark.timeout(1200)]
+TINY = (
+    *("--set", "length.epochs=1", "--set", "train_fraction=1.0", "--set", "global_batch_size=32"),
+    *("--set", "input.px=32", "--set", "input.stored_px=32"),
+)
+SMALL = (*TINY, "--set", 'model={"kind": "basic-cnn"}', "--checkpoint-every-n-steps", "1")
+BUCKETS = ("--data", "s3://data/packed", "--storage", "s3://runs")
+
+
+@pytest.fixture(scope="module")
+def in_bucket(packed: Path, s3: Server) -> None:
+    """The packed sets, byte for byte."""
+    with reached_by(s3.env()):
+        for path in packed.rglob("*"):
+            if path.is_file():
+                storage.write_bytes(f"s3://data/packed/{path.relative_to(packed)}", path.read_bytes())
+
+
+@pytest.fixture
+def proxy(s3: Server, in_bucket: None) -> Iterator[Proxy]:
+    with faulty(s3.host, s3.port) as found:
+        yield found
+
+
+def environment(s3: Server, proxy: Proxy, cache: Path) -> dict[str, str]:
+    return {**s3.env(port=proxy.port), "RAY_ADDRESS": "", "IMGCLS_CACHE": str(cache)}
+
+
+def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_secret_gets_out(
+    s3: Server, proxy: Proxy, packed: Path, tmp_path: Path, proved
+):
+    """One request in five fails; --kills or --proof."""
+    folders = run_in(
+        tmp_path, "suite", "--data", packed, "--storage", tmp_path / "runs", "--id", "s", *TINY, env={"RAY_ADDRESS": ""}
+    )
+    assert folders.returncode == 0, folders.stdout + folders.stderr
+    proxy.fail, proxy.stall_s = 0.2, 1.0
+    env = environment(s3, proxy, tmp_path / "cache")
+    seen: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.suite", *BUCKETS, "--id", "s", *TINY],
+        cwd=tmp_path, env={**os.environ, **env, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as suite:  # fmt: skip
+        while suite.poll() is None:
+            for pid in descendants(suite.pid):
+                try:
+                    seen.append(Path("/proc", str(pid), "cmdline").read_text())
+                except OSError:
+                    continue
+            time.sleep(0.5)
+        assert suite.stdout is not None
+        said = suite.stdout.read()
+    assert suite.returncode == 0, said
+    proxy.fail = 0.0
+    inside, outside = read(SuiteResults, str(tmp_path / "runs/s/results.json")), None
+    with reached_by(s3.env()):
+        outside = read(SuiteResults, "s3://runs/s/results.json")
+        objects = {name: storage.read_bytes(name) for name in _all("s3://runs/s")}
+    assert [(run.name, run.weights_sha256, run.test) for run in outside.runs] == [
+        (run.name, run.weights_sha256, run.test) for run in inside.runs
+    ]
+    assert all(run.storage["retries"] > 0 for run in outside.runs)
+    secret = s3.env()["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in said
+    assert not [line for line in seen if secret in line]
+    assert not [name for name, data in objects.items() if secret.encode() in data]
+    left = [path for root in (tmp_path, Path("/tmp/ray/session_latest")) for path in root.rglob("*") if path.is_file()]
+    assert not [path for path in left if secret.encode() in path.read_bytes()]
+    proved("the suite on S3, one request in five failing", f"{len(proxy.injected)} faults", n=len(outside.runs))
+
+
+def _all(url: str) -> Iterator[str]:
+    yield from (storage.join(url, name) for name in storage.files(url))
+    for name in storage.folders(url):
+        yield from _all(storage.join(url, name))
+
+
+@pytest.mark.parametrize("request_of", [r"^PUT .*step-00000004/checkpoint", r"^GET .*cifar10/train-00000\.tar"])
+def test_a_request_that_is_never_answered_is_given_up_and_the_run_goes_on(
+    request_of: str, only_in_full: None, s3: Server, proxy: Proxy, tmp_path: Path, proved
+):
+    proxy.fail, proxy.faults, proxy.match, proxy.most = 1.0, ("hang",), request_of, 1
+    done = run_in(
+        tmp_path,
+        "train",
+        "scratch",
+        *BUCKETS,
+        "--id",
+        f"hang{abs(hash(request_of))}",
+        *SMALL,
+        env=environment(s3, proxy, tmp_path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(proxy.injected) == 1
+    proved("one request that is never answered", request_of)
+
+
+def test_a_checkpoint_that_can_never_be_written_ends_the_run_in_time_with_the_last_one_kept(
+    only_in_full: None, s3: Server, proxy: Proxy, tmp_path: Path, proved
+):
+    proxy.fail, proxy.faults, proxy.match = 1.0, ("hang",), r"^PUT .*step-0000000[4-9]/checkpoint"
+    began = time.monotonic()
+    command = ("train", "scratch", *BUCKETS, "--id", "never", *SMALL, "--max-failures", "0")
+    done = run_in(tmp_path, *command, env=environment(s3, proxy, tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"step-00000004/checkpoint\.ckpt cannot be written: no answer within 6\d s", done.stdout)
+    assert time.monotonic() - began < 180
+    with reached_by(s3.env()):
+        assert storage.exists("s3://runs/never/scratch-seed0/checkpoints/step-00000003/committed.json")
+    proved("a checkpoint that is never answered", "the run ends, the last one is kept")
+
+
+def test_a_killed_command_goes_on_from_the_bucket(only_in_full: None, s3: Server, proxy: Proxy, tmp_path: Path, proved):
+    env = environment(s3, proxy, tmp_path)
+    command = ("train", "scratch", *BUCKETS, *SMALL)
+    whole = run_in(tmp_path, *command, "--id", "whole", env=env)
+    assert whole.returncode == 0, whole.stdout
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *command[1:], "--id", "killed"],
+        cwd=tmp_path, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    ) as running:  # fmt: skip
+        while not [one for one in proxy.passed if "killed" in one.request and "step-00000004/committed" in one.request]:
+            assert running.poll() is None
+            time.sleep(0.05)
+        os.kill(running.pid, signal.SIGKILL)
+    again = run_in(tmp_path, *command, "--id", "killed", env=env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    with reached_by(s3.env()):
+        same = [read(SuiteResults, f"s3://runs/{name}/results.json").runs[0].weights_sha256 for name in ("whole", "killed")]
+    assert same[0] == same[1]
+    proved("a killed command on S3", "goes on to the same bits")
