@@ -15,9 +15,11 @@ test: check
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
 
-# The full counts of tests/proof, and their record under docs/measurements/.
+# The full counts of tests/proof, then runs on S3 whose storage fails and that are killed; their records lie under
+# docs/measurements/.
 proof: setup
 	$(BIN)/python -m pytest tests/proof --proof --record --timeout 1800
+	$(BIN)/python -m jobs.bench faults --kills 20
 
 check: setup
 	$(BIN)/ruff check .

@@ -80,6 +80,7 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.hang_timeout_s)
     known = 0
+    given.at_begin()  # storage that is dead is found here, before workers are started to find it
     while True:
         try:
             return _train(given, {"assignment": text, "started_s": time.time()})

@@ -6,6 +6,7 @@ the same request again does what is left, whoever made it and wherever it stoppe
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from cluster.lease import Leases, leases
 from cluster.plan import Plan, Request, extended
 from cluster.run import Assignment, record_failure, told, trial
 from imgcls import records, storage
+from imgcls.data.cache import check_room
 from imgcls.errors import DataError
-from imgcls.records import Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
+from imgcls.records import Manifest, Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         write_down(request, plan, record)
         return publish(request.suite_url)
     if not session.names_cluster():
-        choose(request, [placements.local_node()])  # refused before Ray starts, where it will be
+        # Refused before Ray starts, where it will be.
+        choose(request, [placements.local_node()])
+        check_room(_caches(request, plan, state))
     mine = {run: request.run_url(run) for run, status in state.statuses.items() if status is Status.OPEN}
     with leases(mine, command=state.command, say=view.say) as held:
         for run_url in mine.values():
@@ -52,6 +56,15 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
             state = replace(state_of(request, plan), command=state.command)
             _carry_out(request, plan, state, held, placement, view)
     return publish(request.suite_url, seconds=round(time.monotonic() - began, 1), command=command)
+
+
+def _caches(request: Request, plan: Plan, state: State) -> Iterator[tuple[str, Manifest, int, int]]:
+    """What the open runs train on."""
+    for name, config in plan.configs.items():
+        if state.statuses[name] is Status.OPEN:
+            recipe, into = config.recipe, config.recipe.input
+            set_url = storage.join(request.data_url, recipe.dataset)
+            yield set_url, plan.manifests[recipe.dataset], into.stored_px, into.channels
 
 
 def choose(request: Request, nodes: list[placements.Node]) -> Placement:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ fsspec.register_implementation("s3", "imgcls.s3.S3", clobber=True)
 DEADLINE_S = 60.0
 """For an operation over a network, all its attempts together; and a second more for every MiB that it carries."""
 PREFLIGHT_S = 10.0
+"""For all places that a command looks at before it begins."""
 DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Errors that another try would not change."""
 
@@ -44,14 +45,20 @@ class Traffic:
     waited_s: float = 0.0
 
 
+def deadline_s(num_bytes: int = 0) -> float:
+    return DEADLINE_S + num_bytes / (1 << 20)
+
+
 traffic = Traffic()
 _until: ContextVar[float | None] = ContextVar("until", default=None)
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """All operations inside share this deadline."""
-    token = _until.set(time.monotonic() + seconds)
+    """All operations inside share this deadline, or that of a `within` around it where it comes first."""
+    outer = _until.get()
+    until = time.monotonic() + seconds
+    token = _until.set(until if outer is None else min(until, outer))
     try:
         yield
     finally:
@@ -80,7 +87,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     if not isinstance(fs, AsyncFileSystem):
         return getattr(fs, operation)(path, *arguments, **options)
     began, until = time.monotonic(), _until.get()
-    limit = until - began if until is not None else DEADLINE_S + num_bytes / (1 << 20)
+    limit = until - began if until is not None else deadline_s(num_bytes)
 
     def attempt() -> Any:
         traffic.requests += 1
@@ -270,16 +277,26 @@ def clean_temporary(url: str) -> None:
                     left.unlink(missing_ok=True)
 
 
-def check_place(url: str, *, writes: bool) -> None:
-    """It can be listed; a small object can be created, not created again, and removed. Raises StorageError soon."""
+def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
+    """Each can be listed; where a command writes, a small object can be created, not created again, and removed.
+
+    Raises StorageError within `PREFLIGHT_S`, whatever is wrong.
+    """
+    with within(PREFLIGHT_S):
+        for url in reads:
+            _check_place(url, writes=False)
+        for url in writes:
+            _check_place(url, writes=True)
+
+
+def _check_place(url: str, *, writes: bool) -> None:
     probe = join(url, f".probe-{os.getpid()}")
     try:
-        with within(PREFLIGHT_S):
-            folders(url)
-            if writes and (not create_bytes(probe, b"one") or create_bytes(probe, b"two")):
-                raise StorageError(f"{url}: an object that is there can be created again: leases would not hold")
-            if writes:
-                delete(probe)
+        folders(url)
+        if writes and (not create_bytes(probe, b"one") or create_bytes(probe, b"two")):
+            raise StorageError(f"{url}: an object that is there can be created again: leases would not hold")
+        if writes:
+            delete(probe)
     except StorageError as error:
         told = str(error).replace(probe, url)
         remedy = f"name a place that can be {'written' if writes else 'read'}"

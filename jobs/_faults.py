@@ -168,12 +168,13 @@ def _trial(
     fault: str, times: Sequence[float], passed: Sequence[Passed], result: RunResult, whole: RunResult, clean_s: float
 ) -> FaultTrial:
     steps = _steps(passed)
-    after = [min((step for step in steps if step > at), default=None) for at in times]
+    first = min(steps)  # before it the command starts, faults or not
+    after = [(at, min((step for step in steps if step > at), default=None)) for at in times if at > first]
     return FaultTrial(
         fault=fault,
         injected=len(times),
         recovered=len(times) if result.status == "finished" else 0,
-        seconds_to_step=tuple(round(step - at, 3) for at, step in zip(times, after, strict=True) if step is not None),
+        seconds_to_step=tuple(round(step - at, 3) for at, step in after if step is not None),
         goodput=round(clean_s / _training_s(passed), 3),
         identical=(result.weights_sha256, result.history_sha256, result.model_sha256)
         == (whole.weights_sha256, whole.history_sha256, whole.model_sha256),

@@ -129,8 +129,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         retry_failed=flags.retry_failed,
         verbose=flags.verbose,
     )
-    storage.check_place(request.data_url, writes=False)
-    storage.check_place(request.storage_url, writes=True)
+    storage.check_places(reads=[request.data_url], writes=[request.storage_url])
     plan = make_plan(request)
     lines = Lines(synthetic=plan.synthetic)
     for note in plan.notes:

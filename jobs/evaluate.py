@@ -30,6 +30,7 @@ def evaluate(
     """
     from cluster.evaluation import evaluate_checkpoint
 
+    storage.check_places(reads=[storage.absolute(checkpoint), storage.absolute(data)])
     found = evaluate_checkpoint(
         storage.absolute(checkpoint), data_url=storage.absolute(data), split=split, num_workers=num_workers, verbose=verbose
     )

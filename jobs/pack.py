@@ -54,6 +54,7 @@ def pack(
 
 
 def _verify(url: str) -> int:
+    storage.check_places(reads=[url])
     sets = [url] if storage.exists(shards.manifest_url(url)) else [storage.join(url, name) for name in storage.folders(url)]
     sets = [one for one in sets if storage.exists(shards.manifest_url(one))]
     if not sets:

@@ -33,6 +33,7 @@ def predict(
 
     if not images:
         raise RecipeError("name an IMAGE, or several")
+    storage.check_places(reads=[storage.absolute(checkpoint)])
     found = find_model(storage.absolute(checkpoint))
     predictor = Predictor(found.model)
     answers: list[dict[str, object]] = []

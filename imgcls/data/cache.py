@@ -7,7 +7,7 @@ lock into a temporary folder and renamed when whole: who comes second waits, and
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,8 +59,7 @@ def open_cache(
     asked_by: the command, whose runs check a cache once on each node; None checks it now.
     Raises DataError where a shard or an image is not what the manifest says, StorageError where the disk is full.
     """
-    root = storage.cache_root()
-    folder = root / f"{manifest.digest[:16]}-{px}-{channels}-{DECODER}"
+    root, folder = storage.cache_root(), _folder(manifest, px, channels)
     shape = (sum(shard.num_samples for shard in manifest.shards), px, px, channels)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,38 @@ def open_cache(
         ) from None
     images = np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape)
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
+
+
+def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
+    """This node's cache can be written, and has room for what is missing of (set's URL, manifest, px, channels).
+
+    Raises StorageError.
+    """
+    root, missing = storage.cache_root(), dict[Path, int]()
+    for set_url, manifest, px, channels in wanted:
+        if (folder := _folder(manifest, px, channels)).exists():
+            continue
+        missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
+        if not storage.is_local(set_url):
+            shards = {_shard_file(shard): shard.num_bytes for shard in manifest.shards}
+            missing |= {file: num_bytes for file, num_bytes in shards.items() if not file.exists()}
+    if not missing:
+        return
+    storage.check_places(writes=[str(root)])
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    if sum(missing.values()) > free:
+        raise StorageError(
+            f"the cache {root} has {free / 1e6:,.1f} MB of room, {sum(missing.values()) / 1e6:,.1f} MB are needed\n"
+            "  do: make room, or name another place with IMGCLS_CACHE"
+        )
+
+
+def _folder(manifest: Manifest, px: int, channels: int) -> Path:
+    return storage.cache_root() / f"{manifest.digest[:16]}-{px}-{channels}-{DECODER}"
+
+
+def _shard_file(shard: Shard) -> Path:
+    return storage.cache_root() / "shards" / shard.sha256
 
 
 def _checked_by(folder: Path) -> str | None:
@@ -117,7 +148,7 @@ def _shard_of_node(set_url: str, shard: Shard) -> bytes:
     """The shard's checked bytes. From a bucket they come once to a node, whatever is made of them."""
     if storage.is_local(set_url):
         return fetch_shard(set_url, shard)
-    file = storage.cache_root() / "shards" / shard.sha256
+    file = _shard_file(shard)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         with suppress(StorageError, DataError):

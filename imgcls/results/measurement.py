@@ -66,7 +66,7 @@ class FaultTrial(Record):
     recovered: int
     """After so many of them it went on to its end."""
     seconds_to_step: tuple[float, ...]
-    """From each fault to the next step that was committed; those behind the last step have none."""
+    """From each fault after the first step to the next one that was committed; those behind the last step have none."""
     goodput: float
     """Seconds from the first step to the last without faults, over the same with them."""
     identical: bool

@@ -132,12 +132,13 @@ class CheckpointStore(CheckpointIO):
 def _put(url: str, data: bytes, facts: Facts) -> None:
     target = storage.join(url, "checkpoint.ckpt")
     marker = Committed(num_bytes=len(data), sha256=storage.sha256(data), **facts.model_dump())
-    storage.write_bytes(target, data)
-    try:
-        storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
-    except DataError as error:
-        raise StorageError(f"{error}\n  do: look at the disk or bucket") from None
-    records.write(marker, storage.join(url, "committed.json"))
+    with storage.within(storage.deadline_s(len(data))):
+        storage.write_bytes(target, data)
+        try:
+            storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+        except DataError as error:
+            raise StorageError(f"{error}\n  do: look at the disk or bucket") from None
+        records.write(marker, storage.join(url, "committed.json"))
 
 
 def _best(found: list[Committed]) -> Committed | None:

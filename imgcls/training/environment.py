@@ -74,7 +74,10 @@ def _cpu_name() -> str:
 
 @cache
 def commit() -> str | None:
-    """Of this checkout, with `+changes` where it is not as committed; handed on by `IMGCLS_COMMIT` where git is not."""
+    """Of this checkout, with `+changes` where it is not as committed, records of figures aside.
+
+    Handed on by `IMGCLS_COMMIT` where git is not.
+    """
     if told := os.environ.get("IMGCLS_COMMIT"):
         return told
     here = Path(__file__).parent
@@ -85,6 +88,7 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)docs/measurements")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

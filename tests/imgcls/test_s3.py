@@ -163,14 +163,14 @@ def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, sile
     for told, environment in cases.items():
         began = time.monotonic()
         with reached_by(environment), pytest.raises(StorageError) as error:
-            storage.check_place("s3://runs/x", writes=True)
+            storage.check_places(writes=["s3://runs/x"])
         assert told in str(error.value)
         assert "AWS_ENDPOINT_URL" in str(error.value)
         assert time.monotonic() - began < 15
     with reached_by(s3.env()), pytest.raises(StorageError, match="bucket does not exist"):
-        storage.check_place("s3://nobucket/x", writes=True)
+        storage.check_places(writes=["s3://nobucket/x"])
     with reached_by(s3.env(READER)):
-        storage.check_place("s3://runs/x", writes=False)
+        storage.check_places(reads=["s3://runs/x"])
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
@@ -179,7 +179,7 @@ def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatc
     kept = S3._pipe_file
     monkeypatch.setattr(S3, "_pipe_file", lambda self, path, data, **options: kept(self, path, data))
     with pytest.raises(StorageError, match="leases would not hold"):
-        storage.check_place(url, writes=True)
+        storage.check_places(writes=[url])
 
 
 def test_a_pickle_of_the_filesystem_holds_no_secret(s3: Server, url: str):
