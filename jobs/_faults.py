@@ -40,6 +40,7 @@ TWELVE_STEPS = (
 """`regularized` on 270 images, three epochs of four steps, each committed."""
 FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
 _STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
+_ATTEMPT = re.compile(r"^PUT .*/attempts/\d+/began\.json")
 _KILLED = ("ray::RayTrainWorker", "", "ray::TrainController")
 """Titles of what is killed, in turn; the command itself has none."""
 _LIMIT_S = 900
@@ -114,6 +115,7 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         commit=environment.commit() or "unknown",
         versions=environment.versions(),
         hardware=environment.hardware(),
+        seconds_without_faults=round(clean_s, 3),
         trials=tuple(trials),
     )
 
@@ -144,7 +146,7 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
     name = f"kill-{number}"
     process = bench.start(name)
     _wait_for_steps(proxy, chance.randrange(1, 11), process)
-    time.sleep(chance.uniform(0, 0.3))
+    time.sleep(chance.uniform(0, 0.1))
     victim = next(pid for pid in descendants(process.pid) if title_of(pid).startswith(title)) if title else process.pid
     os.kill(victim, signal.SIGKILL)
     killed_at = time.time()
@@ -154,22 +156,30 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
     result = bench.finish(process, name)
     proxy.fail = 0.0
     what = title.removeprefix("ray::") or "command"
-    return _trial(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s)
+    # A worker that has not noticed yet may commit once more: the next step is one of the next attempt.
+    again = next((at for at in _times(proxy.passed, _ATTEMPT) if at > killed_at), None)
+    return _trial(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s, not_before=again or killed_at)
 
 
 def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) -> None:
-    while len(_steps(proxy.passed)) < count:
+    while len(_times(proxy.passed, _STEP)) < count:
         if process.poll() is not None:
-            raise StorageError(f"bench faults: the command ended after {len(_steps(proxy.passed))} steps")
+            raise StorageError(f"bench faults: the command ended before {count} steps")
         time.sleep(0.05)
 
 
 def _trial(
-    fault: str, times: Sequence[float], passed: Sequence[Passed], result: RunResult, whole: RunResult, clean_s: float
+    fault: str,
+    times: Sequence[float],
+    passed: Sequence[Passed],
+    result: RunResult,
+    whole: RunResult,
+    clean_s: float,
+    not_before: float = 0.0,
 ) -> FaultTrial:
-    steps = _steps(passed)
+    steps = _times(passed, _STEP)
     first = min(steps)  # before it the command starts, faults or not
-    after = [(at, min((step for step in steps if step > at), default=None)) for at in times if at > first]
+    after = [(at, min((step for step in steps if step > max(at, not_before)), default=None)) for at in times if at > first]
     return FaultTrial(
         fault=fault,
         injected=len(times),
@@ -181,12 +191,12 @@ def _trial(
     )
 
 
-def _steps(passed: Sequence[Passed]) -> list[float]:
-    """When a step was committed."""
-    return [one.at for one in passed if _STEP.match(one.request) and one.status == 200 and not one.fault]
+def _times(passed: Sequence[Passed], request: re.Pattern[str]) -> list[float]:
+    """When such a request was done; in order."""
+    return sorted(one.at for one in passed if request.match(one.request) and one.status == 200)
 
 
 def _training_s(passed: Sequence[Passed]) -> float:
     """From the first commit to the last."""
-    steps = _steps(passed)
+    steps = _times(passed, _STEP)
     return max(steps) - min(steps)

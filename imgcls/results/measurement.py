@@ -68,7 +68,7 @@ class FaultTrial(Record):
     seconds_to_step: tuple[float, ...]
     """From each fault after the first step to the next one that was committed; those behind the last step have none."""
     goodput: float
-    """Seconds from the first step to the last without faults, over the same with them."""
+    """`seconds_without_faults` over the same seconds with them."""
     identical: bool
     """Weights, history and model.pt are those of the run without faults."""
 
@@ -84,6 +84,8 @@ class FaultRecord(Record):
     commit: str
     versions: dict[str, str]
     hardware: dict[str, str]
+    seconds_without_faults: float
+    """From the first step to the last."""
     trials: tuple[FaultTrial, ...]
 
     @property
@@ -197,16 +199,19 @@ def _faults_table(found: tuple[Path, FaultRecord] | None) -> str:
     if found is None:
         return _rows(header, [("", "unmeasured", "", "", "", "", "")])
     path, record = found
+    groups = {trial.fault: [one for one in record.trials if one.fault == trial.fault] for trial in record.trials}
+    if kills := [trial for trial in record.trials if trial.fault.endswith(" killed")]:
+        groups["all kills"] = kills
     rows = []
-    for fault in dict.fromkeys(trial.fault for trial in record.trials):
-        some = [trial for trial in record.trials if trial.fault == fault]
+    for fault, some in groups.items():
         seconds = [value for trial in some for value in trial.seconds_to_step]
         median, p95 = (f"{value:.1f} s" for value in np.percentile(seconds, (50, 95))) if seconds else ("", "")
         same = f"{sum(trial.identical for trial in some)} of {len(some)} runs"
         goodput = f"{statistics.median(trial.goodput for trial in some):.2f}"
         counts = (str(sum(trial.injected for trial in some)), str(sum(trial.recovered for trial in some)))
         rows.append((fault, *counts, median, p95, goodput, same))
-    return f"{_rows(header, rows)}\n\n{_told(path, record.command, 'twelve steps a run', record.hardware, record)}"
+    about = f"twelve steps a run, each committed, together {record.seconds_without_faults:.1f} s without faults"
+    return f"{_rows(header, rows)}\n\n{_told(path, record.command, about, record.hardware, record)}"
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
