@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.session import names_cluster
 from imgcls import records
 from imgcls.data.shards import pack
 from imgcls.data.synthetic import synthetic_source
-from imgcls.errors import StorageError
+from imgcls.errors import ClusterError, StorageError
 from imgcls.records import RunResult
 from imgcls.results.measurement import FaultRecord, FaultTrial
 from imgcls.training import environment
@@ -66,7 +67,7 @@ class _Bench:
         with (self.folder / "said.txt").open("ab") as said:
             return subprocess.Popen(
                 [sys.executable, "-m", f"jobs.{words[0]}", *words[1:]],
-                env={**os.environ, "RAY_ADDRESS": "", **self.server.env(port=self.proxy.port), **env},
+                env={**os.environ, **self.server.env(port=self.proxy.port), **env},
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
@@ -90,7 +91,9 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> FaultRecord:
-    """Raises StorageError where a run did not come to its end."""
+    """Raises StorageError where a run did not come to its end, ClusterError where Ray would not be its own to kill."""
+    if names_cluster():
+        raise ClusterError("bench faults kills processes of a Ray of its own\n  do: unset RAY_ADDRESS")
     began, trials = time.monotonic(), list[FaultTrial]()
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -89,27 +89,24 @@ class Proxy:
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         request = b" ".join(head.split(b" ", 2)[:2]).decode()
-        fault, status = self._choose(request), 0
-        try:
-            if fault == "reset":
-                _reset(writer)
-            if fault == "hang":
-                while await reader.read(1 << 16):
-                    pass
-                raise _ClosedError
-            body = await reader.readexactly(int(_header(head, "content-length") or 0))
-            if fault in _CODES:
-                answer_head, answer = _error(fault)
-            else:
-                answer_head, answer = await self._handed_on(head, body)
-            status = int(answer_head.split(b" ", 2)[1])
-            if fault in _OF_THE_BODY and (not answer or not _header(answer_head, "content-length")):
-                fault = ""
-            if fault == "stall":
-                await asyncio.sleep(self.stall_s)
-            await _give(writer, fault, answer_head, answer)
-        finally:
-            self.passed.append(Passed(time.time(), request, fault, status))
+        fault = self._choose(request)
+        if fault in ("reset", "hang"):
+            self.passed.append(Passed(time.time(), request, fault, 0))
+        if fault == "reset":
+            _reset(writer)
+        if fault == "hang":
+            while await reader.read(1 << 16):
+                pass
+            raise _ClosedError
+        body = await reader.readexactly(int(_header(head, "content-length") or 0))
+        answer_head, answer = _error(fault) if fault in _CODES else await self._handed_on(head, body)
+        if fault in _OF_THE_BODY and (not answer or not _header(answer_head, "content-length")):
+            fault = ""
+        if fault == "stall":
+            await asyncio.sleep(self.stall_s)
+        # Before the client can know of it.
+        self.passed.append(Passed(time.time(), request, fault, int(answer_head.split(b" ", 2)[1])))
+        await _give(writer, fault, answer_head, answer)
 
     async def _handed_on(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
         upstream, to = await asyncio.open_connection(*self.target, limit=1 << 20)
