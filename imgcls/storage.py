@@ -241,7 +241,9 @@ def _names(url: str, kind: str) -> list[str]:
             # A listing that came over a network has no checksum: two that agree are believed.
             while isinstance(fs, AsyncFileSystem) and (again := _listed(fs, path)) != found:
                 found = again
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if error.__cause__ is not None:  # the store's own answer: there is no such bucket
+                raise
             return []
     return [name for name, its_kind in found if its_kind == kind]
 

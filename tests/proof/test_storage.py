@@ -3,10 +3,12 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from imgcls import storage
 from imgcls.records import SuiteResults, read
 from infra.processes import descendants
 from infra.s3.proxy import Proxy, faulty
-from infra.s3.server import Server
+from infra.s3.server import READER, Server
 from tests.conftest import ROOT, run_in
 from tests.imgcls.test_s3 import reached_by
 
@@ -153,3 +155,80 @@ def test_a_killed_command_goes_on_from_the_bucket(only_in_full: None, s3: Server
         same = [read(SuiteResults, f"s3://runs/{name}/results.json").runs[0].weights_sha256 for name in ("whole", "killed")]
     assert same[0] == same[1]
     proved("a killed command on S3", "goes on to the same bits")
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user cannot mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    """The port of somebody who accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextmanager
+def wrong(what: str, s3: Server, folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str], str]]:
+    """(environment, flags that differ, what is said)."""
+    with ExitStack() as stack:
+        if what == "endpoint":
+            yield s3.env(port=1), {}, "Could not connect"
+        elif what == "silent endpoint":
+            yield s3.env(port=stack.enter_context(listening())), {}, "no answer within 10 s"
+        elif what == "key":
+            yield s3.env(("nobody", "x")), {}, "key ID you provided does not exist"
+        elif what == "secret":
+            yield s3.env((READER[0], "x")), {}, "signature"
+        elif what == "data bucket":
+            yield s3.env(), {"--data": "s3://nobucket/packed"}, "s3://nobucket/packed cannot be listed"
+        elif what == "bucket":
+            yield s3.env(), {"--storage": "s3://nobucket"}, "s3://nobucket cannot be listed: The specified bucket"
+        elif what == "read-only credential":
+            yield s3.env(READER), {}, "s3://runs cannot be written: Access Denied"
+        elif what == "full cache disk":
+            small = stack.enter_context(mounted(folder / "small", "size=500k"))
+            yield {**s3.env(), "IMGCLS_CACHE": str(small)}, {}, "MB of room"
+        elif what == "read-only cache":
+            unwritable = stack.enter_context(mounted(folder / "unwritable", "ro"))
+            yield {**s3.env(), "IMGCLS_CACHE": str(unwritable / "cache")}, {}, "Read-only file system"
+        else:
+            unwritable = stack.enter_context(mounted(folder / "unwritable", "ro"))
+            yield s3.env(), {"--storage": str(unwritable)}, "Read-only file system"
+
+
+WRONG = ("endpoint", "silent endpoint", "key", "secret", "data bucket", "bucket", "read-only credential", "full cache disk")
+
+
+@pytest.mark.parametrize("what", [*WRONG, "read-only cache", "read-only mount"])
+def test_a_place_that_cannot_serve_is_refused_in_time_and_nothing_is_lost(
+    what: str, only_in_full: None, s3: Server, in_bucket: None, tmp_path: Path, proved
+):
+    with reached_by(s3.env()):
+        before = {name: storage.read_bytes(name) for name in _all("s3://runs")}
+    with wrong(what, s3, tmp_path) as (env, flags, told):
+        places = {"--data": "s3://data/packed", "--storage": "s3://runs"} | flags
+        began = time.monotonic()
+        done = run_in(
+            tmp_path, "train", "scratch", *(word for flag in places.items() for word in flag), *SMALL, "--id", "refused",
+            env={"RAY_ADDRESS": "", "IMGCLS_CACHE": str(tmp_path / "cache"), **env},
+        )  # fmt: skip
+        took = time.monotonic() - began
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert told in done.stderr
+    assert "do: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert took < 15
+    with reached_by(s3.env()):
+        assert {name: storage.read_bytes(name) for name in _all("s3://runs")} == before
+    proved("a place that cannot serve is refused within 15 s", what)
