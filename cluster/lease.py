@@ -9,16 +9,31 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from imgcls import records, storage
-from imgcls.errors import ImgclsError, LeaseError
+from imgcls.errors import ImgclsError, LeaseError, StorageError
 from imgcls.records import Record
+
+T = TypeVar("T")
 
 RENEW_S = 5.0
 LAPSE_S = 30.0
 """A lease that was not renewed for so long is nobody's."""
+GIVE_UP_S = 300.0
+"""Storage that has not answered for so long ends the command."""
+
+
+def when_answered(read: Callable[[], T]) -> T:
+    """What `read` finds as soon as storage answers. Raises StorageError after `GIVE_UP_S`."""
+    trying = Retrying(
+        retry=retry_if_exception_type(StorageError), wait=wait_fixed(1), stop=stop_after_delay(GIVE_UP_S), reraise=True
+    )
+    return trying(read)
 
 
 class Lease(Record):
@@ -31,34 +46,54 @@ class Lease(Record):
 class Leases:
     """The leases that a command holds. `lost`: runs that another command has taken over since."""
 
-    def __init__(self, run_urls: dict[str, str], command: str) -> None:
-        self.run_urls, self.command = run_urls, command
+    def __init__(self, run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
+        self.run_urls, self.command, self.say = run_urls, command, say
         self.lost: set[str] = set()
         self._renewals = 0
+        self._answered_s, self._error = time.monotonic(), ""
 
     def renew(self) -> None:
         self._renewals += 1
-        for run, run_url in self.run_urls.items():
-            if run in self.lost:
-                continue
-            try:
-                if holder_of(run_url) == self.command:
-                    records.write(_lease(self.command, self._renewals), _url(run_url))
-                else:
-                    self.lost.add(run)
-            except ImgclsError:
-                continue  # the next renewal tries again, long before it lapses
+        try:
+            with storage.within(LAPSE_S / 2):
+                for run, run_url in self.run_urls.items():
+                    self._renew(run, run_url)
+        except ImgclsError as error:
+            if not self._error:
+                self.say(f"storage: {error}; tried again for {GIVE_UP_S / 60:.0f} min")
+            self._error = str(error)
+            return
+        if self._error:
+            self.say("storage answers again")
+        self._answered_s, self._error = time.monotonic(), ""
+
+    def _renew(self, run: str, run_url: str) -> None:
+        if run in self.lost:
+            return
+        if holder_of(run_url) == self.command:
+            records.write(_lease(self.command, self._renewals), _url(run_url))
+        else:
+            self.lost.add(run)
+
+    def check_answered(self) -> None:
+        """Raises StorageError where storage has not answered for too long."""
+        if self._error and time.monotonic() - self._answered_s > GIVE_UP_S:
+            raise StorageError(
+                f"storage has not answered for {GIVE_UP_S / 60:.0f} min: {self._error}\n"
+                "  do: when it does, give the same command again: it goes on from what is committed"
+            )
 
     def release(self) -> None:
-        for run_url in self.run_urls.values():
-            if holder_of(run_url) == self.command:
-                storage.delete(_url(run_url))
+        with suppress(ImgclsError), storage.within(LAPSE_S / 2):  # else they lapse
+            for run_url in self.run_urls.values():
+                if holder_of(run_url) == self.command:
+                    storage.delete(_url(run_url))
 
 
 @contextmanager
 def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
     """The runs are this command's inside. Raises LeaseError where another command is at one of them."""
-    held = Leases(run_urls, command)
+    held = Leases(run_urls, command, say)
     stop = threading.Event()
 
     def renewing() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import attempts
 from cluster.attempts import Ending
 from cluster.decide import Begins, End, GoOn, Leave, State, Stop, decide
-from cluster.lease import RENEW_S, holder_of
+from cluster.lease import RENEW_S, holder_of, when_answered
 from cluster.placement import scaling_config
 from cluster.session import set_train_environment
 from imgcls import records, storage
@@ -80,12 +80,11 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.hang_timeout_s)
     known = 0
-    given.at_begin()  # storage that is dead is found here, before workers are started to find it
     while True:
         try:
             return _train(given, {"assignment": text, "started_s": time.time()})
         except TrainingFailedError as error:
-            action, before = given.at_begin(), attempts.look(given.run_url).attempts
+            action, before = when_answered(given.at_begin), when_answered(lambda: attempts.look(given.run_url)).attempts
             if isinstance(action, GoOn) and len(before) > known and before[-1].end is End.PREEMPTED:
                 known = len(before)
                 continue  # Train counted what the other ranks made of it

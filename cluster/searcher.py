@@ -7,6 +7,7 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from cluster.decide import Action, Asked, Ended, Event, Lost, Seen, Start, State, Status, Stop, Wait, decide
+from cluster.lease import Leases
 
 
 class View(Protocol):
@@ -87,14 +88,15 @@ class ProgressCallback(_NotKept, Callback):
 
 
 class LeaseStopper(_NotKept, Stopper):
-    """Ends a run here that another command has taken over."""
+    """Ends a run here that another command has taken over, and all of them where storage answers no more."""
 
-    def __init__(self, searcher: PlanSearcher, lost: Collection[str]) -> None:
-        self.searcher, self.lost = searcher, lost
+    def __init__(self, searcher: PlanSearcher, held: Leases) -> None:
+        self.searcher, self.held = searcher, held
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self.searcher.runs[trial_id] in self.lost
+        return self.searcher.runs[trial_id] in self.held.lost
 
     def stop_all(self) -> bool:
-        self.searcher.lose(self.lost)
+        self.searcher.lose(self.held.lost)
+        self.held.check_answered()
         return False

@@ -7,13 +7,14 @@ the same request again does what is left, whoever made it and wherever it stoppe
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster import attempts, session
 from cluster import placement as placements
 from cluster.decide import Asked, Done, End, State, Status, blocked_by, decide, start_order
-from cluster.lease import Leases, leases
+from cluster.lease import Leases, leases, when_answered
 from cluster.plan import Plan, Request, extended
 from cluster.run import Assignment, record_failure, told, trial
 from imgcls import records, storage
@@ -116,12 +117,12 @@ def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placeme
     searcher = PlanSearcher(
         state,
         room=lambda: placements.how_many_fit(placements.cluster_nodes(), placement),
-        look=lambda run: attempts.look(request.run_url(run)),
+        look=lambda run: when_answered(lambda: attempts.look(request.run_url(run))),
         failed=lambda run, reason: record_failure(plan.configs[run], request.run_url(run), reason),
         view=view,
     )
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, state.command, placement))
-    with storage.temporary_folder("tune") as folder:
+    with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1),
@@ -129,12 +130,22 @@ def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placeme
                 name=storage.name_of(folder),
                 storage_path=folder,
                 verbose=0,
-                stop=LeaseStopper(searcher, held.lost),
+                stop=LeaseStopper(searcher, held),
                 callbacks=[ProgressCallback(view)],
                 # The bound on Train's restarts and these together is `decide`'s.
                 failure_config=tune.FailureConfig(max_failures=request.max_failures),
             ),
         ).fit()
+
+
+@contextmanager
+def _storage_named(held: Leases) -> Iterator[None]:
+    """Where storage answers no more it is that, and not what Tune made of it."""
+    try:
+        yield
+    except Exception:
+        held.check_answered()
+        raise
 
 
 def _assignments(request: Request, plan: Plan, command: str, placement: Placement) -> dict[str, str]:
