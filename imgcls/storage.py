@@ -89,7 +89,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     began, until = time.monotonic(), _until.get()
     limit = until - began if until is not None else deadline_s(num_bytes)
 
-    def attempt() -> Any:
+    def once() -> Any:
         traffic.requests += 1
         left = max(0.1, began + limit - time.monotonic())
         return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=left, **options)
@@ -105,7 +105,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
         reraise=True,
     )
     try:
-        return trying(attempt)
+        return trying(once)
     except FSTimeoutError:
         raise TimeoutError(f"no answer within {limit:.0f} s") from None
     finally:

@@ -26,7 +26,7 @@ from imgcls.data.shards import pack
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import ClusterError, StorageError
 from imgcls.records import RunResult
-from imgcls.results.measurement import FaultRecord, FaultTrial
+from imgcls.results.measurement import FaultRecord, FaultyRun
 from imgcls.training import environment
 from infra.processes import descendants, title_of
 from infra.s3.proxy import FAULTS, Passed, Proxy, faulty
@@ -94,7 +94,7 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
     """Raises StorageError where a run did not come to its end, ClusterError where Ray would not be its own to kill."""
     if names_cluster():
         raise ClusterError("bench faults kills processes of a Ray of its own\n  do: unset RAY_ADDRESS")
-    began, trials = time.monotonic(), list[FaultTrial]()
+    began, runs = time.monotonic(), list[FaultyRun]()
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder, "server"), buckets=("data", "runs")) as server,
@@ -106,11 +106,11 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         whole = bench.finish(bench.start("whole"), "whole")
         clean_s = _training_s(proxy.passed)
         for fault in FAULTS:
-            trials.append(_with_fault(bench, fault, whole, clean_s))
-            say(told(trials[-1]))
+            runs.append(_with_fault(bench, fault, whole, clean_s))
+            say(told(runs[-1]))
         for number in range(num_kills):
-            trials.append(_with_kill(bench, number, whole, clean_s))
-            say(told(trials[-1]))
+            runs.append(_with_kill(bench, number, whole, clean_s))
+            say(told(runs[-1]))
     return FaultRecord(
         command=command,
         date=date.today().isoformat(),
@@ -119,29 +119,29 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         versions=environment.versions(),
         hardware=environment.hardware(),
         seconds_without_faults=round(clean_s, 3),
-        trials=tuple(trials),
+        runs=tuple(runs),
     )
 
 
-def told(trial: FaultTrial) -> str:
-    same = "the same bits" if trial.identical else "OTHER BITS"
-    median, p95 = np.percentile(trial.seconds_to_step, (50, 95)) if trial.seconds_to_step else (0.0, 0.0)
+def told(run: FaultyRun) -> str:
+    same = "the same bits" if run.identical else "OTHER BITS"
+    median, p95 = np.percentile(run.seconds_to_step, (50, 95)) if run.seconds_to_step else (0.0, 0.0)
     return (
-        f"{trial.fault}: {trial.recovered} of {trial.injected} recovered, to the next step {median:.1f} s (median), "
-        f"{p95:.1f} s (p95), goodput {trial.goodput:.2f}, {same}"
+        f"{run.fault}: {run.recovered} of {run.injected} recovered, to the next step {median:.1f} s (median), "
+        f"{p95:.1f} s (p95), goodput {run.goodput:.2f}, {same}"
     )
 
 
-def _with_fault(bench: _Bench, fault: str, whole: RunResult, clean_s: float) -> FaultTrial:
+def _with_fault(bench: _Bench, fault: str, whole: RunResult, clean_s: float) -> FaultyRun:
     proxy = bench.proxy
     proxy.passed.clear()
     proxy.faults, proxy.fail = (fault,), FAIL
     result = bench.finish(bench.start(fault), fault)
     proxy.fail = 0.0
-    return _trial(fault, [one.at for one in proxy.injected], proxy.passed, result, whole, clean_s)
+    return _measured(fault, [one.at for one in proxy.injected], proxy.passed, result, whole, clean_s)
 
 
-def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> FaultTrial:
+def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> FaultyRun:
     """A worker, the command or the controller is killed at a random step; the command is given again where it has to be."""
     proxy, chance, title = bench.proxy, random.Random(number), _KILLED[number % len(_KILLED)]
     proxy.passed.clear()
@@ -161,7 +161,7 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
     what = title.removeprefix("ray::") or "command"
     # A worker that has not noticed yet may commit once more: the next step is one of the next attempt.
     again = next((at for at in _times(proxy.passed, _ATTEMPT) if at > killed_at), None)
-    return _trial(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s, not_before=again or killed_at)
+    return _measured(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s, not_before=again or killed_at)
 
 
 def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -171,7 +171,7 @@ def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) 
         time.sleep(0.05)
 
 
-def _trial(
+def _measured(
     fault: str,
     times: Sequence[float],
     passed: Sequence[Passed],
@@ -179,11 +179,11 @@ def _trial(
     whole: RunResult,
     clean_s: float,
     not_before: float = 0.0,
-) -> FaultTrial:
+) -> FaultyRun:
     steps = _times(passed, _STEP)
     first = min(steps)  # before it the command starts, faults or not
     after = [(at, min((step for step in steps if step > max(at, not_before)), default=None)) for at in times if at > first]
-    return FaultTrial(
+    return FaultyRun(
         fault=fault,
         injected=len(times),
         recovered=len(times) if result.status == "finished" else 0,

@@ -58,7 +58,7 @@ def bench(
         check_commit({environment.commit() or "unknown"}, "bench faults")
         found = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
         _write(found)
-        return DONE if all(trial.identical for trial in found.trials) else SOME_FAILED
+        return DONE if all(run.identical for run in found.runs) else SOME_FAILED
     readme = Path("README.md")
     readme.write_text(with_tables(readme.read_text()))
     Lines().say(f"wrote {readme}")

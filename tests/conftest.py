@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,22 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
 
     with serving(tmp_path_factory.mktemp("s3") / "server", buckets=("data", "runs")) as server:
         yield server
+
+
+@contextmanager
+def reached_by(environment: dict[str, str]) -> Iterator[None]:
+    """This process reaches S3 so; fsspec keeps its connections by their arguments, of which we give none."""
+    from imgcls.s3 import S3
+
+    before = dict(os.environ)
+    os.environ.update(environment)
+    S3.clear_instance_cache()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        S3.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ class Proof(Record):
         return file_name(self.subject, self.hardware, self.date)
 
 
-class FaultTrial(Record):
+class FaultyRun(Record):
     """A run with one kind of fault."""
 
     fault: str
@@ -86,7 +86,7 @@ class FaultRecord(Record):
     hardware: dict[str, str]
     seconds_without_faults: float
     """From the first step to the last."""
-    trials: tuple[FaultTrial, ...]
+    runs: tuple[FaultyRun, ...]
 
     @property
     def file_name(self) -> str:
@@ -199,16 +199,17 @@ def _faults_table(found: tuple[Path, FaultRecord] | None) -> str:
     if found is None:
         return _rows(header, [("", "unmeasured", "", "", "", "", "")])
     path, record = found
-    groups = {trial.fault: [one for one in record.trials if one.fault == trial.fault] for trial in record.trials}
-    if kills := [trial for trial in record.trials if trial.fault.endswith(" killed")]:
-        groups["all kills"] = kills
+    groups: dict[str, list[FaultyRun]] = {}
+    for run in record.runs:
+        for group in (run.fault, "all kills") if run.fault.endswith(" killed") else (run.fault,):
+            groups.setdefault(group, []).append(run)
     rows = []
-    for fault, some in groups.items():
-        seconds = [value for trial in some for value in trial.seconds_to_step]
+    for fault, some in sorted(groups.items(), key=lambda item: item[0] == "all kills"):
+        seconds = [value for one in some for value in one.seconds_to_step]
         median, p95 = (f"{value:.1f} s" for value in np.percentile(seconds, (50, 95))) if seconds else ("", "")
-        same = f"{sum(trial.identical for trial in some)} of {len(some)} runs"
-        goodput = f"{statistics.median(trial.goodput for trial in some):.2f}"
-        counts = (str(sum(trial.injected for trial in some)), str(sum(trial.recovered for trial in some)))
+        same = f"{sum(one.identical for one in some)} of {len(some)} runs"
+        goodput = f"{statistics.median(one.goodput for one in some):.2f}"
+        counts = (str(sum(one.injected for one in some)), str(sum(one.recovered for one in some)))
         rows.append((fault, *counts, median, p95, goodput, same))
     about = f"twelve steps a run, each committed, together {record.seconds_without_faults:.1f} s without faults"
     return f"{_rows(header, rows)}\n\n{_told(path, record.command, about, record.hardware, record)}"

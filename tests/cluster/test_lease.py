@@ -1,4 +1,5 @@
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,11 @@ import pytest
 from cluster import lease
 from cluster.lease import Lease, holder_of, leases
 from imgcls import records, storage
-from imgcls.errors import LeaseError
+from imgcls.errors import LeaseError, StorageError
+from infra.processes import until
+from infra.s3.proxy import faulty
+from infra.s3.server import Server
+from tests.conftest import reached_by
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +84,38 @@ def test_of_several_that_create_an_object_one_succeeds(tmp_path: Path):
         thread.join()
     assert sorted(made) == [False] * 7 + [True]
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_storage_that_answers_no_more_is_told_once_and_gives_up_in_time(s3: Server, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    with (
+        faulty(s3.host, s3.port, faults=("hang",)) as proxy,
+        reached_by(s3.env(port=proxy.port)),
+        leases({"run": "s3://runs/gone"}, command="me", say=said.append) as held,
+    ):
+        proxy.fail = 1.0
+        until(lambda: bool(said), 10, "word of it")
+        held.check_answered()
+        proxy.fail = 0.0
+        until(lambda: len(said) == 2, 10, "word that it answers")
+        monkeypatch.setattr(lease, "GIVE_UP_S", 1.0)
+        proxy.fail = 1.0
+        until(lambda: len(said) == 3, 10, "word of it")
+        time.sleep(1)
+        with pytest.raises(StorageError, match="same command again"):
+            held.check_answered()
+        proxy.fail = 0.0
+    assert "lease.json cannot be read" in said[0]
+    assert said[1] == "storage answers again"
+
+
+def test_what_storage_does_not_answer_at_once_is_asked_again(tmp_path: Path):
+    answers = iter([StorageError("no"), StorageError("no"), "yes"])
+
+    def read() -> str:
+        answer = next(answers)
+        if isinstance(answer, StorageError):
+            raise answer
+        return answer
+
+    assert lease.when_answered(read) == "yes"

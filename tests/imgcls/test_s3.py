@@ -1,6 +1,5 @@
 """Objects on a real S3 server, and through a proxy that hands them on badly."""
 
-import os
 import random
 import socket
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,25 +15,9 @@ from imgcls import storage
 from imgcls.errors import MissingError, StorageError
 from infra.s3.proxy import FAULTS, Proxy, faulty
 from infra.s3.server import READER, Server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, reached_by
 
 BODY = random.Random(0).randbytes(300_000)
-
-
-@contextmanager
-def reached_by(environment: dict[str, str]) -> Iterator[None]:
-    """This process reaches S3 so; fsspec keeps its connections by their arguments, of which we give none."""
-    from imgcls.s3 import S3
-
-    before = dict(os.environ)
-    os.environ.update(environment)
-    S3.clear_instance_cache()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        S3.clear_instance_cache()
 
 
 @pytest.fixture

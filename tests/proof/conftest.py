@@ -27,6 +27,12 @@ def only_in_full(full: bool) -> None:
 
 
 @pytest.fixture(scope="session")
+def asked_for(full: bool, request: pytest.FixtureRequest) -> None:
+    if not full and not request.config.getoption("--kills"):
+        pytest.skip("make proof, or --kills N")
+
+
+@pytest.fixture(scope="session")
 def num_schedules(full: bool) -> int:
     return 10_000 if full else 300
 

@@ -13,7 +13,7 @@ from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, answers, table_row
-from imgcls.results.measurement import Measurement, Proof, Proved, measure, table_of
+from imgcls.results.measurement import FaultRecord, FaultyRun, Measurement, Proof, Proved, measure, table_of
 from imgcls.results.page import render
 from imgcls.results.statistics import accuracy_interval, difference_interval, paired_interval, seeds_interval
 
@@ -230,6 +230,34 @@ def test_a_table_of_numerics_compares_runs_that_followed_each_other(tmp_path: Pa
     record = Measurement(subject="numerics", claim="x", command="y", date="2026-01-01", seconds=1.0, runs=runs)
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
     assert "| 2 | 100 | 70 | 0.80 | 3 |" in table_of("numerics", tmp_path)
+
+
+def test_a_table_of_faults_has_a_row_a_kind_and_one_for_all_kills(tmp_path: Path):
+    def run(fault: str, injected: int, seconds: tuple[float, ...], goodput: float, *, identical: bool = True) -> FaultyRun:
+        return FaultyRun(
+            fault=fault, injected=injected, recovered=injected, seconds_to_step=seconds, goodput=goodput, identical=identical
+        )  # fmt: skip
+
+    versions, hardware = {"torch": "2"}, {"cpu": "x", "cpus": "2", "vectors": "AVX2"}
+    runs = (
+        run("503", 7, (0.5, 1.5), 0.5),
+        run("worker killed", 1, (4.0,), 0.2),
+        run("command killed", 1, (), 0.4, identical=False),
+        run("worker killed", 1, (8.0,), 0.3),
+    )
+    record = FaultRecord(
+        command="c", date="d", seconds=1.0, commit="c", versions=versions, hardware=hardware, seconds_without_faults=1.0,
+        runs=runs,
+    )  # fmt: skip
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    rows = table_of("faults", tmp_path).splitlines()[2:6]
+    assert rows == [
+        "| 503 | 7 | 7 | 1.0 s | 1.4 s | 0.50 | 1 of 1 runs |",
+        "| worker killed | 2 | 2 | 6.0 s | 7.8 s | 0.25 | 2 of 2 runs |",
+        "| command killed | 1 | 1 |  |  | 0.40 | 0 of 1 runs |",
+        "| all kills | 3 | 3 | 6.0 s | 7.8 s | 0.30 | 2 of 3 runs |",
+    ]
+    assert "unmeasured" in table_of("faults", tmp_path / "none")
 
 
 def test_a_table_of_proof_adds_up_what_was_tried(tmp_path: Path):
