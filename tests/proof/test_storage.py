@@ -49,6 +49,23 @@ def environment(s3: Server, proxy: Proxy, cache: Path) -> dict[str, str]:
     return {**s3.env(port=proxy.port), "RAY_ADDRESS": "", "IMGCLS_CACHE": str(cache)}
 
 
+def weights(name: str, s3: Server) -> str | None:
+    with reached_by(s3.env()):
+        return read(SuiteResults, f"s3://runs/{name}/results.json").runs[0].weights_sha256
+
+
+@pytest.fixture(scope="module")
+def whole(s3: Server, in_bucket: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    env = {**s3.env(), "RAY_ADDRESS": "", "IMGCLS_CACHE": str(folder)}
+    done = run_in(folder, "train", "scratch", *BUCKETS, "--id", "whole", *SMALL, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = weights("whole", s3)
+    assert found is not None
+    return found
+
+
 def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_secret_gets_out(
     asked_for: None, s3: Server, proxy: Proxy, packed: Path, tmp_path: Path, proved
 ):
@@ -105,23 +122,19 @@ def _all(url: str) -> Iterator[str]:
         yield from _all(storage.join(url, name))
 
 
-@pytest.mark.parametrize("request_of", [r"^PUT .*step-00000004/checkpoint", r"^GET .*cifar10/train-00000\.tar"])
+@pytest.mark.parametrize(
+    ("name", "request_of"),
+    [("checkpoint", r"^PUT .*step-00000004/checkpoint"), ("shard", r"^GET .*cifar10/train-00000\.tar")],
+)
 def test_a_request_that_is_never_answered_is_given_up_and_the_run_goes_on(
-    request_of: str, only_in_full: None, s3: Server, proxy: Proxy, tmp_path: Path, proved
+    name: str, request_of: str, only_in_full: None, s3: Server, proxy: Proxy, whole: str, tmp_path: Path, proved
 ):
     proxy.fail, proxy.faults, proxy.match, proxy.most = 1.0, ("hang",), request_of, 1
-    done = run_in(
-        tmp_path,
-        "train",
-        "scratch",
-        *BUCKETS,
-        "--id",
-        f"hang{abs(hash(request_of))}",
-        *SMALL,
-        env=environment(s3, proxy, tmp_path),
-    )
+    command = ("train", "scratch", *BUCKETS, "--id", f"hang-{name}", *SMALL)
+    done = run_in(tmp_path, *command, env=environment(s3, proxy, tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(proxy.injected) == 1
+    assert weights(f"hang-{name}", s3) == whole
     proved("one request that is never answered", request_of)
 
 
@@ -140,25 +153,42 @@ def test_a_checkpoint_that_can_never_be_written_ends_the_run_in_time_with_the_la
     proved("a checkpoint that is never answered", "the run ends, the last one is kept")
 
 
-def test_a_killed_command_goes_on_from_the_bucket(only_in_full: None, s3: Server, proxy: Proxy, tmp_path: Path, proved):
-    env = environment(s3, proxy, tmp_path)
-    command = ("train", "scratch", *BUCKETS, *SMALL)
-    whole = run_in(tmp_path, *command, "--id", "whole", env=env)
-    assert whole.returncode == 0, whole.stdout
+@contextmanager
+def running(name: str, steps: int, proxy: Proxy, folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`scratch` under this id, at the moment when so many steps are committed."""
     with subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *command[1:], "--id", "killed"],
-        cwd=tmp_path, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, start_new_session=True,
-    ) as running:  # fmt: skip
-        while not [one for one in proxy.passed if "killed" in one.request and "step-00000004/committed" in one.request]:
-            assert running.poll() is None
+        [sys.executable, "-m", "jobs.train", "scratch", *BUCKETS, "--id", name, *SMALL],
+        cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    ) as process:  # fmt: skip
+        marker = f"{name}/scratch-seed0/checkpoints/step-{steps:08d}/committed"
+        while not [one for one in proxy.passed if marker in one.request]:
+            assert process.poll() is None
             time.sleep(0.05)
-        os.kill(running.pid, signal.SIGKILL)
-    again = run_in(tmp_path, *command, "--id", "killed", env=env)
+        yield process
+
+
+def test_a_killed_command_goes_on_from_the_bucket(
+    only_in_full: None, s3: Server, proxy: Proxy, whole: str, tmp_path: Path, proved
+):
+    env = environment(s3, proxy, tmp_path)
+    with running("killed", 4, proxy, tmp_path, env) as process:
+        os.kill(process.pid, signal.SIGKILL)
+    again = run_in(tmp_path, "train", "scratch", *BUCKETS, *SMALL, "--id", "killed", env=env)
     assert again.returncode == 0, again.stdout + again.stderr
-    with reached_by(s3.env()):
-        same = [read(SuiteResults, f"s3://runs/{name}/results.json").runs[0].weights_sha256 for name in ("whole", "killed")]
-    assert same[0] == same[1]
+    assert weights("killed", s3) == whole
     proved("a killed command on S3", "goes on to the same bits")
+
+
+def test_an_outage_of_90_seconds_costs_time_alone(
+    only_in_full: None, s3: Server, proxy: Proxy, whole: str, tmp_path: Path, proved
+):
+    with running("outage", 4, proxy, tmp_path, environment(s3, proxy, tmp_path)) as process:
+        proxy.fail, proxy.faults = 1.0, ("hang",)
+        time.sleep(90)
+        proxy.fail = 0.0
+        assert process.wait(300) == 0
+    assert weights("outage", s3) == whole
+    proved("an outage of 90 s", "the same bits")
 
 
 @contextmanager
