@@ -92,6 +92,14 @@ def session(*, verbose: bool) -> Iterator[None]:
             ray.shutdown()
 
 
+def keep_credentials_here() -> None:
+    """Tune would put AWS keys into the runtime environment of its trials, which Ray logs and its dashboard shows."""
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+
+
 @contextmanager
 def _agents_end_with_us() -> Iterator[None]:
     """Ray's two agents end with this process even where it is killed: else they look for the rest of Ray for a minute.

@@ -121,6 +121,7 @@ def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placeme
         failed=lambda run, reason: record_failure(plan.configs[run], request.run_url(run), reason),
         view=view,
     )
+    session.keep_credentials_here()
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, state.command, placement))
     with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(

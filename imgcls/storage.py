@@ -249,7 +249,10 @@ def _names(url: str, kind: str) -> list[str]:
 
 
 def _listed(fs: Any, path: str) -> list[tuple[str, str]]:
-    return sorted((name_of(entry["name"]), entry["type"]) for entry in _do(fs, "ls", path, detail=True))
+    """(name, type) of each entry but the place itself, which a store may list where an object marks a folder."""
+    itself = path.rstrip("/")
+    entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _do(fs, "ls", path, detail=True)]
+    return sorted((name_of(name), kind) for name, kind in entries if name != itself)
 
 
 def delete(url: str) -> None:

@@ -49,6 +49,15 @@ def test_objects_are_written_read_listed_moved_and_deleted(url: str):
         storage.read_bytes(f"{url}/a/one")
 
 
+def test_an_object_that_marks_a_folder_is_not_in_it(url: str):
+    fs, path = storage._split(url)
+    fs.pipe_file(f"{path}/folder/", b"")
+    storage.write_bytes(f"{url}/folder/one", b"1")
+    assert (storage.files(f"{url}/folder"), storage.folders(url)) == (["one"], ["folder"])
+    storage.delete(f"{url}/folder/one")
+    assert storage.files(f"{url}/folder") == []
+
+
 def test_what_another_process_wrote_is_seen_at_once(url: str):
     assert storage.files(url) == []
     code = f"from imgcls import storage; storage.write_bytes('{url}/new', b'1')"
