@@ -38,13 +38,19 @@ R = TypeVar("R", bound=Record)
 
 
 def read(kind: type[R], url: str) -> R:
-    """What `write` put there. Raises DataError where a byte of it is another."""
-    return _opened(kind, storage.read_bytes(url), url)
+    """What `write` put there. Raises DataError where a byte of it is another, in two copies that were fetched."""
+    try:
+        return _opened(kind, storage.read_bytes(url), url)
+    except DataError:
+        return _opened(kind, storage.read_bytes(url), url)
 
 
 def read_if_there(kind: type[R], url: str) -> R | None:
     data = storage.read_bytes_if_there(url)
-    return None if data is None else _opened(kind, data, url)
+    try:
+        return None if data is None else _opened(kind, data, url)
+    except DataError:
+        return read(kind, url)
 
 
 def write(record: Record, url: str) -> None:

@@ -4,6 +4,7 @@ Whole objects only. A write is whole or absent; a file on a disk is put in place
 tried again, with jitter, until its deadline, and counted in `traffic`.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -211,7 +212,10 @@ def _write(fs: Any, path: str, data: bytes, **options: Any) -> None:
 
 
 def _write_file(path: Path, data: bytes, *, new: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which says of `path` itself that it is there
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

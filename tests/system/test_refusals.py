@@ -70,7 +70,7 @@ def test_damaged_data_are_named(run_command: Command, packed: Path, tmp_path: Pa
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     else:
         (copy / "manifest.json").write_text(json.dumps({"format": 1}))
-    says = "manifest.json is not a Manifest" if harm == "manifest" else "train-00000.tar"
+    says = "manifest.json is damaged" if harm == "manifest" else "train-00000.tar"
     refused(run_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
 
 
