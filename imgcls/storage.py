@@ -6,7 +6,9 @@ tried again, with jitter, until its deadline, and counted in `traffic`.
 
 import errno
 import hashlib
+import math
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -29,8 +31,8 @@ fsspec.register_implementation("s3", "imgcls.s3.S3", clobber=True)
 
 DEADLINE_S = 60.0
 """For an operation over a network, all its attempts together; and a second more for every MiB that it carries."""
-PREFLIGHT_S = 10.0
-"""For all places that a command looks at before it begins."""
+PREFLIGHT_S, PREFLIGHT_REQUEST_S = 10.0, 2.0
+"""For all places that a command looks at before it begins; for one request of it, which is then made again."""
 DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Errors that another try would not change."""
 
@@ -52,18 +54,23 @@ def deadline_s(num_bytes: int = 0) -> float:
 
 traffic = Traffic()
 _until: ContextVar[float | None] = ContextVar("until", default=None)
+_request_s: ContextVar[float] = ContextVar("request_s", default=math.inf)
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """All operations inside share this deadline, or that of a `within` around it where it comes first."""
+def within(seconds: float, *, request_s: float = math.inf) -> Iterator[None]:
+    """All operations inside share this deadline, or that of a `within` around it where it comes first.
+
+    request_s: a request that takes longer is made again.
+    """
     outer = _until.get()
     until = time.monotonic() + seconds
-    token = _until.set(until if outer is None else min(until, outer))
+    tokens = _until.set(until if outer is None else min(until, outer)), _request_s.set(request_s)
     try:
         yield
     finally:
-        _until.reset(token)
+        _until.reset(tokens[0])
+        _request_s.reset(tokens[1])
 
 
 def _split(url: str) -> tuple[Any, str]:
@@ -92,7 +99,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
 
     def once() -> Any:
         traffic.requests += 1
-        left = max(0.1, began + limit - time.monotonic())
+        left = min(max(0.1, began + limit - time.monotonic()), _request_s.get())
         return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=left, **options)
 
     def again(state: RetryCallState) -> None:
@@ -240,22 +247,22 @@ def files(url: str) -> list[str]:
 def _names(url: str, kind: str) -> list[str]:
     fs, path = _split(url)
     with _told("listed", url):
-        try:
-            found = _listed(fs, path)
-            # A listing that came over a network has no checksum: two that agree are believed.
-            while isinstance(fs, AsyncFileSystem) and (again := _listed(fs, path)) != found:
-                found = again
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if error.__cause__ is not None:  # the store's own answer: there is no such bucket
-                raise
-            return []
+        found = _listed(fs, path)
+        # A listing that came over a network has no checksum: two that agree are believed.
+        while isinstance(fs, AsyncFileSystem) and (again := _listed(fs, path)) != found:
+            found = again
     return [name for name, its_kind in found if its_kind == kind]
 
 
 def _listed(fs: Any, path: str) -> list[tuple[str, str]]:
     """(name, type) of each entry but the place itself, which a store may list where an object marks a folder."""
     itself = path.rstrip("/")
-    entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _do(fs, "ls", path, detail=True)]
+    try:
+        entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _do(fs, "ls", path, detail=True)]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.__cause__ is not None:  # the store's own answer: there is no such bucket
+            raise
+        return []
     return sorted((name_of(name), kind) for name, kind in entries if name != itself)
 
 
@@ -291,7 +298,7 @@ def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> No
 
     Raises StorageError within `PREFLIGHT_S`, whatever is wrong.
     """
-    with within(PREFLIGHT_S):
+    with within(PREFLIGHT_S, request_s=PREFLIGHT_REQUEST_S):
         for url in reads:
             _check_place(url, writes=False)
         for url in writes:
@@ -299,13 +306,16 @@ def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> No
 
 
 def _check_place(url: str, *, writes: bool) -> None:
-    probe = join(url, f".probe-{os.getpid()}")
+    probe = join(url, f".probe-{secrets.token_hex(8)}")
     try:
-        folders(url)
+        fs, path = _split(url)
+        with _told("listed", url):
+            _listed(fs, path)
         if writes and (not create_bytes(probe, b"one") or create_bytes(probe, b"two")):
             raise StorageError(f"{url}: an object that is there can be created again: leases would not hold")
         if writes:
-            delete(probe)
+            with _told("deleted", url):
+                _do(fs, "rm_file", _split(probe)[1])
     except StorageError as error:
         told = str(error).replace(probe, url)
         remedy = f"name a place that can be {'written' if writes else 'read'}"

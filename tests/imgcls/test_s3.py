@@ -167,6 +167,13 @@ def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, sile
         storage.check_places(reads=["s3://runs/x"])
 
 
+def test_a_place_where_one_request_in_five_stalls_is_not_refused(url: str, proxied: Proxy):
+    proxied.faults, proxied.fail, proxied.most = ("stall",), 0.2, None
+    for _ in range(2):
+        storage.check_places(reads=[url], writes=[url])
+    assert proxied.injected
+
+
 def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
     from imgcls.s3 import S3
 
