@@ -48,9 +48,7 @@ def begin(run_url: str, *, command: str, host: str, pid: int) -> int:
 
 def end(run_url: str, number: int, ending: Ending, *, rank: int) -> None:
     """How the attempt ended is on record. A preemption that was told stays: what comes after it is its consequence."""
-    url = storage.join(_url(run_url, number), f"rank-{rank}.json")
-    if not storage.exists(url):
-        records.write(ending, url)
+    storage.create_bytes(storage.join(_url(run_url, number), f"rank-{rank}.json"), records.sealed(ending))
 
 
 def last_trace(run_url: str) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import assert_never
 
+from imgcls.errors import STORAGE_FAILED
+
 
 class Status(Enum):
     OPEN = "open"
@@ -170,7 +172,7 @@ def _at_begin(state: State, seen: Seen) -> Action:
     mine = [one for one in seen.attempts if one.command == state.command]
     if seen.result is not None or seen.holder != state.command or (mine and mine[-1].end is End.REFUSED):
         return Leave()
-    crashes = Counter((one.error, one.step) for one in mine if one.end is End.CRASHED)
+    crashes = Counter((one.error, one.step) for one in mine if one.end is End.CRASHED and not _of_storage(one))
     for (error, step), times in crashes.items():
         if times > 1:
             return Stop(f"the same exception twice at step {step}, which another try would not change: {error}")
@@ -179,6 +181,11 @@ def _at_begin(state: State, seen: Seen) -> Action:
         told = failures[-1].error or "a worker died without a word; the node's logs may say why"
         return Stop(f"failed {len(failures)} times, --max-failures is {state.max_failures}; at last: {told}")
     return GoOn()
+
+
+def _of_storage(attempt: Attempt) -> bool:
+    """It may answer another time: counted, and no bug however often."""
+    return attempt.error.startswith(STORAGE_FAILED)
 
 
 def _at_end(state: State, run: str, seen: Seen) -> tuple[State, Action]:

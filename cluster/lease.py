@@ -53,27 +53,28 @@ class Leases:
         self._answered_s, self._error = time.monotonic(), ""
 
     def renew(self) -> None:
+        """Each lease by itself: one that cannot be read or written leaves the others alone."""
         self._renewals += 1
-        try:
-            with storage.within(LAPSE_S / 2):
-                for run, run_url in self.run_urls.items():
-                    self._renew(run, run_url)
-        except ImgclsError as error:
+        errors = [self._renew(run, run_url) for run, run_url in self.run_urls.items() if run not in self.lost]
+        if errors and all(errors):
             if not self._error:
-                self.say(f"storage: {error}; tried again for {GIVE_UP_S / 60:.0f} min")
-            self._error = str(error)
+                self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
+            self._error = str(errors[0])
             return
         if self._error:
             self.say("storage answers again")
         self._answered_s, self._error = time.monotonic(), ""
 
-    def _renew(self, run: str, run_url: str) -> None:
-        if run in self.lost:
-            return
-        if holder_of(run_url) == self.command:
-            records.write(_lease(self.command, self._renewals), _url(run_url))
-        else:
-            self.lost.add(run)
+    def _renew(self, run: str, run_url: str) -> ImgclsError | None:
+        try:
+            with storage.within(LAPSE_S / 3):
+                if holder_of(run_url) == self.command:
+                    records.write(_lease(self.command, self._renewals), _url(run_url))
+                else:
+                    self.lost.add(run)
+        except ImgclsError as error:
+            return error
+        return None
 
     def check_answered(self) -> None:
         """Raises StorageError where storage has not answered for too long."""
@@ -84,10 +85,11 @@ class Leases:
             )
 
     def release(self) -> None:
-        with suppress(ImgclsError), storage.within(LAPSE_S / 2):  # else they lapse
+        with storage.within(LAPSE_S / 2):
             for run_url in self.run_urls.values():
-                if holder_of(run_url) == self.command:
-                    storage.delete(_url(run_url))
+                with suppress(ImgclsError):  # then it lapses
+                    if holder_of(run_url) == self.command:
+                        storage.delete(_url(run_url))
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.hang_timeout_s)
-    known = 0
+    known, outages = 0, 0
     while True:
         try:
             return _train(given, {"assignment": text, "started_s": time.time()})
@@ -89,6 +89,9 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
                 known = len(before)
                 continue  # Train counted what the other ranks made of it
             rank, cause = cause_of(error)
+            if isinstance(action, GoOn) and isinstance(cause, StorageError) and outages < given.max_failures:
+                outages += 1
+                continue  # Train counted attempts that had no storage to begin with
             last = str(cause).strip().splitlines()[-1:]
             reason = action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last])
             return given.fail(reason)
@@ -220,11 +223,12 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self._stop_watching.wait(0.5):
             if not self.leaving and self.notice.preemption_info is not None:
-                self.preempted()
                 self.leaving = True
+                with suppress(ImgclsError), storage.within(RENEW_S):
+                    self.preempted()
             if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
                 self._looked_s = time.monotonic()
-                with suppress(StorageError):
+                with suppress(ImgclsError), storage.within(RENEW_S):
                     self.lost = holder_of(self.given.run_url) != self.given.command
             # The rank that hangs is named before those that wait for it give up.
             began_s, limit_s = self.heartbeat.began_s, 0.9 * self.given.hang_timeout_s
@@ -232,9 +236,13 @@ class _Watch(threading.Thread):
                 self._end_hung(f"hung: no batch has begun for {limit_s:g} s")
 
     def _end_hung(self, error: str) -> None:
-        """Ends this process, for Train to begin again; unless it waits for other ranks, which has a limit of its own."""
+        """Ends this process, for Train to begin again; unless it waits for other ranks or for a bucket.
+
+        These have limits of their own.
+        """
         stack = traceback.extract_stack(sys._current_frames()[self.watched])
-        if any("/torch/distributed/" in frame.filename for frame in stack):
+        waits = ("/torch/distributed/", "/fsspec/asyn.py", "/concurrent/futures/")
+        if any(one in frame.filename for frame in stack for one in waits):
             return
         trace = "".join(traceback.format_list(stack))
         telling = threading.Thread(target=self.hung, args=(error, self.heartbeat.step, trace), daemon=True)
@@ -307,7 +315,7 @@ def record_failure(config: RunConfig, run_url: str, reason: str) -> None:
     log = storage.read_bytes_if_there(storage.join(run_url, "log.txt")) or b""
     told = [*log.decode(errors="replace").splitlines(), *attempts.last_trace(run_url).splitlines()]
     tail = tuple(told[-LOG_TAIL_LINES:])
-    records.write(RunResult.of(config, status="failed", error=reason, log_tail=tail), url)
+    storage.create_bytes(url, records.sealed(RunResult.of(config, status="failed", error=reason, log_tail=tail)))
 
 
 def cause_of(error: Exception) -> tuple[int, Exception]:

@@ -41,6 +41,10 @@ class MissingError(StorageError):
     pass
 
 
+STORAGE_FAILED = f"{StorageError.__name__}: "
+"""So begins, in an attempt's record, an end that another try may not meet."""
+
+
 class CheckpointError(ImgclsError):
     pass
 

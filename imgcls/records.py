@@ -4,7 +4,6 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.suite`; read by whoever needs a fact that another process found.
 """
 
-import json
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,22 +56,23 @@ def write(record: Record, url: str) -> None:
     storage.write_bytes(url, sealed(record))
 
 
+_SEAL = b',\n "record_sha256": "'
+
+
 def sealed(record: Record) -> bytes:
     """Its JSON, with a last field `record_sha256`: of the JSON without it."""
-    text = record.model_dump_json(indent=1)
-    return f'{text[:-2]},\n "record_sha256": "{storage.sha256(text.encode())}"\n}}\n'.encode()
+    text = record.model_dump_json(indent=1).encode()
+    return text[:-2] + _SEAL + storage.sha256(text).encode() + b'"\n}\n'
 
 
 def _opened(kind: type[R], data: bytes, url: str) -> R:
-    try:
-        content = json.loads(data)
-        content.pop("record_sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again") from None
-    record = kind.from_bytes(json.dumps(content).encode(), where=url)
-    if sealed(record) != data:
+    head, seal, tail = data.rpartition(_SEAL)
+    if not seal:
+        raise DataError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again")
+    text = head + b"\n}"
+    if tail != storage.sha256(text).encode() + b'"\n}\n':
         raise DataError(f"{url} was altered: its SHA-256 is another\n  do: bring it back, or make it again")
-    return record
+    return kind.from_bytes(text, where=url)
 
 
 class Shard(Record):
@@ -230,7 +230,7 @@ class RunResult(Record):
     images_per_s: float | None = None
     """Training samples per second, augmentation and steps, without validation."""
     storage: dict[str, float] = {}
-    """What went over a network: requests, retries, bytes and seconds waited, of all ranks and attempts."""
+    """What went over a network (`imgcls.storage.Traffic`): of all ranks, and of rank 0's earlier attempts."""
     checkpoint: str | None = None
     weights_sha256: str | None = None
     """Of the last step's state_dict."""

@@ -30,11 +30,21 @@ class S3(S3FileSystem):
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
 
-    async def _pipe_file(self, path: str, data: bytes, *arguments: Any, mode: str = "overwrite", **options: Any) -> Any:
+    async def _pipe_file(
+        self,
+        path: str,
+        data: bytes,
+        chunksize: int | None = None,
+        max_concurrency: int | None = None,
+        mode: str = "overwrite",
+        **options: Any,
+    ) -> Any:
+        """In one PUT, whatever the size: then the store keeps a checksum, and every GET compares it."""
         try:
-            # In one PUT, whatever its size: then the store keeps a checksum, and every GET compares it.
-            return await super()._pipe_file(path, data, max(1, len(data)), *arguments[1:], mode=mode, **options)
+            return await super()._pipe_file(path, data, max(1, len(data)), 1, mode, **options)
         except OSError as error:
-            if mode == "create" and error.errno == errno.EINVAL:  # what s3fs makes of 412 without a `Condition`
+            # What s3fs makes of a 412 without a `Condition`, and of much else.
+            answer = getattr(error.__cause__, "response", {})
+            if error.errno == errno.EINVAL and answer.get("Error", {}).get("Code") == "PreconditionFailed":
                 raise FileExistsError(errno.EEXIST, "exists already", path) from None
             raise

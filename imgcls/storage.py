@@ -11,11 +11,13 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,15 @@ from tenacity import RetryCallState, Retrying, retry_if_not_exception_type, stop
 
 from imgcls.errors import DataError, MissingError, StorageError
 
-fsspec.register_implementation("s3", "imgcls.s3.S3", clobber=True)
+for scheme in ("s3", "s3a"):
+    fsspec.register_implementation(scheme, "imgcls.s3.S3", clobber=True)
 
 DEADLINE_S = 60.0
-"""For an operation over a network, all its attempts together; and a second more for every MiB that it carries."""
+"""For an operation over a network, all its requests together; and a second more for every MiB that it carries."""
+REQUEST_S = 20.0
+"""For one request, and as much more; then it is made again."""
 PREFLIGHT_S, PREFLIGHT_REQUEST_S = 10.0, 2.0
-"""For all places that a command looks at before it begins; for one request of it, which is then made again."""
+"""The same for all places that a command looks at before it begins."""
 DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Errors that another try would not change."""
 
@@ -46,23 +51,26 @@ class Traffic:
     bytes_read: int = 0
     bytes_written: int = 0
     waited_s: float = 0.0
+    """In requests and between them; of all threads together."""
+
+    def add(self, **amounts: float) -> None:
+        with _counting:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
 
 
 def deadline_s(num_bytes: int = 0) -> float:
     return DEADLINE_S + num_bytes / (1 << 20)
 
 
-traffic = Traffic()
+traffic, _counting = Traffic(), threading.Lock()
 _until: ContextVar[float | None] = ContextVar("until", default=None)
-_request_s: ContextVar[float] = ContextVar("request_s", default=math.inf)
+_request_s: ContextVar[float] = ContextVar("request_s", default=REQUEST_S)
 
 
 @contextmanager
-def within(seconds: float, *, request_s: float = math.inf) -> Iterator[None]:
-    """All operations inside share this deadline, or that of a `within` around it where it comes first.
-
-    request_s: a request that takes longer is made again.
-    """
+def within(seconds: float, *, request_s: float = REQUEST_S) -> Iterator[None]:
+    """All operations inside share this deadline, or that of a `within` around it where it comes first."""
     outer = _until.get()
     until = time.monotonic() + seconds
     tokens = _until.set(until if outer is None else min(until, outer)), _request_s.set(request_s)
@@ -95,15 +103,17 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     if not isinstance(fs, AsyncFileSystem):
         return getattr(fs, operation)(path, *arguments, **options)
     began, until = time.monotonic(), _until.get()
-    limit = until - began if until is not None else deadline_s(num_bytes)
+    limit = max(0.0, until - began) if until is not None else deadline_s(num_bytes)
+    # The third has all the time that is left: what is slow by itself comes through too.
+    limits_s = chain([_request_s.get() + num_bytes / (1 << 20)] * 2, repeat(math.inf))
 
     def once() -> Any:
-        traffic.requests += 1
-        left = min(max(0.1, began + limit - time.monotonic()), _request_s.get())
-        return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=left, **options)
+        traffic.add(requests=1)
+        timeout_s = min(max(0.1, began + limit - time.monotonic()), next(limits_s))
+        return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=timeout_s, **options)
 
     def again(state: RetryCallState) -> None:
-        traffic.retries += 1
+        traffic.add(retries=1)
 
     trying = Retrying(
         stop=stop_before_delay(limit),
@@ -117,7 +127,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     except FSTimeoutError:
         raise TimeoutError(f"no answer within {limit:.0f} s") from None
     finally:
-        traffic.waited_s += time.monotonic() - began
+        traffic.add(waited_s=time.monotonic() - began)
 
 
 def join(url: str, *names: str) -> str:
@@ -168,7 +178,7 @@ def read_bytes_if_there(url: str) -> bytes | None:
 def _read(fs: Any, path: str, num_bytes: int = 0) -> bytes:
     data = _do(fs, "cat_file", path, num_bytes=num_bytes)
     if isinstance(fs, AsyncFileSystem):
-        traffic.bytes_read += len(data)
+        traffic.add(bytes_read=len(data))
     return data
 
 
@@ -183,6 +193,12 @@ def read_checked(url: str, *, num_bytes: int, digest: str) -> bytes:
     if found[0] != num_bytes:
         raise DataError(f"{url} has {found[0]:,} bytes, {num_bytes:,} were written; read twice")
     raise DataError(f"{url}: SHA-256 is {found[1][:12]}.., {digest[:12]}.. was written; read twice")
+
+
+def num_bytes_of(url: str) -> int:
+    fs, path = _split(url)
+    with _told("read", url):
+        return int(_do(fs, "info", path)["size"])
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -215,7 +231,7 @@ def create_bytes(url: str, data: bytes) -> bool:
 def _write(fs: Any, path: str, data: bytes, **options: Any) -> None:
     _do(fs, "pipe_file", path, data, num_bytes=len(data), **options)
     if isinstance(fs, AsyncFileSystem):
-        traffic.bytes_written += len(data)
+        traffic.add(bytes_written=len(data))
 
 
 def _write_file(path: Path, data: bytes, *, new: bool = False) -> None:
@@ -248,9 +264,6 @@ def _names(url: str, kind: str) -> list[str]:
     fs, path = _split(url)
     with _told("listed", url):
         found = _listed(fs, path)
-        # A listing that came over a network has no checksum: two that agree are believed.
-        while isinstance(fs, AsyncFileSystem) and (again := _listed(fs, path)) != found:
-            found = again
     return [name for name, its_kind in found if its_kind == kind]
 
 
@@ -258,7 +271,7 @@ def _listed(fs: Any, path: str) -> list[tuple[str, str]]:
     """(name, type) of each entry but the place itself, which a store may list where an object marks a folder."""
     itself = path.rstrip("/")
     try:
-        entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _do(fs, "ls", path, detail=True)]
+        entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _agreed(fs, "ls", path, detail=True)]
     except (FileNotFoundError, NotADirectoryError) as error:
         if error.__cause__ is not None:  # the store's own answer: there is no such bucket
             raise
@@ -266,11 +279,24 @@ def _listed(fs: Any, path: str) -> list[tuple[str, str]]:
     return sorted((name_of(name), kind) for name, kind in entries if name != itself)
 
 
+def _agreed(fs: Any, operation: str, path: str, **options: Any) -> Any:
+    """A listing that came over a network has no checksum: two that follow each other and agree are believed."""
+    found = _do(fs, operation, path, **options)
+    while isinstance(fs, AsyncFileSystem) and (again := _do(fs, operation, path, **options)) != found:
+        found = again
+    return found
+
+
 def delete(url: str) -> None:
     """The file or folder is gone; it may have been gone before."""
     fs, path = _split(url)
     with _told("deleted", url), suppress(FileNotFoundError):
-        _do(fs, "rm", path, recursive=True)
+        if not isinstance(fs, AsyncFileSystem):
+            fs.rm(path, recursive=True)
+            return
+        # One by one: s3fs would read a `[` as a pattern, and not hear what a deletion of many at once could not delete.
+        for name in _agreed(fs, "find", path):
+            _do(fs, "rm_file", name)
 
 
 def move(url: str, to: str) -> None:

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -52,36 +52,56 @@ class _Bench:
     folder: Path
     server: Server
     proxy: Proxy
+    say: Callable[[str], None]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         words = ("train", "regularized", "--data", "s3://data/packed", "--storage", "s3://runs", "--id", name, *TWELVE_STEPS)
         return self._command(*words, IMGCLS_CACHE=str(self.folder / f"cache-{name}"))
 
-    def finish(self, process: subprocess.Popen[bytes], name: str) -> RunResult:
-        """The run's result when the command has ended, read past the proxy."""
-        self._end(process, name)
+    def finish(self, process: subprocess.Popen[bytes], name: str) -> RunResult | None:
+        """The run's result when the command has ended, read past the proxy; None where it failed, which is said."""
+        try:
+            code = process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            code = "none"
+            os.killpg(process.pid, signal.SIGKILL)
+        if code != 0:
+            self.say(f"{name}: exit code {code}\n{(self.folder / 'said.txt').read_text()[-2000:]}")
+            return None
         with _environment(self.server.env()):
             return records.read(RunResult, f"s3://runs/{name}/{RUN}/result.json")
 
     def _command(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
         with (self.folder / "said.txt").open("ab") as said:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", f"jobs.{words[0]}", *words[1:]],
-                env={**os.environ, **self.server.env(port=self.proxy.port), **env},
+                env={**_without_aws(), **self.server.env(port=self.proxy.port), **env},
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
             )
+        self.started.append(process)
+        return process
 
-    def _end(self, process: subprocess.Popen[bytes], name: str) -> None:
-        if process.wait(_LIMIT_S) != 0:
-            said = (self.folder / "said.txt").read_text()[-2000:]
-            raise StorageError(f"bench faults, {name}: exit code {process.returncode}\n{said}")
+    def end(self) -> None:
+        """Nothing that was started is left."""
+        for process in self.started:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _without_aws() -> dict[str, str]:
+    """Nothing of the caller's leads past the proxy."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
 
 
 @contextmanager
 def _environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
+    before, settings = dict(os.environ), {**_without_aws(), **settings}
+    os.environ.clear()
     os.environ.update(settings)
     try:
         yield
@@ -99,11 +119,15 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder, "server"), buckets=("data", "runs")) as server,
         faulty(server.host, server.port) as proxy,
+        ExitStack() as ends,
     ):
-        bench = _Bench(Path(folder), server, proxy)
+        bench = _Bench(Path(folder), server, proxy, say)
+        ends.callback(bench.end)
         with _environment(server.env()):
             pack(synthetic_source("cifar10", 300), "s3://data/packed/cifar10", name="cifar10")
         whole = bench.finish(bench.start("whole"), "whole")
+        if whole is None:
+            raise StorageError("bench faults: the run without faults failed")
         clean_s = _training_s(proxy.passed)
         for fault in FAULTS:
             runs.append(_with_fault(bench, fault, whole, clean_s))
@@ -150,7 +174,10 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
     process = bench.start(name)
     _wait_for_steps(proxy, chance.randrange(1, 11), process)
     time.sleep(chance.uniform(0, 0.1))
-    victim = next(pid for pid in descendants(process.pid) if title_of(pid).startswith(title)) if title else process.pid
+    victims = [pid for pid in descendants(process.pid) if title_of(pid).startswith(title)] if title else [process.pid]
+    if not victims:
+        raise StorageError(f"bench faults, {name}: no {title} to be killed")
+    victim = victims[0]
     os.kill(victim, signal.SIGKILL)
     killed_at = time.time()
     if not title:
@@ -165,8 +192,9 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
 
 
 def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + _LIMIT_S
     while len(_times(proxy.passed, _STEP)) < count:
-        if process.poll() is not None:
+        if process.poll() is not None or time.monotonic() > until:
             raise StorageError(f"bench faults: the command ended before {count} steps")
         time.sleep(0.05)
 
@@ -175,18 +203,20 @@ def _measured(
     fault: str,
     times: Sequence[float],
     passed: Sequence[Passed],
-    result: RunResult,
+    result: RunResult | None,
     whole: RunResult,
     clean_s: float,
     not_before: float = 0.0,
 ) -> FaultyRun:
+    if result is None:
+        return FaultyRun(fault=fault, injected=len(times), recovered=0, seconds_to_step=(), goodput=0.0, identical=False)
     steps = _times(passed, _STEP)
     first = min(steps)  # before it the command starts, faults or not
     after = [(at, min((step for step in steps if step > max(at, not_before)), default=None)) for at in times if at > first]
     return FaultyRun(
         fault=fault,
         injected=len(times),
-        recovered=len(times) if result.status == "finished" else 0,
+        recovered=len(times),
         seconds_to_step=tuple(round(step - at, 3) for at, step in after if step is not None),
         goodput=round(clean_s / _training_s(passed), 3),
         identical=(result.weights_sha256, result.history_sha256, result.model_sha256)

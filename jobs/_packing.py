@@ -46,7 +46,6 @@ def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Mani
     """The packed set, with what was noticed on the way said."""
     lines = Lines(synthetic=source.synthetic)
     set_url = storage.join(to, dataset)
-    storage.check_places(writes=[set_url])
     replaces = storage.exists(shards.manifest_url(set_url))
     with bar(lines, f"packing {dataset}") as progress:
         manifest = shards.pack(source, set_url, name=dataset, max_bad=max_bad, progress=progress)

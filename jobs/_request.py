@@ -129,7 +129,8 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         retry_failed=flags.retry_failed,
         verbose=flags.verbose,
     )
-    storage.check_places(reads=[request.data_url], writes=[request.storage_url])
+    source = [storage.absolute(flags.init_from)] if flags.init_from else []
+    storage.check_places(reads=[request.data_url, *source], writes=[request.storage_url])
     plan = make_plan(request)
     lines = Lines(synthetic=plan.synthetic)
     for note in plan.notes:

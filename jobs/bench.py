@@ -49,6 +49,7 @@ def bench(
     if what == "record":
         if not id:
             raise RecipeError("bench record needs the ID of a suite, as quick")
+        storage.check_places(reads=[storage_url])
         return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
     if what == "numerics":
         return _write(_compare_numerics(data, repeats))

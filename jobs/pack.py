@@ -43,6 +43,7 @@ def pack(
     if dataset is None:
         raise RecipeError("name a DATASET, as imagenette, or check one with --verify URL")
     checked_name(dataset, "DATASET")
+    storage.check_places(writes=[to])
     if source == "synthetic":
         if num_samples < 100:
             raise RecipeError(f"--num-samples {num_samples}: 100 or more")

@@ -26,7 +26,7 @@ def report(
     from cluster.suite import publish
 
     suite_url = storage.join(storage_url, checked_name(id, "ID"))
-    storage.check_places(reads=[storage_url])
+    storage.check_places(writes=[storage_url])
     if not storage.exists(storage.join(suite_url, "suite.json")):
         there = ", ".join(storage.folders(storage_url)) or "nothing"
         raise StorageError(f"{suite_url} holds no suite: no suite.json\n  do: name one of what is there: {there}")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import tyro
 
+from imgcls import storage
 from jobs._door import enter
 from jobs._packing import pack_what_is_missing
 from jobs._request import Flags, carry_out, chosen
@@ -26,6 +27,7 @@ def suite(
     names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
     flags, changed = chosen(flags, names)
     if pack:
+        storage.check_places(writes=[storage.absolute(flags.data)])
         flags = pack_what_is_missing(flags, changed)
     return carry_out(flags, changed, num_seeds=num_seeds)
 

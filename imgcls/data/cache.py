@@ -125,10 +125,11 @@ def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
     except DataError as error:
         say(f"{error}; it is built again")
         return False
-    whole = meta == _meta(folder)
-    if not whole:
-        say(f"{folder}: bytes differ from meta.json; the cache is built again")
-    return whole
+    with suppress(FileNotFoundError):
+        if meta == _meta(folder):
+            return True
+    say(f"{folder}: bytes differ from meta.json; the cache is built again")
+    return False
 
 
 def _meta(folder: Path) -> CacheMeta:
@@ -153,6 +154,8 @@ def _shard_of_node(set_url: str, shard: Shard) -> bytes:
     with FileLock(f"{file}.lock"):
         with suppress(StorageError, DataError):
             return storage.read_checked(str(file), num_bytes=shard.num_bytes, digest=shard.sha256)
+        for left in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
+            left.unlink()
         data = fetch_shard(set_url, shard)
         storage.write_bytes(str(file), data)
     return data

@@ -8,6 +8,7 @@ The same store with and without Ray; rank 0 writes, all ranks read.
 
 import io
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ class CheckpointStore(CheckpointIO):
             under_way.result()
 
     def teardown(self) -> None:
-        self.wait()
+        with suppress(StorageError):  # told by `wait` before, or hiding what ended the training
+            self.wait()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -132,7 +134,7 @@ class CheckpointStore(CheckpointIO):
 def _put(url: str, data: bytes, facts: Facts) -> None:
     target = storage.join(url, "checkpoint.ckpt")
     marker = Committed(num_bytes=len(data), sha256=storage.sha256(data), **facts.model_dump())
-    with storage.within(storage.deadline_s(len(data))):
+    with storage.within(storage.deadline_s(2 * len(data))):  # there and back
         storage.write_bytes(target, data)
         try:
             storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
@@ -185,12 +187,11 @@ def find_model(checkpoint: str) -> FoundModel:
         raise CheckpointError(
             f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
         )
+    elif storage.files(url) or storage.folders(url):
+        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint")
     elif not storage.exists(url):
         raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
-    try:
-        return FoundModel(url, load_model(url))
-    except StorageError:
-        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
+    return FoundModel(url, load_model(url))
 
 
 def _from_committed(url: str) -> Model:

@@ -8,6 +8,8 @@ import base64
 import time
 import traceback
 import warnings
+from contextlib import suppress
+from dataclasses import asdict
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,7 +23,7 @@ from imgcls.data.cache import Cache, open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, split_ids
-from imgcls.errors import CheckpointError, DataError, ImgclsError, LeaseError, NumericsError, StorageError
+from imgcls.errors import STORAGE_FAILED, CheckpointError, DataError, ImgclsError, LeaseError, NumericsError, StorageError
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
 from imgcls.records import Example, Keeping, LineageEntry, Manifest, RunConfig, RunResult, Scores
@@ -57,7 +59,8 @@ def fit(
         with environment.threads(1 if config.recipe.numerics == "elastic" else None):
             return fitting.run()
     except StorageError as error:
-        world.crashed(f"StorageError: {error}", fitting.step, "")
+        with suppress(StorageError), storage.within(storage.PREFLIGHT_S):  # it may be what does not answer
+            world.crashed(f"{STORAGE_FAILED}{error}", fitting.step, "")
         raise
     except LeaseError:
         raise  # the log is another's now
@@ -93,6 +96,7 @@ class _Fit:
         self.store = CheckpointStore(storage.join(run_url, "checkpoints"))
         self.numerics = environment.numerics(self.recipe, world_size=world.size, accelerator=world.accelerator)
         self.trainer: pl.Trainer | None = None
+        self.traffic_at_start = asdict(storage.traffic)
         self.clock, self.start_s = Stopwatch(), max(0.0, time.time() - world.started_s)
 
     def run(self) -> RunResult:
@@ -154,6 +158,7 @@ class _Fit:
             writes=self.world.rank == 0,
             log=self.log,
             clock=self.clock,
+            traffic_at_start=self.traffic_at_start,
             report=self.world.report,
         )
 
@@ -191,7 +196,7 @@ class _Fit:
             callbacks=[self.recorder],
             max_epochs=self.recipe.length.epochs,
         )
-        last = self.world.agree(self.store.last())
+        last = self.world.agree(self.store.last() if self.world.rank == 0 else None)
         if last is None:
             self.clock.add("start", self.start_s)
             self.log.line(f"{self.config.name}: {self._plan()}")
@@ -260,6 +265,8 @@ class _Fit:
             lineage=self.lineage,
             synthetic=self.config.synthetic,
         )
+        # Before rank 0 is alone with storage: others would wait for it in a collective.
+        others = self._traffic_of_others()
         model_sha256 = save_model(model, model_url) if self.world.rank == 0 else None
         self.log.line(f"tested once, on the best checkpoint (epoch {best['epoch']}): accuracy {test.accuracy:.4f}")
         trained, seconds = sum(float(row["samples"]) for row in self.recorder.history), self.clock.seconds
@@ -276,7 +283,7 @@ class _Fit:
             examples=self._examples() if self.world.rank == 0 else (),
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             images_per_s=round(trained / seconds["train"], 1),
-            storage=self._traffic(),
+            storage={name: round(value + others[name], 3) for name, value in self.recorder.traffic.items()},
             numerics_changes=tuple(self.recorder.numerics_changes),
             checkpoint=f"checkpoints/{storage.name_of(best_place)}",
             weights_sha256=last_sha256,
@@ -291,13 +298,13 @@ class _Fit:
             commit=environment.commit(),
         )
 
-    def _traffic(self) -> dict[str, float]:
-        """Over all ranks."""
+    def _traffic_of_others(self) -> dict[str, float]:
+        """Of the other ranks together."""
         assert self.trainer is not None
         mine = self.recorder.traffic
         values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self.trainer.strategy.root_device)
-        summed = self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
-        return {name: round(value, 3) for name, value in zip(mine, summed, strict=True)}
+        summed = self.trainer.strategy.reduce(values.clone(), reduce_op="sum").tolist()
+        return {name: total - value for (name, value), total in zip(mine.items(), summed, strict=True)}
 
     @torch.no_grad()
     def _examples(self) -> tuple[Example, ...]:

@@ -109,6 +109,7 @@ class Recorder(Checkpoint):
         writes: bool,
         log: RunLog,
         clock: Stopwatch,
+        traffic_at_start: dict[str, float],
         report: Callable[[Progress], None],
     ) -> None:
         self.run_url, self.store, self.keeping = run_url, store, keeping
@@ -126,8 +127,8 @@ class Recorder(Checkpoint):
         """Of the epoch under way, in earlier attempts."""
         self._marks: dict[str, float] = {}
         self._told_of_leaving = self._told_of_budget = False
-        self._traffic_at_start, self._traffic_before = asdict(storage.traffic), dict[str, float]()
-        self._traffic_told = dict[str, float]()
+        self._traffic_at_start, self._traffic_before = traffic_at_start, dict[str, float]()
+        self._traffic_told, self._checkpoint_s_told = dict[str, float](), 0.0
 
     # What the checkpoint carries of it.
     def state_dict(self) -> dict[str, Any]:
@@ -170,11 +171,15 @@ class Recorder(Checkpoint):
         return {name: now[name] - begun + before.get(name, 0) for name, begun in self._traffic_at_start.items()}
 
     def _tell_of_traffic(self, epoch_s: float) -> None:
-        now, told = self.traffic, self._traffic_told
-        retries, waited_s = (now[name] - told.get(name, 0) for name in ("retries", "waited_s"))
-        if retries or waited_s > max(SLOW_S, epoch_s / 2):
-            self.run_log.line(f"storage is slow: {retries:.0f} retries, {waited_s:.1f} s waited since it was last said")
-            self._traffic_told = now
+        """Where requests fail, or the training waits for them: since it was last said."""
+        now, told, checkpoint_s = self.traffic, self._traffic_told, self.clock.seconds.get("checkpoint", 0.0)
+        requests, retries = (now[name] - told.get(name, 0) for name in ("requests", "retries"))
+        waited_s = checkpoint_s - self._checkpoint_s_told
+        if retries > requests / 10 or waited_s > max(SLOW_S, epoch_s / 2):
+            self.run_log.line(
+                f"storage is slow: {retries:.0f} of {requests:.0f} requests were made again; {waited_s:.1f} s waited"
+            )
+        self._traffic_told, self._checkpoint_s_told = now, checkpoint_s
 
     @property
     def best_row(self) -> Row:

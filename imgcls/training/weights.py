@@ -65,7 +65,14 @@ def save_model(model: Model, url: str) -> str:
 
 def load_model(url: str) -> Model:
     """A checked `model.pt`. Raises CheckpointError where it is none, or is another than was written."""
-    data = storage.read_bytes(url)
+    num_bytes = 0 if storage.is_local(url) else storage.num_bytes_of(url)
+    try:
+        return _loaded(storage.read_bytes(url, num_bytes=num_bytes), url)
+    except CheckpointError:  # fetched once more
+        return _loaded(storage.read_bytes(url, num_bytes=num_bytes), url)
+
+
+def _loaded(data: bytes, url: str) -> Model:
     content = load_tensors(data, where=url)
     model = model_of(content, content.get("weights"), where=url)
     digests = [

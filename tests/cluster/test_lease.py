@@ -119,3 +119,14 @@ def test_what_storage_does_not_answer_at_once_is_asked_again(tmp_path: Path):
         return answer
 
     assert lease.when_answered(read) == "yes"
+
+
+def test_a_lease_that_cannot_be_read_leaves_the_others_alone(tmp_path: Path):
+    said: list[str] = []
+    with leases({"bad": str(tmp_path / "bad"), "good": str(tmp_path / "good")}, command="me", say=said.append) as held:
+        (tmp_path / "bad" / "lease.json").write_text("{")
+        before = (tmp_path / "good" / "lease.json").read_bytes()
+        until(lambda: (tmp_path / "good" / "lease.json").read_bytes() != before, 5, "a renewal")
+        held.check_answered()
+    assert said == []
+    assert holder_of(str(tmp_path / "good")) is None

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from imgcls import storage
 from imgcls.errors import MissingError, StorageError
+from imgcls.training.checkpoints import CheckpointStore, Facts
+from infra.processes import until
 from infra.s3.proxy import FAULTS, Proxy, faulty
 from infra.s3.server import READER, Server
 from tests.conftest import ROOT, reached_by
@@ -171,7 +174,7 @@ def test_a_place_where_one_request_in_five_stalls_is_not_refused(url: str, proxi
     proxied.faults, proxied.fail, proxied.most = ("stall",), 0.2, None
     for _ in range(2):
         storage.check_places(reads=[url], writes=[url])
-    assert proxied.injected
+    until(lambda: bool(proxied.injected), 6, "the end of a stall")
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
@@ -204,3 +207,37 @@ def test_a_server_for_trying_out_keeps_what_it_was_given(tmp_path: Path):
                 assert storage.read_bytes("s3://runs/a") == BODY
             serving.terminate()
         assert serving.returncode == 0
+
+
+FACTS = Facts(step=3, epoch=1, val_loss=0.5, finished=False, run_digest="d", numerics={})
+
+
+def test_a_checkpoint_in_a_bucket_is_committed_when_it_was_waited_for(url: str):
+    store = CheckpointStore(url)
+    store.save_checkpoint({"about": "", "weights": torch.arange(1000)}, store.place(3), FACTS)
+    store.wait()
+    assert [one.step for one in store.committed()] == [3]
+    assert torch.equal(store.load_checkpoint(store.place(3))["weights"], torch.arange(1000))
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next_one_and_never_read(
+    url: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "DEADLINE_S", 1.0)
+    store = CheckpointStore(url)
+    proxied.faults, proxied.most, proxied.match = ("hang",), None, "PUT .*committed"
+    store.save_checkpoint({"weights": torch.arange(10)}, store.place(3), FACTS)
+    with pytest.raises(StorageError, match=r"committed\.json cannot be written: no answer"):
+        store.save_checkpoint({"weights": torch.arange(10)}, store.place(4), FACTS)
+    store.teardown()
+    assert store.committed() == []
+    store.clean()
+    assert storage.files(store.place(3)) == []
+
+
+def test_a_deletion_takes_a_name_as_it_is(url: str):
+    for name in ("run1", "run[1]"):
+        storage.write_bytes(f"{url}/{name}/a", b"1")
+    storage.delete(f"{url}/run[1]")
+    assert storage.read_bytes_if_there(f"{url}/run[1]/a") is None
+    assert storage.read_bytes(f"{url}/run1/a") == b"1"

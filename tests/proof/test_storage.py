@@ -104,7 +104,24 @@ def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_sec
     assert not seen
     assert not [name for name, data in objects.items() if secret.encode() in data]
     assert not _files_with(secret, tmp_path, Path("/tmp/ray/session_latest"))
+    assert _files_with("PL_DISABLE_FORK", Path("/tmp/ray/session_latest"))  # there Ray tells of runtime environments
     proved("the suite on S3, one request in five failing", f"{len(proxy.injected)} faults", n=len(outside.runs))
+
+
+def test_two_workers_on_a_failing_server_have_the_bits_of_two_in_folders(
+    only_in_full: None, s3: Server, proxy: Proxy, packed: Path, tmp_path: Path, proved
+):
+    command = ("train", "scratch", "--id", "two", *SMALL, "--num-workers", "2", "--cpus-per-worker", "1")
+    folders = run_in(
+        tmp_path, *command, "--data", packed, "--storage", tmp_path / "runs", env={"RAY_ADDRESS": ""}
+    )  # fmt: skip
+    assert folders.returncode == 0, folders.stdout + folders.stderr
+    proxy.fail = 0.2
+    done = run_in(tmp_path, *command, *BUCKETS, env=environment(s3, proxy, tmp_path / "cache"))
+    proxy.fail = 0.0
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert weights("two", s3) == read(SuiteResults, str(tmp_path / "runs/two/results.json")).runs[0].weights_sha256
+    proved("two workers on S3, one request in five failing", f"{len(proxy.injected)} faults")
 
 
 def _files_with(secret: str, *folders: Path) -> list[str]:
