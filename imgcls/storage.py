@@ -95,6 +95,8 @@ def _told(verb: str, url: str) -> Iterator[None]:
     except Exception as error:  # each of fsspec's stores raises kinds of its own beside OSError
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise MissingError(f"{url} does not exist") from None
+        if isinstance(error, IsADirectoryError) and verb == "read":
+            raise MissingError(f"{url} is a folder") from None
         raise StorageError(f"{url} cannot be {verb}: {getattr(error, 'strerror', None) or error}") from None
 
 

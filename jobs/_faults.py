@@ -4,6 +4,7 @@ Everything is a command of its own, as a user starts it. The data are synthetic:
 stay, and how long it takes to go on.
 """
 
+import math
 import os
 import random
 import re
@@ -33,12 +34,14 @@ from infra.s3.proxy import FAULTS, Passed, Proxy, faulty
 from infra.s3.server import Server, serving
 
 RUN = "regularized-seed0"
-TWELVE_STEPS = (
-    *("--set", "length.epochs=3", "--set", "train_fraction=1.0", "--set", "global_batch_size=64"),
+FOUR_STEPS = (
+    *("--set", "train_fraction=1.0", "--set", "global_batch_size=64"),
     *("--set", "input.px=16", "--set", "input.stored_px=16", "--set", 'model={"kind": "basic-cnn", "dropout": 0.3}'),
     *("--checkpoint-every-n-steps", "1"),
 )
-"""`regularized` on 270 images, three epochs of four steps, each committed."""
+"""An epoch of `regularized` on 270 images, each step committed."""
+EPOCHS, EPOCHS_WHEN_KILLED = 3, 24
+"""Workers live on for seconds after their command is killed: what they shall leave undone takes longer."""
 FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
 _STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
 _ATTEMPT = re.compile(r"^PUT .*/attempts/\d+/began\.json")
@@ -55,9 +58,9 @@ class _Bench:
     say: Callable[[str], None]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
-        words = ("train", "regularized", "--data", "s3://data/packed", "--storage", "s3://runs", "--id", name, *TWELVE_STEPS)
-        return self._command(*words, IMGCLS_CACHE=str(self.folder / f"cache-{name}"))
+    def start(self, name: str, epochs: int) -> subprocess.Popen[bytes]:
+        words = ("train", "regularized", "--data", "s3://data/packed", "--storage", "s3://runs", "--id", name, *FOUR_STEPS)
+        return self._command(*words, "--set", f"length.epochs={epochs}", IMGCLS_CACHE=str(self.folder / f"cache-{name}"))
 
     def finish(self, process: subprocess.Popen[bytes], name: str) -> RunResult | None:
         """The run's result when the command has ended, read past the proxy; None where it failed, which is said."""
@@ -125,15 +128,13 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         ends.callback(bench.end)
         with _environment(server.env()):
             pack(synthetic_source("cifar10", 300), "s3://data/packed/cifar10", name="cifar10")
-        whole = bench.finish(bench.start("whole"), "whole")
-        if whole is None:
-            raise StorageError("bench faults: the run without faults failed")
-        clean_s = _training_s(proxy.passed)
+        whole = _without_faults(bench, EPOCHS)
         for fault in FAULTS:
-            runs.append(_with_fault(bench, fault, whole, clean_s))
+            runs.append(_with_fault(bench, fault, whole))
             say(told(runs[-1]))
+        longer = _without_faults(bench, EPOCHS_WHEN_KILLED) if num_kills else whole
         for number in range(num_kills):
-            runs.append(_with_kill(bench, number, whole, clean_s))
+            runs.append(_with_kill(bench, number, longer))
             say(told(runs[-1]))
     return FaultRecord(
         command=command,
@@ -142,7 +143,7 @@ def measure_faults(num_kills: int, command: str, say: Callable[[str], None]) -> 
         commit=environment.commit() or "unknown",
         versions=environment.versions(),
         hardware=environment.hardware(),
-        seconds_without_faults=round(clean_s, 3),
+        seconds_without_faults=round(whole.training_s, 3),
         runs=tuple(runs),
     )
 
@@ -156,23 +157,40 @@ def told(run: FaultyRun) -> str:
     )
 
 
-def _with_fault(bench: _Bench, fault: str, whole: RunResult, clean_s: float) -> FaultyRun:
+@dataclass(frozen=True)
+class _Whole:
+    """A run that nothing happens to."""
+
+    result: RunResult
+    training_s: float
+
+
+def _without_faults(bench: _Bench, epochs: int) -> _Whole:
+    bench.proxy.passed.clear()
+    name = f"whole-{epochs}"
+    result = bench.finish(bench.start(name, epochs), name)
+    if result is None:
+        raise StorageError("bench faults: the run without faults failed")
+    return _Whole(result, _training_s(bench.proxy.passed))
+
+
+def _with_fault(bench: _Bench, fault: str, whole: _Whole) -> FaultyRun:
     proxy = bench.proxy
     proxy.passed.clear()
     proxy.faults, proxy.fail = (fault,), FAIL
-    result = bench.finish(bench.start(fault), fault)
+    result = bench.finish(bench.start(fault, EPOCHS), fault)
     proxy.fail = 0.0
-    return _measured(fault, [one.at for one in proxy.injected], proxy.passed, result, whole, clean_s)
+    return _measured(fault, [one.at for one in proxy.injected], proxy.passed, result, whole)
 
 
-def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> FaultyRun:
+def _with_kill(bench: _Bench, number: int, whole: _Whole) -> FaultyRun:
     """A worker, the command or the controller is killed at a random step; the command is given again where it has to be."""
     proxy, chance, title = bench.proxy, random.Random(number), _KILLED[number % len(_KILLED)]
     proxy.passed.clear()
     proxy.faults, proxy.fail = tuple(fault for fault in FAULTS if fault != "stall"), FAIL_WHEN_KILLED
     name = f"kill-{number}"
-    process = bench.start(name)
-    _wait_for_steps(proxy, chance.randrange(1, 11), process)
+    process = bench.start(name, EPOCHS_WHEN_KILLED)
+    _wait_for_steps(proxy, chance.randrange(1, 2 * EPOCHS_WHEN_KILLED), process)
     time.sleep(chance.uniform(0, 0.1))
     victims = [pid for pid in descendants(process.pid) if title_of(pid).startswith(title)] if title else [process.pid]
     if not victims:
@@ -182,13 +200,13 @@ def _with_kill(bench: _Bench, number: int, whole: RunResult, clean_s: float) -> 
     killed_at = time.time()
     if not title:
         process.wait()
-        process = bench.start(name)
+        process = bench.start(name, EPOCHS_WHEN_KILLED)
     result = bench.finish(process, name)
     proxy.fail = 0.0
     what = title.removeprefix("ray::") or "command"
     # A worker that has not noticed yet may commit once more: the next step is one of the next attempt.
-    again = next((at for at in _times(proxy.passed, _ATTEMPT) if at > killed_at), None)
-    return _measured(f"{what} killed", [killed_at], proxy.passed, result, whole, clean_s, not_before=again or killed_at)
+    again = next((at for at in _times(proxy.passed, _ATTEMPT) if at > killed_at), math.inf)
+    return _measured(f"{what} killed", [killed_at], proxy.passed, result, whole, not_before=again)
 
 
 def _wait_for_steps(proxy: Proxy, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -204,8 +222,7 @@ def _measured(
     times: Sequence[float],
     passed: Sequence[Passed],
     result: RunResult | None,
-    whole: RunResult,
-    clean_s: float,
+    whole: _Whole,
     not_before: float = 0.0,
 ) -> FaultyRun:
     if result is None:
@@ -218,9 +235,9 @@ def _measured(
         injected=len(times),
         recovered=len(times),
         seconds_to_step=tuple(round(step - at, 3) for at, step in after if step is not None),
-        goodput=round(clean_s / _training_s(passed), 3),
+        goodput=round(whole.training_s / _training_s(passed), 3),
         identical=(result.weights_sha256, result.history_sha256, result.model_sha256)
-        == (whole.weights_sha256, whole.history_sha256, whole.model_sha256),
+        == (whole.result.weights_sha256, whole.result.history_sha256, whole.result.model_sha256),
     )
 
 

@@ -66,9 +66,10 @@ class FaultyRun(Record):
     recovered: int
     """After so many of them it went on to its end."""
     seconds_to_step: tuple[float, ...]
-    """From each fault after the first step to the next one that was committed; those behind the last step have none."""
+    """From each fault after the first step to the next one that was committed; those behind the last step, and of an
+    attempt that came to its end before it had died, have none."""
     goodput: float
-    """`seconds_without_faults` over the same seconds with them."""
+    """Seconds from the first step to the last without faults, over the same with them."""
     identical: bool
     """Weights, history and model.pt are those of the run without faults."""
 
@@ -85,7 +86,7 @@ class FaultRecord(Record):
     versions: dict[str, str]
     hardware: dict[str, str]
     seconds_without_faults: float
-    """From the first step to the last."""
+    """From the first of twelve steps to the last."""
     runs: tuple[FaultyRun, ...]
 
     @property
@@ -211,7 +212,7 @@ def _faults_table(found: tuple[Path, FaultRecord] | None) -> str:
         goodput = f"{statistics.median(one.goodput for one in some):.2f}"
         counts = (str(sum(one.injected for one in some)), str(sum(one.recovered for one in some)))
         rows.append((fault, *counts, median, p95, goodput, same))
-    about = f"twelve steps a run, each committed, together {record.seconds_without_faults:.1f} s without faults"
+    about = f"each step committed, twelve together in {record.seconds_without_faults:.1f} s without faults"
     return f"{_rows(header, rows)}\n\n{_told(path, record.command, about, record.hardware, record)}"
 
 

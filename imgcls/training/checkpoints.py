@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import records, storage
-from imgcls.errors import CheckpointError, DataError, StorageError
+from imgcls.errors import CheckpointError, DataError, MissingError, StorageError
 from imgcls.records import Keeping, Record
 from imgcls.training.weights import Model, load_model, load_tensors, model_of
 
@@ -187,11 +187,12 @@ def find_model(checkpoint: str) -> FoundModel:
         raise CheckpointError(
             f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
         )
-    elif storage.files(url) or storage.folders(url):
-        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint")
     elif not storage.exists(url):
         raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
-    return FoundModel(url, load_model(url))
+    try:
+        return FoundModel(url, load_model(url))
+    except MissingError:
+        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
 
 
 def _from_committed(url: str) -> Model:
