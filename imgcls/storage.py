@@ -23,7 +23,6 @@ from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
-from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import RetryCallState, Retrying, retry_if_not_exception_type, stop_before_delay, wait_random_exponential
 
@@ -126,8 +125,10 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     )
     try:
         return trying(once)
-    except FSTimeoutError:
-        raise TimeoutError(f"no answer within {limit:.0f} s") from None
+    except Exception as error:
+        if "Timeout" in type(error).__name__:  # fsspec's, or one of several of the store's client
+            raise TimeoutError(f"no answer within {limit:.0f} s") from None
+        raise
     finally:
         traffic.add(waited_s=time.monotonic() - began)
 
