@@ -335,7 +335,11 @@ def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> No
 
 
 def _check_place(url: str, *, writes: bool) -> None:
-    probe = join(url, f".probe-{secrets.token_hex(8)}")
+    place = url
+    if is_local(url):  # a look makes no folders
+        path = Path(_split(url)[1])
+        place = str(next(one for one in (path, *path.parents) if one.exists()))
+    probe = join(place, f".probe-{secrets.token_hex(8)}")
     try:
         fs, path = _split(url)
         with _told("listed", url):

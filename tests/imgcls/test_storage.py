@@ -52,7 +52,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path):
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StorageError, match="cannot be written: Not a directory\n  do: name a place"):
             storage.check_places(writes=[str(place)])
-    storage.check_places(writes=[str(tmp_path)])
+    storage.check_places(writes=[str(tmp_path), str(tmp_path / "not" / "yet")])
     assert os.listdir(tmp_path) == ["file"]
 
 
