@@ -157,7 +157,7 @@ def test_an_edited_manifest_is_refused(packed: Path, tmp_path: Path):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["shards"][0]["labels"][0] = 9 - manifest["shards"][0]["labels"][0]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"manifest\.json (was altered|is damaged)"):
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         shards.read_manifest(str(copy))
 
 
