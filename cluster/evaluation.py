@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster import placement as placements
 from cluster import session
+from cluster.preflight import check_seen_by_nodes
 from cluster.run import cause_of, quiet, world_of
 from imgcls.records import Placement, Record, Scores, Split
 
@@ -39,7 +40,8 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     if not session.names_cluster():
         _choose([placements.local_node()], num_workers)
     with session.session(verbose=verbose):
-        return _under_ray(asked, _choose(placements.cluster_nodes(), num_workers))
+        check_seen_by_nodes([checkpoint, data_url])
+        return _under_ray(asked, _choose(placements.cluster_nodes(placements.autoscaling_config()), num_workers))
 
 
 def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:

@@ -1,31 +1,99 @@
-"""Workers, CPUs and GPUs of a run, and whether they will ever fit. Pure, but for the two that ask this machine or Ray."""
+"""Workers, CPUs and GPUs of a run, and whether they will ever fit. Pure, but for those that ask this machine or Ray."""
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.session import names_cluster
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
 
-Node = dict[str, float]
-"""What a node has: {"CPU": 8.0, "GPU": 1.0}."""
+HEAD = "node:__internal_head__"
+"""Ray's resource that the head alone has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    cpus: float
+    gpus: float
+    type: str = "this machine"
+    """Of a cluster: the name that its configuration gives to nodes of this kind; else `head` or `worker`."""
+    there: bool = True
+    """Else an autoscaler can add it."""
+    gpu: str | None = None
+    """As Ray names it, as A10G, where it does."""
+
+    def __str__(self) -> str:
+        return f"{self.type} ({self.cpus:g} CPUs and {self.gpus:g} GPUs)"
 
 
 def local_node() -> Node:
     """What local Ray will have. The processes of this machine's other users are not counted."""
     import torch
 
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
-def cluster_nodes() -> list[Node]:
-    """What the connected cluster's nodes have, busy or not."""
+def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
+    """What the connected cluster's nodes have, busy or not; then those that can be added. config: `autoscaling_config`."""
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in alive]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    there = [_node_of(node["Resources"], node.get("Labels", {})) for node in alive]
+    return there + addable_nodes(there, config)
+
+
+def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
+    named = labels.get("ray.io/node-group") or ("head" if HEAD in resources else "worker")
+    gpus = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), named, gpu=gpus[0] if gpus else None)
+
+
+def addable_nodes(there: Sequence[Node], config: dict[str, Any] | None) -> list[Node]:
+    """Nodes that an autoscaler of this configuration can still add."""
+    if config is None:
+        return []
+    head, counts = config.get("head_node_type"), Counter(node.type for node in there)
+    left = int(config.get("max_workers", 2)) - sum(count for name, count in counts.items() if name != head)
+    found: list[Node] = []
+    for name, kind in config["available_node_types"].items():
+        has = kind.get("resources", {})
+        node = Node(float(has.get("CPU", 0)), float(has.get("GPU", 0)), name, there=False)
+        most = int(kind.get("max_workers", config.get("max_workers", 2))) if name != head else 0
+        found += [node] * max(0, min(left, most - counts[name]))
+    return found
+
+
+def autoscaling_config() -> dict[str, Any] | None:
+    """What the connected cluster's head was started with; None where it has no autoscaler that runs on the head."""
+    import ray
+
+    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
+    if head == ray.get_runtime_context().get_node_id():
+        return find_autoscaling_config()
+    elsewhere = ray.remote(num_cpus=0, resources={HEAD: 0.001})(find_autoscaling_config)
+    return ray.get(elsewhere.remote(), timeout=30)
+
+
+def find_autoscaling_config() -> dict[str, Any] | None:
+    """Of the autoscaler on this machine: Ray itself tells nobody which nodes it may add. Runs on the head."""
+    import yaml
+
+    flag = b"--autoscaling-config="
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        named = [word.removeprefix(flag) for word in words if word.startswith(flag)]
+        if named and any(word.endswith(b"monitor.py") for word in words):
+            with open(Path(named[0].decode()).expanduser()) as config:
+                return yaml.safe_load(config)
+    return None
 
 
 def choose(
@@ -37,7 +105,7 @@ def choose(
     for flag, value in (("--cpus-per-worker", cpus_per_worker), ("--gpus-per-worker", gpus_per_worker)):
         if value is not None and (value < 0 or not math.isfinite(value)):
             raise PlacementError(f"{flag} {value}: zero or more")
-    has_gpus = any(node["GPU"] for node in nodes)
+    has_gpus = any(node.gpus for node in nodes)
     placement = Placement(
         num_workers=num_workers,
         cpus_per_worker=1.0 if cpus_per_worker is None else cpus_per_worker,
@@ -47,23 +115,33 @@ def choose(
         raise PlacementError("a worker without a CPU and a GPU\n  do: a larger --cpus-per-worker or --gpus-per-worker")
     if how_many_fit(nodes, placement) == 0:
         where = "this cluster" if names_cluster() else "this machine"
-        has = "; ".join(f"{n['CPU']:g} CPUs and {n['GPU']:g} GPUs" for n in nodes)
         raise PlacementError(
             f"{num_workers} workers with {placement.cpus_per_worker:g} CPUs and {placement.gpus_per_worker:g} GPUs each can "
-            f"never run: {where} has {has}\n  do: fewer --num-workers, or a smaller --cpus-per-worker or --gpus-per-worker"
+            f"never run: {where} has {what_there_is(nodes)}\n"
+            "  do: fewer --num-workers, or a smaller --cpus-per-worker or --gpus-per-worker"
         )
     return placement
 
 
+def what_there_is(nodes: Sequence[Node]) -> str:
+    """`1 head (0 CPUs and 0 GPUs), and can add 4 spot (8 CPUs and 1 GPUs)`"""
+
+    def counted(some: list[Node]) -> str:
+        return ", ".join(f"{count} {node}" for node, count in Counter(some).items()) or "no node"
+
+    addable = [node for node in nodes if not node.there]
+    more = f", and can add {counted(addable)}" if addable else ""
+    return counted([node for node in nodes if node.there]) + more
+
+
 def how_many_fit(nodes: Sequence[Node], placement: Placement) -> int:
     """Runs that can have all their workers at the same time."""
-    return sum(_workers_on(node, placement) for node in nodes) // placement.num_workers
+    return sum(workers_on(node, placement) for node in nodes) // placement.num_workers
 
 
-def _workers_on(node: Node, placement: Placement) -> int:
-    wanted = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
-    rooms = [math.floor(node[kind] / amount + 1e-9) for kind, amount in wanted.items() if amount]
-    return min(rooms, default=64)
+def workers_on(node: Node, placement: Placement) -> int:
+    wanted = ((node.cpus, placement.cpus_per_worker), (node.gpus, placement.gpus_per_worker))
+    return min((math.floor(has / amount + 1e-9) for has, amount in wanted if amount), default=64)
 
 
 def scaling_config(placement: Placement) -> Any:

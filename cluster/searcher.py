@@ -1,5 +1,6 @@
 """Tune's side of a suite: which run is next, by `decide`; and what Tune hears of a run, passed on to a view."""
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
@@ -47,17 +48,22 @@ class PlanSearcher(_NotKept, Searcher):
         super().__init__()
         self.state, self.room, self.look, self.failed, self.view = state, room, look, failed, view
         self.runs: dict[str, str] = {}
+        self.began_s: dict[str, float] = {}
+        self.ended_s: dict[str, float] = {}
+        """By run, by `time.monotonic`."""
 
     def suggest(self, trial_id: str) -> Any:
         action = self._tell(Asked(self.room()))
         if isinstance(action, Start):
             self.runs[trial_id] = action.run
+            self.began_s[action.run] = time.monotonic()
             self.view.started(action.run)
             return {"run": action.run}
         return None if isinstance(action, Wait) else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         run = self.runs[trial_id]
+        self.ended_s[run] = time.monotonic()
         action = self._tell(Ended(run, self.look(run)))
         if isinstance(action, Stop):
             self.failed(run, action.reason)

@@ -57,6 +57,30 @@ def names_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
+def in_job() -> bool:
+    """Whether this process is the entry point of a submitted job, whose working folder goes away with it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def client(mode: str) -> Iterator[None]:
+    """Inside, Ray's job client speaks to a cluster of this authentication mode. Before `ray` is imported."""
+    with _environment(NEEDED):
+        os.environ["RAY_AUTH_MODE"] = mode
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # it would ask there, and not where it is told to
+            os.environ.pop(name, None)
+        yield
+
+
+@contextmanager
+def naming(address: str | None) -> Iterator[None]:
+    """Inside, this is the cluster's address in place of `RAY_ADDRESS`; None leaves it as it is."""
+    with _environment({}):
+        if address is not None:
+            os.environ["RAY_ADDRESS"] = address
+        yield
+
+
 @contextmanager
 def session(*, verbose: bool) -> Iterator[None]:
     """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
@@ -159,6 +183,11 @@ def _check_answers(address: str) -> None:
     """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises ClusterError."""
     if address == "auto":
         return
+    if address.startswith("http"):
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is a dashboard's URL; a command joins by HOST:PORT of the head, as 10.0.0.1:6379\n"
+            f"  do: that, or send the command there: python -m jobs.submit --address {address} -- ..."
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise ClusterError(f"RAY_ADDRESS={address}: HOST:PORT of a cluster's head, as 10.0.0.1:6379, or auto")

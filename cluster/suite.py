@@ -6,25 +6,27 @@ the same request again does what is left, whoever made it and wherever it stoppe
 
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from cluster import attempts, session
 from cluster import placement as placements
 from cluster.decide import Asked, Done, End, State, Status, blocked_by, decide, start_order
+from cluster.forecast import Forecast, forecast, hardware_of
 from cluster.lease import Leases, leases, when_answered
 from cluster.plan import Plan, Request, extended
+from cluster.preflight import check_seen_by_nodes
 from cluster.run import Assignment, record_failure, told, trial
-from imgcls import records, storage
-from imgcls.data.cache import check_room
-from imgcls.errors import DataError
+from imgcls import rates, records, storage
+from imgcls.data.cache import check_room, is_cached
+from imgcls.errors import DataError, StorageError
 from imgcls.records import Manifest, Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
-    from cluster.searcher import View
+    from cluster.searcher import PlanSearcher, View
 
 
 def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
@@ -42,21 +44,82 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     if isinstance(decide(state, Asked(room=1))[1], Done):
         write_down(request, plan, record)
         return publish(request.suite_url)
+    caches, cached = list(_caches(request, plan, state)), cached_sets(plan)
     if not session.names_cluster():
         # Refused before Ray starts, where it will be.
         choose(request, [placements.local_node()])
-        check_room(_caches(request, plan, state))
+        check_room(caches)
     mine = {run: request.run_url(run) for run, status in state.statuses.items() if status is Status.OPEN}
     with leases(mine, command=state.command, say=view.say) as held:
         for run_url in mine.values():
             storage.clean_temporary(run_url)
         with session.session(verbose=request.verbose):
-            placement = choose(request, placements.cluster_nodes())
+            config = placements.autoscaling_config()
+            nodes = placements.cluster_nodes(config)
+            placement = choose(request, nodes)
+            predicted = forecast_of(plan, state, nodes, placement)
+            check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan, record)
             # As it is now that nobody else is at it.
             state = replace(state_of(request, plan), command=state.command)
-            _carry_out(request, plan, state, held, placement, view)
-    return publish(request.suite_url, seconds=round(time.monotonic() - began, 1), command=command)
+
+            def room() -> int:
+                return placements.how_many_fit(placements.cluster_nodes(config), placement)
+
+            searcher = _carry_out(request, plan, state, held, placement, room, view)
+    took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
+    results = publish(request.suite_url, Work(time.monotonic() - began, command, predicted, took))
+    if took:
+        busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
+        _keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
+    return results
+
+
+def cached_sets(plan: Plan) -> list[str]:
+    """Decoded sets that lie on this node, as `rates.decoding_of` names them."""
+    wanted = {(c.recipe.dataset, c.recipe.input.stored_px, c.recipe.input.channels) for c in plan.configs.values()}
+    return [
+        rates.decoding_of(plan.manifests[dataset], px=px, channels=channels)
+        for dataset, px, channels in wanted
+        if is_cached(plan.manifests[dataset], px=px, channels=channels)
+    ]
+
+
+def forecast_of(plan: Plan, state: State, nodes: list[placements.Node], placement: Placement) -> Forecast:
+    """By what is known of the hardware at hand."""
+    known = rates.known()
+    return forecast(
+        plan,
+        state,
+        placement=placement,
+        room=placements.how_many_fit(nodes, placement),
+        rates=known,
+        hardware=hardware_of(nodes, placement, known),
+        cached=cached_sets(plan),
+    )
+
+
+def _keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:
+    """What this command's finished runs showed serves the next forecast."""
+    done = [run for run in results.finished if run.name in results.took]
+    found = [
+        rate
+        for run in done
+        for once in [len(attempts.look(request.run_url(run.name)).attempts) == 1]
+        for rate in rates.rates_of(run, took_s=results.took[run.name] if once else None)
+    ]
+    decoding_s: dict[tuple[str, str], tuple[int, float]] = {}
+    for run in done:
+        into, manifest = run.recipe.input, plan.manifests[run.recipe.dataset]
+        decoded = rates.decoding_of(manifest, px=into.stored_px, channels=into.channels)
+        if decoded not in cached:
+            key, count = (decoded, rates.hardware_name(run.hardware)), sum(s.num_samples for s in manifest.shards)
+            decoding_s[key] = (count, max(run.seconds["cache"], decoding_s.get(key, (0, 0.0))[1]))
+    found += [rates.new("decode", of, where, n / s, "run") for (of, where), (n, s) in decoding_s.items() if s]
+    if done:
+        found.append(rates.new("session", "", rates.hardware_name(done[0].hardware), session_s, "run"))
+    with suppress(StorageError):  # a cache that cannot be written is no reason to fail now
+        rates.keep(found)
 
 
 def _caches(request: Request, plan: Plan, state: State) -> Iterator[tuple[str, Manifest, int, int]]:
@@ -109,14 +172,16 @@ def status_of(run_url: str) -> Status:
     return _status(result_of(run_url))
 
 
-def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placement: Placement, view: "View") -> None:
+def _carry_out(
+    request: Request, plan: Plan, state: State, held: Leases, placement: Placement, room: Callable[[], int], view: "View"
+) -> "PlanSearcher":
     from ray import tune
 
     from cluster.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
     searcher = PlanSearcher(
         state,
-        room=lambda: placements.how_many_fit(placements.cluster_nodes(), placement),
+        room=room,
         look=lambda run: when_answered(lambda: attempts.look(request.run_url(run))),
         failed=lambda run, reason: record_failure(plan.configs[run], request.run_url(run), reason),
         view=view,
@@ -137,6 +202,7 @@ def _carry_out(request: Request, plan: Plan, state: State, held: Leases, placeme
                 failure_config=tune.FailureConfig(max_failures=request.max_failures),
             ),
         ).fit()
+    return searcher
 
 
 @contextmanager
@@ -169,18 +235,42 @@ def _assignments(request: Request, plan: Plan, command: str, placement: Placemen
     }
 
 
-def publish(suite_url: str, *, seconds: float | None = None, command: str | None = None) -> SuiteResults:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a command did: seconds of its own and of its runs, beside what was predicted."""
+
+    seconds: float
+    command: str
+    predicted: Forecast
+    took: dict[str, float]
+
+    def told(self) -> dict[str, Any]:
+        runs = {name: run.seconds for name, run in self.predicted.runs.items()}
+        return {
+            "seconds": round(self.seconds, 1),
+            "command": self.command,
+            "predicted_s": self.predicted.seconds and round(self.predicted.seconds, 1),
+            "predicted": {name: round(seconds, 1) for name, seconds in runs.items() if seconds is not None},
+            "took": {name: round(seconds, 1) for name, seconds in self.took.items()},
+        }
+
+
+WORK = ("seconds", "command", "predicted_s", "predicted", "took")
+
+
+def publish(suite_url: str, work: Work | None = None) -> SuiteResults:
     """The suite's results from its runs' records; `results.json` and `report.html` lie beside them.
 
-    seconds, command: of the work that was just done; where there was none, what the results said before stays.
+    work: that was just done; where there was none, what the results said before stays.
     """
     from imgcls.results.page import render
 
     url = storage.join(suite_url, "results.json")
     suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
-    if command is None and (before := records.read_if_there(SuiteResults, url)):
-        seconds, command = before.seconds, before.command
-    results = read_results(suite_url, suite, seconds=seconds or 0.0, command=command or "")
+    told = work.told() if work else {"seconds": 0.0, "command": ""}
+    if work is None and (before := records.read_if_there(SuiteResults, url)):
+        told = before.model_dump(include=set(WORK))
+    results = read_results(suite_url, suite, **told)
     records.write(results, url)
     storage.write_bytes(storage.join(suite_url, "report.html"), render(results, histories(suite_url, results)).encode())
     return results
@@ -200,7 +290,7 @@ def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
     return found
 
 
-def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command: str) -> SuiteResults:
+def read_results(suite_url: str, suite: SuiteRecord, **work: Any) -> SuiteResults:
     configs = {name: records.read(RunConfig, storage.join(suite_url, name, "config.json")) for name in suite.runs}
     found = {name: result_of(storage.join(suite_url, name)) for name in suite.runs}
     statuses = {name: _status(result) for name, result in found.items()}
@@ -215,8 +305,7 @@ def read_results(suite_url: str, suite: SuiteRecord, *, seconds: float, command:
             result or _unfinished(configs[name], storage.join(suite_url, name), blocked.get(name))
             for name, result in found.items()
         ),
-        seconds=seconds,
-        command=command,
+        **work,
     )
 
 

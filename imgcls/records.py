@@ -293,6 +293,11 @@ class SuiteResults(Record):
     seconds: float
     """Of the last command, without packing."""
     command: str
+    predicted_s: float | None = None
+    """Of the last command, before it began; None where a rate was unknown."""
+    predicted: dict[str, float] = {}
+    """By run that the last command began, seconds from its start to its end; `took` beside it."""
+    took: dict[str, float] = {}
 
     @property
     def finished(self) -> list[RunResult]:

@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from imgcls.errors import ImgclsError, PlacementError, RecipeError
 DONE, SOME_FAILED, WRONG_COMMAND, MISSING_OR_BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
-def enter(command: Callable[..., int]) -> None:
+def enter(command: Callable[..., int], *, words: bool = False) -> None:
     """Runs `command` with the command line's arguments and exits with its code.
 
+    words: what follows `--` is another command's, and comes as the first argument.
     An ImgclsError is printed as it is; Ctrl-C and SIGTERM end with how to go on.
     """
-    arguments = _repeated(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if words:
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        arguments, command = arguments[:at], partial(command, tuple(arguments[at + 1 :]))
+    arguments = _repeated(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = tyro.cli(

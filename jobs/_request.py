@@ -10,13 +10,15 @@ from typing import Annotated
 
 import tyro
 
+from cluster import session
+from cluster.staging import is_lasting, relative
 from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.errors import RecipeError
 from imgcls.recipe import Recipe, derive, digest_of, parse_changes, recipe_from_json
 from imgcls.records import Keeping
 from jobs._door import DONE, SOME_FAILED
-from jobs._terminal import Lines, SuiteView, say_results
+from jobs._terminal import Lines, SuiteView, say_results, say_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class Flags:
     """A worker that does not answer, or a collective that does not end, is a failure after so many seconds."""
     retry_failed: bool = False
     """Try runs again that failed."""
+    dry_run: bool = False
+    """Say what would be done, fetched, taken and paid; nothing is started."""
+    prices: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """With --dry-run: what a node of each type costs, as YAML."""
     verbose: bool = False
     """Ray's and Lightning's own lines too, and tracebacks."""
 
@@ -89,6 +95,13 @@ def _from_file(path: Path) -> Recipe:
     return recipe_from_json(value, where=str(path))
 
 
+def place(url: str, flag: str) -> str:
+    """The same place from any working folder. Raises RecipeError where it would go away with the job that this runs in."""
+    if session.in_job() and not is_lasting(url):
+        raise RecipeError(relative(flag, url))
+    return storage.absolute(url)
+
+
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
     """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them."""
     from cluster.plan import Request, make_plan
@@ -112,8 +125,8 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         recipes=recipes,
         seeds=tuple(range(flags.seed, flags.seed + num_seeds)),
         id=flags.id,
-        data_url=storage.absolute(flags.data),
-        storage_url=storage.absolute(flags.storage),
+        data_url=place(flags.data, "--data"),
+        storage_url=place(flags.storage, "--storage"),
         init_from=flags.init_from,
         num_workers=flags.num_workers,
         cpus_per_worker=flags.cpus_per_worker,
@@ -129,17 +142,24 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
         retry_failed=flags.retry_failed,
         verbose=flags.verbose,
     )
-    source = [storage.absolute(flags.init_from)] if flags.init_from else []
-    storage.check_places(reads=[request.data_url, *source], writes=[request.storage_url])
+    source = [place(flags.init_from, "--init-from")] if flags.init_from else []
+    reads, writes = [request.data_url, *source], [request.storage_url]
+    storage.check_places(reads=[*reads, *writes] if flags.dry_run else reads, writes=[] if flags.dry_run else writes)
     plan = make_plan(request)
     lines = Lines(synthetic=plan.synthetic)
     for note in plan.notes:
         lines.say(note)
+    if flags.dry_run:
+        from jobs._forecast import say_plan
+
+        return say_plan(lines, request, plan, flags.prices)
     view = SuiteView(lines, plan.sources)
     with view.shown():
         results = run_suite(request, plan, view=view, command=_command())
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
+    if results.took:
+        say_work(lines, results)
     lines.say(f"page: {storage.join(results.url, 'report.html')}")
     asked = [run for run in results.runs if run.name in plan.configs]
     return DONE if all(run.status == "finished" for run in asked) else SOME_FAILED

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +100,10 @@ class SuiteView:
 
     def _left(self, row: Mapping[str, Any]) -> str:
         seconds = _seconds_left(row)
-        return "" if seconds is None else f"  about {_duration(seconds)} left"
+        return "" if seconds is None else f"  about {duration(seconds)} left"
 
     def _table(self) -> Table:
-        elapsed = _duration(time.monotonic() - self.began)
+        elapsed = duration(time.monotonic() - self.began)
         table = Table("run", "state", "epoch", "step", "images/s", "left", title=f"{self.lines.mark}{elapsed}")
         for run, row in self.rows.items():
             epochs, steps = row.get("epochs"), row.get("total_steps")
@@ -114,7 +114,7 @@ class SuiteView:
                 f"{row['epoch']}/{epochs}" if epochs else "",
                 f"{row['step']}/{steps}" if steps else "",
                 f"{row['images_per_s']:,.0f}" if row.get("images_per_s") else "",
-                _duration(seconds) if seconds is not None else "",
+                duration(seconds) if seconds is not None else "",
             )
         return table
 
@@ -130,19 +130,30 @@ def _seconds_left(row: Mapping[str, Any]) -> float | None:
     return (time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def say_table(lines: Lines, rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        lines.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def say_work(lines: Lines, results: "SuiteResults") -> None:
+    """What the last command took, beside what was predicted."""
+    predicted = "unknown" if results.predicted_s is None else duration(results.predicted_s)
+    lines.say(f"took {duration(results.seconds)}, predicted {predicted}")
+    if results.predicted_s is not None:
+        lines.say("  " + ", ".join(f"{run} {s:.0f} s of {results.predicted[run]:.0f}" for run, s in results.took.items()))
 
 
 def say_results(lines: Lines, results: "SuiteResults") -> None:
     """The printed table, and the end of the log of what failed."""
     from imgcls.results.compare import HEADER, table_row
 
-    rows = [HEADER, *map(table_row, results.runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        lines.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    say_table(lines, [HEADER, *map(table_row, results.runs)])
     for run in results.runs:
         if run.status != "finished":
             lines.say(f"{run.name} {run.status}: {run.error}")

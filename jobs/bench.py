@@ -13,39 +13,48 @@ from typing import Annotated, Literal
 import tyro
 
 from imgcls import records, storage
+from imgcls.catalogue import suite_of
 from imgcls.errors import DataError, RecipeError
+from imgcls.rates import keep
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.measurement import FaultRecord, Measurement, check_commit, measure, table_of
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
-from jobs._terminal import Lines
+from jobs._terminal import Lines, say_table
 
 MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
 
 
 def bench(
-    what: Annotated[tyro.conf.Positional[Literal["record", "numerics", "faults", "readme"]], tyro.conf.arg(metavar="WHAT")],
+    what: Annotated[
+        tyro.conf.Positional[Literal["calibrate", "record", "numerics", "faults", "readme"]], tyro.conf.arg(metavar="WHAT")
+    ],
     id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")] = "",
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
     data: str = "data/packed",
+    catalogue: str = "quick",
     repeats: int = 3,
     kills: int = 3,
     verbose: bool = False,
 ) -> int:
-    """Write a record under docs/measurements/, or the README's tables from the records.
+    """Measure: this machine's rates, a record under docs/measurements/, or the README's tables from the records.
 
     Args:
-        what: `record ID`: a suite's figures. `numerics`: images/s of elastic numerics beside ddp. `faults`: runs on S3
-            whose storage fails, and that are killed. `readme`: the tables.
+        what: `calibrate`: how fast this machine trains a catalogue's recipes, for --dry-run. `record ID`: a suite's
+            figures. `numerics`: images/s of elastic numerics beside ddp. `faults`: runs on S3 whose storage fails, and
+            that are killed. `readme`: the tables.
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where runs leave what they found.
-        data: Folder or URL of packed sets, for `numerics`.
+        data: Folder or URL of packed sets, for `calibrate` and `numerics`.
+        catalogue: quick, paper or tuned, for `calibrate`.
         repeats: Of each measurement, for `numerics`.
         kills: So many runs are killed, for `faults`.
         verbose: Tracebacks too.
     """
+    if what == "calibrate":
+        return _calibrate(catalogue, data)
     if what == "record":
         if not id:
             raise RecipeError("bench record needs the ID of a suite, as quick")
@@ -63,6 +72,19 @@ def bench(
     readme = Path("README.md")
     readme.write_text(with_tables(readme.read_text()))
     Lines().say(f"wrote {readme}")
+    return DONE
+
+
+def _calibrate(catalogue: str, data: str) -> int:
+    from jobs._calibrate import calibrate
+
+    recipes, lines = suite_of(catalogue), Lines()
+    storage.check_places(reads=[storage.absolute(data)], writes=[str(storage.cache_root())])
+    found = calibrate(recipes, storage.absolute(data))
+    lines.say(f"rates of {found[0].hardware}:")
+    unit = {"overhead": "s a run", "session": "s a command"}
+    say_table(lines, [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}") for rate in found])
+    lines.say(f"kept in {keep(found)}")
     return DONE
 
 

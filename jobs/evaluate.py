@@ -7,6 +7,7 @@ import tyro
 from imgcls import storage
 from imgcls.records import Split
 from jobs._door import DONE, enter
+from jobs._request import place
 from jobs._terminal import Lines
 
 
@@ -30,10 +31,9 @@ def evaluate(
     """
     from cluster.evaluation import evaluate_checkpoint
 
-    storage.check_places(reads=[storage.absolute(checkpoint), storage.absolute(data)])
-    found = evaluate_checkpoint(
-        storage.absolute(checkpoint), data_url=storage.absolute(data), split=split, num_workers=num_workers, verbose=verbose
-    )
+    checkpoint, data = place(checkpoint, "CHECKPOINT"), place(data, "--data")
+    storage.check_places(reads=[checkpoint, data])
+    found = evaluate_checkpoint(checkpoint, data_url=data, split=split, num_workers=num_workers, verbose=verbose)
     lines, scores = Lines(synthetic=found.synthetic and not json), found.scores
     if json:
         lines.say(found.model_dump_json(indent=1))

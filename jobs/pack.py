@@ -12,7 +12,7 @@ from imgcls.data.synthetic import DEFAULT_NUM_SAMPLES, synthetic_source
 from imgcls.errors import DataError, RecipeError
 from jobs._door import DONE, MISSING_OR_BROKEN, enter
 from jobs._packing import pack_set, source_of
-from jobs._request import checked_name
+from jobs._request import checked_name, place
 from jobs._terminal import Lines, bar, stderr
 
 
@@ -43,7 +43,7 @@ def pack(
     if dataset is None:
         raise RecipeError("name a DATASET, as imagenette, or check one with --verify URL")
     checked_name(dataset, "DATASET")
-    storage.check_places(writes=[to])
+    storage.check_places(writes=[place(to, "--to")])
     if source == "synthetic":
         if num_samples < 100:
             raise RecipeError(f"--num-samples {num_samples}: 100 or more")

@@ -7,7 +7,7 @@ import tyro
 from imgcls import storage
 from imgcls.errors import StorageError
 from jobs._door import DONE, enter
-from jobs._request import checked_name
+from jobs._request import checked_name, place
 from jobs._terminal import Lines, say_results
 
 
@@ -25,12 +25,12 @@ def report(
     """
     from cluster.suite import publish
 
-    suite_url = storage.join(storage_url, checked_name(id, "ID"))
+    suite_url = storage.join(place(storage_url, "--storage"), checked_name(id, "ID"))
     storage.check_places(writes=[storage_url])
     if not storage.exists(storage.join(suite_url, "suite.json")):
         there = ", ".join(storage.folders(storage_url)) or "nothing"
         raise StorageError(f"{suite_url} holds no suite: no suite.json\n  do: name one of what is there: {there}")
-    results = publish(storage.absolute(suite_url))
+    results = publish(suite_url)
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
     lines.say(f"page: {storage.join(suite_url, 'report.html')}")

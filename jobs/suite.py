@@ -7,7 +7,7 @@ import tyro
 from imgcls import storage
 from jobs._door import enter
 from jobs._packing import pack_what_is_missing
-from jobs._request import Flags, carry_out, chosen
+from jobs._request import Flags, carry_out, chosen, place
 
 
 def suite(
@@ -26,8 +26,8 @@ def suite(
     """
     names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
     flags, changed = chosen(flags, names)
-    if pack:
-        storage.check_places(writes=[storage.absolute(flags.data)])
+    if pack and not flags.dry_run:
+        storage.check_places(writes=[place(flags.data, "--data")])
         flags = pack_what_is_missing(flags, changed)
     return carry_out(flags, changed, num_seeds=num_seeds)
 

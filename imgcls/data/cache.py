@@ -79,6 +79,16 @@ def open_cache(
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
 
 
+def is_cached(manifest: Manifest, *, px: int, channels: int) -> bool:
+    """Whether the decoded images lie on this node, as far as can be seen without reading them."""
+    return _folder(manifest, px, channels).exists()
+
+
+def missing_shards(manifest: Manifest) -> list[Shard]:
+    """Those that this node would have to fetch from a bucket."""
+    return [shard for shard in manifest.shards if not _shard_file(shard).exists()]
+
+
 def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
     """This node's cache can be written, and has room for what is missing of (set's URL, manifest, px, channels).
 
@@ -90,8 +100,7 @@ def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
             continue
         missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
         if not storage.is_local(set_url):
-            shards = {_shard_file(shard): shard.num_bytes for shard in manifest.shards}
-            missing |= {file: num_bytes for file, num_bytes in shards.items() if not file.exists()}
+            missing |= {_shard_file(shard): shard.num_bytes for shard in missing_shards(manifest)}
     if not missing:
         return
     storage.check_places(writes=[str(root)])

@@ -1,11 +1,11 @@
 import pytest
 
-from cluster.placement import choose, how_many_fit
+from cluster.placement import Node, addable_nodes, choose, how_many_fit
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
 
-TWO_CORES = {"CPU": 2.0, "GPU": 0.0}
-GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
+TWO_CORES = Node(2, 0)
+GPU_NODE = Node(8, 1)
 
 
 def chosen(nodes, workers=1, cpus=None, gpus=None):
@@ -26,7 +26,7 @@ def test_what_can_never_run_is_refused_with_what_there_is(workers, cpus, gpus):
 
 def test_the_refusal_names_both_sides():
     with pytest.raises(
-        PlacementError, match=r"64 workers with 1 CPUs and 0 GPUs each can never run: .* has 2 CPUs and 0 GPUs"
+        PlacementError, match=r"64 workers with 1 CPUs and 0 GPUs each can never run: .* has 1 this machine \(2 CPUs and 0 GPUs\)"
     ):
         chosen([TWO_CORES], 64)
 
@@ -38,8 +38,36 @@ def test_the_refusal_names_both_sides():
         ([TWO_CORES], Placement(num_workers=4, cpus_per_worker=0.5, gpus_per_worker=0), 1),
         ([TWO_CORES, TWO_CORES], Placement(num_workers=3, cpus_per_worker=1, gpus_per_worker=0), 1),
         ([GPU_NODE] * 5, Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=1), 5),
-        ([{"CPU": 3.0, "GPU": 0.0}] * 2, Placement(num_workers=1, cpus_per_worker=2, gpus_per_worker=0), 2),
+        ([Node(3, 0)] * 2, Placement(num_workers=1, cpus_per_worker=2, gpus_per_worker=0), 2),
     ],
 )
 def test_workers_are_counted_node_by_node(nodes, placement, expected):
     assert how_many_fit(nodes, placement) == expected
+
+
+AUTOSCALED = {
+    "max_workers": 5,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}},
+        "spot": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 4},
+        "big": {"resources": {"CPU": 64}, "max_workers": 2},
+    },
+}
+
+
+def test_nodes_that_can_be_added_count_within_both_limits():
+    there = [Node(0, 0, "head"), Node(4, 1, "spot")]
+    types = [node.type for node in addable_nodes(there, AUTOSCALED)]
+    assert types.count("spot") == 3
+    assert types.count("big") == 2
+    assert addable_nodes([*there, *[Node(4, 1, "spot")] * 4], AUTOSCALED) == []
+    assert addable_nodes(there, None) == []
+
+
+def test_a_refusal_names_the_types_that_are_there_and_that_can_be_added():
+    there = [Node(0, 0, "head")]
+    nodes = there + addable_nodes(there, AUTOSCALED)
+    assert chosen(nodes, gpus=1).gpus_per_worker == 1
+    with pytest.raises(PlacementError, match=r"1 head \(0 CPUs and 0 GPUs\), and can add 4 spot \(4 CPUs and 1 GPUs\), 2 big"):
+        chosen(nodes, gpus=2)

@@ -1,0 +1,541 @@
+"""What would go wrong, before it costs anything: every node of a cluster is asked for facts, and the facts are judged.
+
+Comes in: an `Asked`. Goes out: `Check`s, for `jobs.doctor`. `facts_of_node` collects, `judge` is pure. Beside them
+`check_seen_by_nodes`, which suites and evaluations call before they hand a folder to other nodes.
+"""
+
+import os
+import platform
+import re
+import resource
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+from cluster import placement as placements
+from cluster import session
+from imgcls import storage
+from imgcls.errors import ClusterError, DataError, ImgclsError, PlacementError, StorageError
+from imgcls.records import Manifest, Record
+
+NODE_S, PLACE_S, CONNECT_S, REDUCE_S, SEEN_S, CLOCK_S = 10.0, 6.0, 2.0, 15.0, 30.0, 2.0
+FREE_BYTES, OPEN_FILES, REDUCE_BYTES = 10**9, 4096, 25_000_000
+RAY_FREE = 0.05  # with less of its disk free Ray takes no work
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+AUTH_MODE = "RAY_AUTH_MODE"
+INTERFACE = (
+    "GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME for GPUs) on every node: the interface by which they reach each other, not lo; "
+    "a security group that is open within itself"
+)
+ANSWER = "look at that node: its raylet, its load, and whether this code is there, as in the other nodes' image"
+REMEDIES = {
+    "Could not connect|no answer within|Invalid endpoint|SSL validation": "the endpoint is wrong, down or closed to this "
+    "node: look at AWS_ENDPOINT_URL (unset for AWS), its port, http or https, security groups",
+    "access key id you provided|InvalidAccessKeyId": "the store knows no such key: look at AWS_ACCESS_KEY_ID, and whether "
+    "AWS_ENDPOINT_URL is the store that gave it",
+    "signature": "the secret does not belong to the key: give AWS_SECRET_ACCESS_KEY again",
+    "token.*(expired|invalid)": "log in again; AWS_SESSION_TOKEN is a part of the credentials",
+    "Unable to locate credentials": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, or a role of the node",
+    "time is too large": "set this node's clock: chrony, or another NTP client",
+    "bucket does not exist": "make the bucket, or name one that exists",
+    "specified endpoint": "the bucket is in another region: AWS_DEFAULT_REGION",
+    "cannot be (written|deleted): .*(access denied|forbidden|not authorized)": "the credential may only read: it needs "
+    "s3:PutObject, s3:GetObject and s3:DeleteObject here",
+    "access denied|forbidden|not authorized": "the credential may not list here: it needs s3:ListBucket and s3:GetObject",
+    "can be created again": "a store that honours If-None-Match, as AWS, MinIO, Ceph and SeaweedFS do",
+}
+"""What a place says, in any case of letters -> what to do. The first that fits."""
+
+
+class Asked(Record):
+    """What a node is to look at."""
+
+    data: str | None = None
+    storage: str | None = None
+    num_workers: int | None = None
+    gpus_per_worker: float | None = None
+    node: str = ""
+    where: str = "client"
+    ports: Mapping[str, tuple[str, int]] = {}
+    """That have to be open to it: whose -> (host, port)."""
+    dashboard: str = ""
+    """HOST:PORT, where it is to be reached."""
+
+
+class Place(Record):
+    name: str
+    found: str
+    error: str = ""
+
+
+class Facts(Record):
+    node: str
+    where: str
+    versions: Mapping[str, str]
+    platform: str
+    cpus: int
+    threads: Mapping[str, str]
+    cache: str
+    cache_free: int
+    cache_error: str
+    session_free: float
+    """A part of the disk that Ray's own files are on."""
+    shm_bytes: int
+    open_files: int
+    auth_mode: str
+    dashboard_status: int | None
+    """What the dashboard answers who has no token."""
+    num_ports: int
+    closed: tuple[str, ...]
+    gpus: tuple[str, ...]
+    """As nvidia-smi names them."""
+    places: tuple[Place, ...]
+    num_ray_gpus: float = 0.0
+    clock_ahead_s: float = 0.0
+    """Outside the interval between question and answer."""
+
+
+class Worker(Record):
+    node: str
+    address: str
+    port: int
+    """Free, for rank 0 to listen at."""
+    cuda_build: bool
+    num_gpus: int
+
+
+class AllReduce(Record):
+    backend: str
+    num_workers: int
+    workers: tuple[Worker, ...] = ()
+    seconds: float = 0.0
+    interfaces: tuple[str, ...] = ()
+    error: str = ""
+
+
+class Check(Record):
+    name: str
+    where: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+    @classmethod
+    def refused(cls, name: str, where: str, error: Exception, remedy: str = "") -> "Check":
+        found, _, its_remedy = str(error).partition("\n  do: ")
+        return cls(name=name, where=where, ok=False, found=found, remedy=remedy or its_remedy)
+
+
+Row = tuple[str, str, bool, str]
+"""Name, what was found, whether that is a fault, and then what to do."""
+
+
+def judge(client: Facts, nodes: Sequence[Facts], reduced: AllReduce | None) -> list[Check]:
+    expected = {**client.versions, "torch": nodes[0].versions.get("torch", "") if nodes else ""}
+    rows = [("client", row) for row in _of_process(client, client.versions)]
+    for node in nodes:
+        found = *_of_process(node, expected), *_of_machine(node), *_of_gpus(node, reduced)
+        rows += [(node.where, row) for row in found]
+    rows += [("workers", _of_all_reduce(reduced))] if reduced else []
+    return [
+        Check(name=name, where=where, ok=not fault, found=found, remedy=remedy if fault else "")
+        for where, (name, found, fault, remedy) in rows
+    ]
+
+
+def _of_process(facts: Facts, expected: Mapping[str, str]) -> Iterator[Row]:
+    mine = {name: facts.versions[name] for name in ("ray", "python", "torch", "commit") if name in facts.versions}
+    others = [f"{name} {expected[name]}" for name, own in mine.items() if expected.get(name, own) != own]
+    found = ", ".join([*map(" ".join, mine.items()), facts.platform])
+    found += f"; elsewhere {', '.join(others)}" if others else ""
+    yield "versions", found, bool(others), "the same image for client and nodes, and the same commit"
+    status = facts.dashboard_status
+    found = f"{AUTH_MODE}={facts.auth_mode}" + (f", the dashboard answers {status} without a token" if status else "")
+    remedy = f"who reaches it runs code as you: {AUTH_MODE}=token on all nodes, and `ray get-auth-token --generate`'s token"
+    yield "auth", found, status == 200, remedy
+    found = f"closed to {facts.where}: {', '.join(facts.closed)}" if facts.closed else f"{facts.num_ports} open"
+    yield "ports", found, bool(facts.closed), "let all nodes reach each other at all ports: security group, network policy"
+    for place in facts.places:
+        found = f"{place.error.splitlines()[0]}; {place.found}" if place.error else place.found
+        yield place.name, found, bool(place.error), remedy_for(place.error)
+
+
+def _of_machine(facts: Facts) -> Iterator[Row]:
+    many = [f"{name}={value}" for name, value in facts.threads.items() if value.isdigit() and int(value) > facts.cpus]
+    found = f"{facts.cpus} CPUs, {' '.join(map('='.join, facts.threads.items())) or 'as torch chooses'}"
+    yield "threads", found, bool(many), f"at most {facts.cpus} on this node in place of {', '.join(many)}"
+    found = facts.cache_error or f"{facts.cache_free / 1e9:,.1f} GB free at {facts.cache}"
+    little = bool(facts.cache_error) or facts.cache_free < FREE_BYTES
+    yield "cache", found, little, "make room, or name another place with IMGCLS_CACHE"
+    found = f"{facts.session_free:.0%} free where Ray's own files are"
+    full = facts.session_free < RAY_FREE
+    yield "disk", found, full, "make room, or `ray start --temp-dir`: Ray takes no work on a full disk"
+    small = facts.shm_bytes < session.OBJECT_STORE_BYTES
+    remedy = "docker run --shm-size=1g; in a pod an emptyDir with `medium: Memory` at /dev/shm"
+    yield "shared memory", f"{facts.shm_bytes / 1e6:,.0f} MB at /dev/shm", small, remedy
+    yield "open files", f"{facts.open_files:,}", facts.open_files < OPEN_FILES, "ulimit -n 65536 before `ray start`"
+    ahead = facts.clock_ahead_s
+    found = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the client's" if ahead else "as the client's"
+    yield "clock", found, abs(ahead) > CLOCK_S, "chrony, or another NTP client: signatures, tokens and TLS need the time"
+
+
+def _of_gpus(facts: Facts, reduced: AllReduce | None) -> Iterator[Row]:
+    workers = [worker for worker in reduced.workers if worker.node == facts.node] if reduced else []
+    found, remedy = f"{', '.join(facts.gpus) or 'nvidia-smi finds none'}; Ray counts {facts.num_ray_gpus:g}", ""
+    if not facts.gpus:
+        remedy = "start the container with --gpus all, and look at the driver"
+    elif any(not worker.cuda_build for worker in workers):
+        found, remedy = f"{found}; torch is built for CPUs", "torch's CUDA build in the nodes' image"
+    elif reduced and reduced.backend == "nccl" and any(not worker.num_gpus for worker in workers):
+        found, remedy = f"{found}; torch sees none", "a driver that is new enough for torch's CUDA"
+    if facts.gpus or facts.num_ray_gpus:
+        yield "GPUs", found, bool(remedy), remedy
+
+
+def _of_all_reduce(reduced: AllReduce) -> Row:
+    found = f"{reduced.num_workers} workers, {reduced.backend}: "
+    if reduced.error:
+        begun = len(reduced.workers) == reduced.num_workers
+        remedy = INTERFACE if begun else ANSWER
+        return "all-reduce", found + reduced.error, True, remedy
+    size_mb = REDUCE_BYTES / 1e6
+    found += f"{size_mb:.0f} MB in {reduced.seconds * 1e3:,.0f} ms, {size_mb / reduced.seconds:,.0f} MB/s"
+    apart = len({worker.address for worker in reduced.workers}) > 1
+    fault = apart and any(name.startswith("lo") for name in reduced.interfaces)
+    return "all-reduce", f"{found}, by {', '.join(reduced.interfaces) or 'shared memory'}", fault, INTERFACE
+
+
+def remedy_for(error: str) -> str:
+    """What to do where a place says this."""
+    told, _, general = error.partition("\n  do: ")
+    return next((remedy for says, remedy in REMEDIES.items() if re.search(says, told, re.IGNORECASE)), general)
+
+
+def facts_of_node(asked: Asked) -> Facts:
+    """What this process and its machine have, and whom they reach."""
+    from ray._private import worker
+
+    from imgcls.data.cache import check_room
+    from imgcls.training.environment import commit, versions
+
+    own, cache, cache_error, wanted = dict(os.environ), storage.cache_root(), "", []
+    with ThreadPoolExecutor(16) as pool:  # they wait at the same time
+        places = pool.map(lambda place: look_at(*place), _places(asked))
+        closed = pool.map(_if_closed, asked.ports, asked.ports.values())
+        status, gpus = pool.submit(_status_without_token, asked.dashboard), pool.submit(_gpus_of_machine)
+        with suppress(StorageError, DataError):  # which the place itself says
+            wanted = _wanted(asked.data) if asked.data else []
+        try:
+            storage.check_places(writes=[str(cache)])
+            check_room(wanted)
+        except StorageError as error:
+            cache_error = str(error).splitlines()[0]
+    ray_disk = _disk(Path(worker._global_node.get_session_dir_path() if worker._global_node else "/tmp/ray"))
+    return Facts(
+        node=asked.node,
+        where=asked.where,
+        versions=versions() | ({"commit": found} if (found := commit()) else {}),
+        platform=platform.platform(terse=True),
+        cpus=os.cpu_count() or 1,
+        threads={name: own[name] for name in THREADS if name in own},
+        cache=str(cache),
+        cache_free=_disk(cache).free,
+        cache_error=cache_error,
+        session_free=ray_disk.free / ray_disk.total,
+        shm_bytes=_disk(Path("/dev/shm")).total,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0] & 0x7FFFFFFF,  # infinity is -1
+        auth_mode=own.get(AUTH_MODE, "unset"),
+        dashboard_status=status.result(),
+        num_ports=len(asked.ports),
+        closed=tuple(filter(None, closed)),
+        gpus=gpus.result(),
+        places=tuple(places),
+    )
+
+
+def _places(asked: Asked) -> list[tuple[str, str]]:
+    return [(name, url) for name, url in (("data", asked.data), ("storage", asked.storage)) if url]
+
+
+def _wanted(data: str) -> list[tuple[str, Manifest, int, int]]:
+    """What runs of the catalogue `quick` keep in a node's cache; of a set that it does not know, as of imagenette."""
+    from imgcls.catalogue import suite_of
+    from imgcls.data.shards import manifest_url, read_manifest
+
+    inputs = {recipe.dataset: recipe.input for recipe in suite_of("quick")}
+    with storage.within(PLACE_S, request_s=storage.PREFLIGHT_REQUEST_S):
+        sets = {name: storage.join(data, name) for name in storage.folders(data)}
+        sets = {name: read_manifest(url) for name, url in sets.items() if storage.exists(manifest_url(url))}
+    into = {name: inputs.get(name, inputs["imagenette"]) for name in sets}
+    return [(storage.join(data, name), sets[name], into[name].stored_px, into[name].channels) for name in sets]
+
+
+def look_at(name: str, url: str) -> Place:
+    """Whether this process can read the place `data`, or write to the place `storage`, and by what credentials."""
+    found, error, own = url, "", dict(os.environ)
+    if url.startswith(("s3:", "s3a:")):
+        from botocore.session import Session
+
+        credentials = Session().get_credentials()
+        endpoint = own.get("AWS_ENDPOINT_URL_S3") or own.get("AWS_ENDPOINT_URL") or "AWS"
+        found += f" at {re.sub('//.*@', '//', endpoint)}, credentials: {credentials.method if credentials else 'none'}"
+    try:
+        with storage.within(PLACE_S):
+            storage.check_places(**{"reads" if name == "data" else "writes": [url]})
+            found += f", {len(_wanted(url))} packed sets" if name == "data" else ""
+    except (StorageError, DataError) as refused:
+        error = str(refused)
+    return Place(name=name, found=found, error=error)
+
+
+def _if_closed(name: str, port: tuple[str, int]) -> str:
+    with suppress(OSError), socket.create_connection(port, timeout=CONNECT_S):
+        return ""
+    return f"{name} ({port[0]}:{port[1]})"
+
+
+def _status_without_token(dashboard: str) -> int | None:
+    try:
+        connection = HTTPConnection(dashboard, timeout=CONNECT_S)
+        connection.request("GET", "/api/version")
+        return connection.getresponse().status
+    except OSError:
+        return None
+
+
+def _gpus_of_machine() -> tuple[str, ...]:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return tuple(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines())
+    return ()
+
+
+def _disk(path: Path) -> Any:
+    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists()))
+
+
+def examine(asked: Asked) -> list[Check]:
+    """The checks of the connected cluster, whose nodes are asked at the same time."""
+    nodes = _nodes()
+    with ThreadPoolExecutor(1) as beside:
+        reducing = beside.submit(_all_reduced, asked, nodes)
+        actors = {node: _on(node) for node in nodes}
+        warm, silent = _answers({node: actor.do.remote(time.time) for node, actor in actors.items()}, NODE_S)
+        clocks = {node: _clock_ahead_s(actors[node]) for node in warm}
+        calls = {node: actors[node].do.remote(facts_of_node, _asked_of(node, asked, nodes)) for node in warm}
+        client = facts_of_node(_asked_of(None, asked, nodes))
+        found, late = _answers(calls, NODE_S)
+        facts = [
+            one.model_copy(
+                update={"num_ray_gpus": nodes[node]["Resources"].get("GPU", 0.0), "clock_ahead_s": clocks[node]}
+            )
+            for node, one in found.items()
+        ]  # fmt: skip
+        checks = [Check.refused("answer", nodes[node]["where"], error, ANSWER) for node, error in (silent | late).items()]
+        return [*judge(client, facts, reducing.result()), *checks, *([] if checks else _of_cluster(asked))]
+
+
+def _of_cluster(asked: Asked) -> Iterator[Check]:
+    """Whether the workers fit, and whether places that are folders are the same on all nodes."""
+    try:
+        nodes = placements.cluster_nodes(placements.autoscaling_config())
+        workers = asked.num_workers if asked.num_workers is not None else 1
+        placements.choose(nodes, num_workers=workers, cpus_per_worker=None, gpus_per_worker=asked.gpus_per_worker)
+        yield Check(name="placement", where="cluster", ok=True, found=placements.what_there_is(nodes))
+    except PlacementError as error:
+        yield Check.refused("placement", "cluster", error)
+    try:
+        check_seen_by_nodes([url for _, url in _places(asked)])
+    except ImgclsError as error:
+        yield Check.refused("places", "cluster", error)
+
+
+def _nodes() -> dict[str, dict[str, Any]]:
+    """Ray's entry of each node that is alive, by its id, with `where`: type and address."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    named = zip(alive, placements.cluster_nodes(None), strict=False)
+    return {node["NodeID"]: node | {"where": f"{kind.type} {node['NodeManagerAddress']}"} for node, kind in named}
+
+
+def _asked_of(node: str | None, asked: Asked, nodes: Mapping[str, Any]) -> Asked:
+    """With the ports that this node needs; None is the client. A dashboard on the loopback interface is its head's alone."""
+    import ray
+    from ray._private.worker import get_dashboard_url
+
+    context, dashboard = ray.get_runtime_context(), get_dashboard_url() or ""
+    entry = nodes[node or context.get_node_id()]
+    reached = placements.HEAD in entry["Resources"] or not dashboard.startswith(("127.", "localhost"))
+    found = {"GCS": context.gcs_address, **({"dashboard": dashboard} if reached else {})}
+    for other in nodes.values() if node else ():
+        if other is not entry:
+            for name in ("NodeManagerPort", "ObjectManagerPort"):
+                found[f"{name} of {other['where']}"] = f"{other['NodeManagerAddress']}:{other[name]}"
+    ports = {name: (at.rpartition(":")[0], int(at.rpartition(":")[2])) for name, at in found.items()}
+    named = {"node": node, "where": entry["where"]} if node else {}
+    return asked.model_copy(update={**named, "ports": ports, "dashboard": found.get("dashboard", "")})
+
+
+class _Actor:
+    def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _on(node: str | None, num_gpus: float = 0) -> Any:
+    """A process on this node; None: on any that has so many GPUs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    where = NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD"
+    return ray.remote(_Actor).options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=where).remote()
+
+
+def _answers(calls: Mapping[Any, Any], timeout_s: float) -> tuple[dict[Any, Any], dict[Any, ClusterError]]:
+    """What came back within so many seconds, and why the rest did not."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    found, silent = {}, {}
+    until = time.monotonic() + timeout_s
+    for key, call in calls.items():
+        try:
+            found[key] = ray.get(call, timeout=max(0, until - time.monotonic()))
+        except GetTimeoutError:
+            silent[key] = ClusterError(f"no answer within {timeout_s:.0f} s")
+        except Exception as error:
+            silent[key] = ClusterError(str(error).strip().splitlines()[-1])
+    return found, silent
+
+
+def _clock_ahead_s(actor: Any) -> float:
+    began = time.time()
+    found, _ = _answers({"now": actor.do.remote(time.time)}, NODE_S)
+    there, ended = found.get("now", began), time.time()
+    return there - min(max(there, began), ended)
+
+
+def _all_reduced(asked: Asked, nodes: Mapping[str, Any]) -> AllReduce | None:
+    """On GPUs only where enough of them are free: nothing here makes an autoscaler start a node."""
+    import ray
+
+    cpus = sum(node["Resources"].get("CPU", 0) for node in nodes.values())
+    at_least = max(2, len(nodes))
+    count = at_least if asked.num_workers is None else min(asked.num_workers, max(at_least, int(cpus)))
+    each = asked.gpus_per_worker or 0
+    on_gpus = each >= 1 and ray.available_resources().get("GPU", 0) >= count * each
+    ids = list(nodes)
+    if count < 2:
+        return None
+    actors = [_on(None, each) if on_gpus else _on(ids[rank % len(ids)]) for rank in range(count)]
+    there, silent = _answers({rank: actor.do.remote(_worker) for rank, actor in enumerate(actors)}, REDUCE_S)
+    workers = tuple(there.values())
+    reduced = AllReduce(backend="nccl" if on_gpus else "gloo", num_workers=count, workers=workers)
+    if not silent:
+        calls = {rank: actor.do.remote(_reduce, rank, reduced) for rank, actor in enumerate(actors)}
+        there, silent = _answers(calls, REDUCE_S)
+    if silent:
+        rank = min(silent)
+        where = "" if on_gpus else f" on {nodes[ids[rank % len(ids)]]['where']}"
+        return reduced.model_copy(update={"error": f"rank {rank}{where}: {silent[rank]}"})
+    names = {name for _, some in there.values() for name in some}
+    seconds = max(seconds for seconds, _ in there.values())
+    return reduced.model_copy(update={"seconds": seconds, "interfaces": tuple(sorted(names))})
+
+
+def _worker() -> Worker:
+    import ray
+    import torch.distributed
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return Worker(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        port=port,
+        cuda_build=torch.version.cuda is not None,
+        num_gpus=torch.cuda.device_count(),
+    )
+
+
+def _reduce(rank: int, reduced: AllReduce) -> tuple[float, set[str]]:
+    """Seconds, the median of three, and the interfaces that the connections took."""
+    import psutil  # pyright: ignore
+    import torch
+    import torch.distributed as dist
+
+    first, before = reduced.workers[0], _connections()
+    store, limit = f"tcp://{first.address}:{first.port}", timedelta(seconds=REDUCE_S)
+    dist.init_process_group(
+        reduced.backend, init_method=store, rank=rank, world_size=len(reduced.workers), timeout=limit
+    )  # fmt: skip
+    tensor = torch.ones(REDUCE_BYTES // 4, device="cuda" if reduced.backend == "nccl" else "cpu")
+    took = []
+    for _ in range(4):  # the first warms up
+        began = time.monotonic()
+        dist.all_reduce(tensor)
+        tensor[0].item()  # waits for a GPU
+        took.append(time.monotonic() - began)
+    new = [own[0] for own, other in _connections() - before if first.port not in (own[1], other[1])]
+    named = {one.address: name for name, some in psutil.net_if_addrs().items() for one in some}
+    return statistics.median(took[1:]), {str(named.get(address.removeprefix("::ffff:"), address)) for address in new}
+
+
+def _connections() -> set[Any]:
+    import psutil  # pyright: ignore
+
+    some = psutil.Process().net_connections("tcp")
+    return {(tuple(one.laddr), tuple(one.raddr)) for one in some if one.status == "ESTABLISHED"}
+
+
+def check_seen_by_nodes(urls: Sequence[str]) -> None:
+    """Each folder or file is the same on all nodes of the connected cluster. Raises StorageError, naming one where not."""
+    import ray
+
+    others = {node: entry for node, entry in _nodes().items() if node != ray.get_runtime_context().get_node_id()}
+    local = [Path(url.removeprefix("file://")) for url in urls if storage.is_local(url)]
+    if not others or not local:
+        return
+    actors = {node: _on(node) for node in others}
+    for path in local:
+        with marked(path) as (folder, names):
+            seen, silent = _answers({node: actor.do.remote(sees, folder, names) for node, actor in actors.items()}, SEEN_S)
+        for node, error in silent.items():
+            raise ClusterError(f"{others[node]['where']} cannot say whether it sees {path}: {error}\n  do: {ANSWER}")
+        for node in (node for node, sees in seen.items() if not sees):
+            raise StorageError(
+                f"{path} is not the same place on {others[node]['where']} as here\n"
+                "  do: a file system that all nodes share, at the same path, or s3://"
+            )
+
+
+@contextmanager
+def marked(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folder at the place, or nearest to it, and names in it: a new one's, or where none can be made, all."""
+    folder = next(one for one in (path, *path.parents) if os.path.isdir(one))
+    probe = folder / f".seen-{secrets.token_hex(8)}"
+    try:
+        probe.touch()
+        names = [probe.name]
+    except OSError:
+        names = os.listdir(folder)
+    try:
+        yield str(folder), names
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def sees(folder: str, names: list[str]) -> bool:
+    return os.path.isdir(folder) and all(os.path.lexists(os.path.join(folder, name)) for name in names)

@@ -1,0 +1,213 @@
+"""Jobs of a cluster over HTTP: submitted, followed to their end, stopped. No Ray process runs here.
+
+Comes in: a `staging.Job`. Goes out: its log, as it is written there, and how it ended. Called by `jobs.submit`.
+"""
+
+import asyncio
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from cluster import session
+from cluster.staging import Job
+from imgcls.errors import ClusterError, PlacementError, RecipeError
+
+CONNECT_S, ANSWER_S = 5.0, 30.0
+"""For a request: until someone takes it, and until it is answered."""
+SILENCE_S = 20.0
+"""A log that says nothing for so long is asked for again: a proxy may have dropped the connection without a word."""
+LONGEST_SILENCE_S = 320.0
+INTERRUPTED, NEVER_BEGAN = 130, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended: the exit code of its command, and what to say of it."""
+
+    code: int
+    told: str
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`. Made by `connected`."""
+
+    def __init__(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+                return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
+
+        self.address = address
+        self.client = Client(address)
+        for name in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk", "._private.runtime_env.packaging"):
+            logging.getLogger(f"ray{name}").setLevel(logging.ERROR)  # some have a level of their own
+
+    def submit(self, job: Job, *, python: str | None = None) -> None:
+        """The cluster has taken it. python: the interpreter there; that of its own workers unless said.
+
+        Raises RecipeError where it had a job of this id before, PlacementError where no node has the resource asked for.
+        """
+        if self.info(job.id) is not None:
+            raise RecipeError(f"--job-id {job.id}: the cluster has seen a job of this id\n  do: another, or none")
+        if job.driver_resource is not None:
+            self._check_resource(job.driver_resource)
+        request = job.request(python or self.python())
+        with tempfile.TemporaryDirectory() as folder, _named(self.address):
+            job.stage(Path(folder))
+            request["runtime_env"]["working_dir"] = folder
+            self.client.submit_job(**request)
+
+    def python(self) -> str:
+        """The interpreter by which the head runs its own workers: the one that has the packages. Else the PATH's."""
+        with suppress(Exception):  # the dashboard promises none of this
+            nodes = self.client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+            head = next(node["raylet"]["nodeId"] for node in nodes if node["raylet"]["isHeadNode"])
+            words = self.client._do_request("GET", f"/nodes/{head}").json()["data"]["detail"]["cmdline"]
+            flag = "--python_worker_command="
+            return next(word.removeprefix(flag).split()[0] for word in words if word.startswith(flag))
+        return "python"
+
+    def _check_resource(self, name: str) -> None:
+        with _named(self.address):
+            found = self.client._do_request("GET", "/api/v0/nodes?detail=1").json()["data"]["result"]["result"]
+        there = {kind for node in found if node["state"] == "ALIVE" for kind in node["resources_total"]}
+        if name not in there:
+            named = ", ".join(sorted(kind for kind in there if not kind.startswith("node:")))
+            raise PlacementError(
+                f"--driver-resource {name}: no node has it; there are: {named}\n  do: one of these, or none"
+            )
+
+    def info(self, job_id: str) -> Any | None:
+        """Ray's own record of the job; None where it has none."""
+        with _named(self.address):
+            try:
+                return self.client.get_job_info(job_id)
+            except RuntimeError as error:
+                if "404" in str(error):
+                    return None
+                raise
+
+    def known(self, job_id: str) -> Any:
+        found = self.info(job_id)
+        if found is None:
+            raise RecipeError(f"the cluster at {self.address} has no job {job_id}")
+        return found
+
+    def stop(self, job_id: str) -> None:
+        self.known(job_id)
+        with _named(self.address):
+            self.client.stop_job(job_id)
+
+    def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Ended:
+        """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does."""
+        self.known(job_id)
+        return asyncio.run(self._follow(job_id, _Log(write), say))
+
+    async def _follow(self, job_id: str, log: "_Log", say: Callable[[str], None]) -> Ended:
+        silence_s, lost_s = SILENCE_S, None
+        while True:
+            before = log.written
+            with suppress(Exception):  # whatever ends the stream: the job's status decides
+                await self._tail(job_id, log, silence_s)
+            silence_s = SILENCE_S if log.written > before else min(2 * silence_s, LONGEST_SILENCE_S)
+            try:
+                info = await asyncio.to_thread(self.known, job_id)
+                if info.status.is_terminal():
+                    log.again()
+                    log.add(await asyncio.to_thread(self.client.get_job_logs, job_id))
+                    return ended(job_id, info)
+            except (ClusterError, OSError, RuntimeError) as error:
+                if lost_s is None:
+                    lost_s = time.monotonic()
+                    say(f"no connection to {self.address} ({str(error).splitlines()[0]}); the job goes on: tried again")
+                await asyncio.sleep(1)
+                continue
+            if lost_s is not None:
+                say(f"connected again after {time.monotonic() - lost_s:.0f} s")
+                lost_s = None
+            await asyncio.sleep(0.2)
+
+    async def _tail(self, job_id: str, log: "_Log", silence_s: float) -> None:
+        """Returns when the stream has ended; raises TimeoutError where it says nothing for `silence_s`."""
+        log.again()
+        stream: AsyncIterator[str] = self.client.tail_job_logs(job_id)
+        while True:
+            try:
+                log.add(await asyncio.wait_for(anext(stream), silence_s))
+            except StopAsyncIteration:
+                return
+
+
+class _Log:
+    """A text that is fetched again and again from its beginning, and written once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write, self.written, self.fetched = write, 0, 0
+
+    def again(self) -> None:
+        self.fetched = 0
+
+    def add(self, text: str) -> None:
+        new = text[max(0, self.written - self.fetched) :]
+        self.fetched += len(text)
+        if new:
+            self.write(new)
+            self.written += len(new)
+
+
+def ended(job_id: str, info: Any) -> Ended:
+    """What Ray's record of a job that is over says."""
+    status, code = str(info.status), info.driver_exit_code
+    if status == "SUCCEEDED":
+        return Ended(0, f"{job_id}: succeeded")
+    if status == "STOPPED":
+        return Ended(INTERRUPTED, f"{job_id}: was stopped; the same command goes on where it stopped")
+    if code is None:
+        return Ended(NEVER_BEGAN, f"{job_id}: its command never began or was lost: {info.message}")
+    number = -code if code < 0 else code - 128
+    if code < 0 or number in set(signal.Signals):
+        return Ended(128 + number, f"{job_id}: was killed by signal {number} ({signal.Signals(number).name})")
+    hint = "; the cluster's head has no such interpreter: --python PATH" if code == 127 else ""
+    return Ended(code, f"{job_id}: failed, its command ended with exit code {code}{hint}")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Jobs]:
+    """Raises ClusterError where nobody answers at the dashboard's URL, or the token is missing or wrong."""
+    if not address.startswith(("http://", "https://")):
+        raise RecipeError(f"--address {address}: the URL of the cluster's dashboard, as http://127.0.0.1:8265")
+    address = address.rstrip("/")
+    with _named(address):
+        answer = requests.get(f"{address}/api/authentication_mode", timeout=(CONNECT_S, ANSWER_S))
+        mode = answer.json()["authentication_mode"]
+    with session.client(mode), _named(address):
+        yield Jobs(address)
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """What goes wrong between here and the dashboard is said in our words."""
+    try:
+        yield
+    except (requests.RequestException, ConnectionError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip("')\"").rpartition(": ")[2]
+        raise ClusterError(
+            f"no Ray dashboard answers at {address}: {reason}\n"
+            "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
+        ) from None
+    except Exception as error:
+        if type(error).__name__ == "AuthenticationError":  # Ray is not imported here
+            raise ClusterError(
+                f"the cluster at {address} wants its token, and has not got it, or another\n"
+                "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `ray get-auth-token` on the head prints it"
+            ) from None
+        raise

@@ -1,0 +1,133 @@
+"""How fast things go on which hardware: measured, kept beside the cache, asked by whoever predicts.
+
+Comes in: rates of `training.calibrate`, and of every finished run. Goes out: the newest of a kind for a hardware's name.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+
+from imgcls import records, storage
+from imgcls.errors import ImgclsError
+from imgcls.recipe import Recipe, digest_of
+from imgcls.records import Manifest, Placement, Record, RunResult
+
+MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements"
+
+What = Literal["train", "evaluate", "decode", "overhead", "session"]
+
+
+class Rate(Record):
+    what: What
+    """train, evaluate, decode: images/s of a run. overhead: seconds of a run beside these. session: of a command beside
+    its runs."""
+    of: str
+    """What it depends on, beside the hardware."""
+    hardware: str
+    value: float
+    source: Literal["run", "calibrate", "record"]
+    date: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.what, self.of, self.hardware
+
+
+class Rates(Record):
+    """The newest of each kind."""
+
+    rates: tuple[Rate, ...] = ()
+
+    def get(self, what: What, of: str, hardware: str) -> float | None:
+        return next((rate.value for rate in self.rates if rate.key == (what, of, hardware)), None)
+
+
+def work_of(recipe: Recipe, placement: Placement) -> str:
+    """Names what decides how much a sample costs: neither data, nor length, nor weights, nor a learning rate."""
+    size = {"global_batch_size": recipe.global_batch_size, "precision": recipe.precision, "numerics": recipe.numerics}
+    parts = {name: recipe.to_json()[name] for name in ("input", "model", "augment")} | {"kind": recipe.optimizer.kind}
+    work = digest_of([size, parts, placement.model_dump(mode="json")])[:12]
+    return f"{recipe.model.kind} {recipe.input.px} px {work}"
+
+
+def decoding_of(manifest: Manifest, *, px: int, channels: int) -> str:
+    return f"{manifest.name} {px} px {channels} {manifest.digest[:12]}"
+
+
+def overhead_of(placement: Placement) -> str:
+    return f"{placement.num_workers} workers"
+
+
+def hardware_name(hardware: dict[str, str]) -> str:
+    return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cpus']} CPUs, {hardware['vectors']}"
+
+
+def rates_of(run: RunResult, *, took_s: float | None = None, source: Literal["run", "record"] = "run") -> list[Rate]:
+    """What a finished run shows. took_s: of the whole run, from its start to its end, where it was not cut in two."""
+    assert run.placement is not None
+    assert run.val is not None
+    assert run.test is not None
+    seconds, evaluated = run.seconds, run.val.num_samples * run.epochs + run.test.num_samples
+    evaluating_s = seconds["validate"] + seconds["test"]
+    work = work_of(run.recipe, run.placement)
+    values: list[tuple[What, str, float | None]] = [
+        ("train", work, run.images_per_s),
+        ("evaluate", work, evaluated / evaluating_s),
+        ("overhead", overhead_of(run.placement), took_s and took_s - seconds["train"] - evaluating_s - seconds["cache"]),
+    ]
+    hardware = hardware_name(run.hardware)
+    return [new(what, of, hardware, value, source) for what, of, value in values if value and value > 0]
+
+
+def new(what: What, of: str, hardware: str, value: float, source: Literal["run", "calibrate", "record"]) -> Rate:
+    return Rate(
+        what=what, of=of, hardware=hardware, value=round(value, 3), source=source, date=date.today().isoformat()
+    )  # fmt: skip
+
+
+def known(measurements: Path = MEASUREMENTS) -> Rates:
+    """What was measured on this node; what it lacks, out of the records under docs/measurements."""
+    return Rates(rates=_newest([*_recorded(measurements), *_kept().rates]))
+
+
+def keep(rates: Sequence[Rate]) -> Path:
+    """Beside the cache, in place of earlier ones of their kind. Raises StorageError."""
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        records.write(Rates(rates=_newest([*_kept().rates, *rates])), str(path))
+    return path
+
+
+def _path() -> Path:
+    return storage.cache_root() / "rates.json"
+
+
+def _kept() -> Rates:
+    with suppress(ImgclsError):  # of another version, or damaged: measured again
+        return records.read_if_there(Rates, str(_path())) or Rates()
+    return Rates()
+
+
+def _newest(rates: Iterable[Rate]) -> tuple[Rate, ...]:
+    return tuple({rate.key: rate for rate in rates}.values())
+
+
+def _recorded(measurements: Path) -> list[Rate]:
+    from imgcls.results.measurement import Measurement
+
+    found: list[Rate] = []
+    for path in sorted(measurements.glob("suite-*.json"), key=lambda path: path.stem.rpartition("_")[2]):
+        with suppress(ImgclsError):
+            record = Measurement.from_bytes(path.read_bytes(), where=str(path))
+            found += [rate for run in record.runs for rate in rates_of(run, took_s=_took_s(run), source="record")]
+    return found
+
+
+def _took_s(run: RunResult) -> float:
+    """Without what Tune takes before and after it."""
+    return run.seconds["start"] + run.seconds["fit"]

@@ -1,0 +1,33 @@
+"""The doctor's door: a table or JSON, and an exit code that a script can use."""
+
+import json
+
+import pytest
+
+from tests.conftest import Command
+
+
+def test_a_healthy_cluster_has_no_fault_and_is_looked_at_in_time(run_command: Command, ray_cluster: dict[str, str], packed):
+    done = run_command("doctor", "--data", packed, "--storage", "runs", "--json", env=ray_cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["healthy"] is True
+    assert report["seconds"] < 30  # the bar is 20 s on an idle machine
+    assert {"versions", "clock", "data", "storage", "placement", "all-reduce"} <= {one["name"] for one in report["checks"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--gpus-per-worker", "1"), ("placement", "FAULT", "can never run: this cluster has 1 head", "do: fewer")),
+        (("--storage", "s3://runs"), ("storage", "FAULT", "AWS_SECRET_ACCESS_KEY")),
+        (("--address", "127.0.0.1:1"), ("cluster", "FAULT", "no Ray cluster answers", "do: start it")),
+    ],
+)
+def test_a_fault_ends_with_3_and_says_what_to_do(run_command: Command, ray_cluster: dict[str, str], arguments, says):
+    nobody = {"AWS_EC2_METADATA_DISABLED": "true"}
+    done = run_command("doctor", *arguments, env=ray_cluster | nobody)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert all(one in done.stdout for one in says), done.stdout
+    assert "Traceback" not in done.stderr
+    assert ray_cluster["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr

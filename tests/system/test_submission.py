@@ -1,0 +1,201 @@
+"""Jobs of a real cluster of one node, with its token and secrets of its own in its environment."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, Command
+from tests.system.relay import relayed
+
+PLANTED = {"AWS_SECRET_ACCESS_KEY": "planted-on-the-nodes", "AWS_ACCESS_KEY_ID": "planted-key-id"}
+MINE = {"AWS_SECRET_ACCESS_KEY": "planted-here", "OTHER_TOKEN": "planted-here-too"}
+HEAD = """
+import json, sys
+from cluster.session import session
+with session(verbose=False):
+    import os
+    from ray._private import worker
+    node = worker._global_node
+    print(json.dumps({"url": f"http://{node.webui_url}", "token": os.environ["RAY_AUTH_TOKEN"],
+                      "gcs": os.environ["RAY_ADDRESS"], "folder": node.get_session_dir_path()}), flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Head:
+    url: str
+    token: str
+    gcs: str
+    folder: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"RAY_AUTH_TOKEN": self.token, "RAY_ADDRESS": ""}
+
+    def get(self, path: str) -> str:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    env = {**os.environ, **PLANTED, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield Head(**json.loads(process.stdout.readline()))
+    finally:
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def entry_points(head: Head) -> None:
+    """Jobs by the name of what becomes of them, all begun at once."""
+    endings = {"zero": "exit 0", "three": "exit 3", "killed": "kill -9 $$", "stopped": "sleep 600", "missing": "exit 127"}
+    for name, words in endings.items():
+        begin(head, name, f"echo {name} begins; {words}")
+
+
+def begin(head: Head, name: str, entrypoint: str) -> None:
+    body = json.dumps({"entrypoint": entrypoint, "submission_id": name}).encode()
+    request = urllib.request.Request(f"{head.url}/api/jobs/", data=body, headers={"Authorization": f"Bearer {head.token}"})
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+def status(head: Head, name: str) -> str:
+    return json.loads(head.get(f"/api/jobs/{name}"))["status"]
+
+
+def wait_for(head: Head, name: str, wanted: str) -> None:
+    until = time.monotonic() + 120
+    while status(head, name) != wanted:
+        assert time.monotonic() < until, f"{name} is {status(head, name)}"
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("entry_points")
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("zero", 0, "zero: succeeded"),
+        ("three", 3, "ended with exit code 3"),
+        ("killed", 137, "was killed by signal 9 (SIGKILL)"),
+        ("missing", 127, "--python PATH"),
+        ("stopped", 130, "was stopped"),
+    ],
+)
+def test_the_exit_code_is_the_entry_points(head: Head, run_command: Command, name: str, code: int, says: str):
+    here = ("submit", "--address", head.url)
+    if name == "stopped":
+        wait_for(head, name, "RUNNING")
+        assert "running" in run_command(*here, "--status", name, env=head.env).stdout
+        assert run_command(*here, "--stop", name, env=head.env).returncode == 0
+    done = run_command(*here, "--follow", name, env=head.env)
+    assert done.returncode == code, done.stderr
+    assert f"{name} begins" in done.stdout
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["reset", "in silence"])
+def test_a_log_goes_on_without_loss_when_the_connection_was_cut_for_20_s(head: Head, tmp_path: Path, silent: bool):
+    name = f"counts-{silent}"
+    begin(head, name, "for i in $(seq 150); do echo line $i; sleep 0.2; done")
+    wait_for(head, name, "RUNNING")
+    with relayed(int(head.url.rpartition(":")[2])) as relay, (tmp_path / "said").open("wb") as said:
+        address = f"http://127.0.0.1:{relay.port}"
+        following = subprocess.Popen(
+            [sys.executable, "-m", "jobs.submit", "--address", address, "--follow", name],
+            env={**os.environ, **head.env, "PYTHONPATH": str(ROOT)},
+            stdout=said,
+            stderr=subprocess.PIPE,
+        )
+        while b"line 3\n" not in (tmp_path / "said").read_bytes():
+            assert following.poll() is None
+            time.sleep(0.1)
+        relay.cut(silent=silent)
+        time.sleep(20)
+        relay.heal()
+        _, told = following.communicate(timeout=120)
+    assert following.returncode == 0, told
+    lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("line ")]
+    assert lines == [f"line {i}" for i in range(1, 151)]
+    assert silent or b"the job goes on" in told
+
+
+@pytest.mark.parametrize("token", [None, "another"])
+def test_a_client_without_the_token_is_refused(head: Head, run_command: Command, token: str | None, tmp_path: Path):
+    env = {"RAY_ADDRESS": "", "HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token * 8} if token else {})
+    done = run_command("submit", "--address", head.url, "--", "report", "quick", "--storage", tmp_path, env=env)
+    assert done.returncode == 3
+    assert "wants its token" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SMALL = ("global_batch_size=16", "train_fraction=1.0", "length.epochs=1", "input.px=8", "input.stored_px=8")
+
+
+def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command, packed: Path, tmp_path: Path):
+    """Neither the client's nor the nodes'."""
+    small = [word for change in SMALL for word in ("--set", change)]
+    model = ("--set", 'model={"kind": "basic-cnn", "dropout": 0.3}')
+    words = ("train", "scratch", "--data", packed, "--storage", tmp_path / "runs", "--id", "sent", *small, *model)
+    done = run_command("submit", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env | MINE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--id sent" in run_command("submit", "--address", head.url, "--job-id", "again", "--dry-run", "--", *words).stdout
+    result = json.loads((tmp_path / "runs" / "sent" / "scratch-seed0" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["commit"] not in (None, "unknown")  # though there is no git where it ran
+    seen: dict[str, str | bytes] = {"said": done.stdout + done.stderr}
+    seen |= {path: head.get(path) for path in ("/api/jobs/", "/api/jobs/sent/logs", "/nodes?view=summary")}
+    listed = ("jobs", "actors", "runtime_envs", "workers", "tasks")
+    seen |= {kind: head.get(f"/api/v0/{kind}?detail=1&limit=1000") for kind in listed}
+    for folder in (tmp_path / "runs", Path(head.folder)):
+        seen |= {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert any("runtime_env_agent" in name for name in seen)
+    for secret in (*PLANTED.values(), *MINE.values(), head.token):
+        where = [name for name, text in seen.items() if (secret.encode() if isinstance(text, bytes) else secret) in text]  # type: ignore[operator]
+        assert not where, f"{secret} in {where}"
+    again = run_command("submit", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env)
+    assert again.returncode == 2
+    assert "has seen a job of this id" in again.stderr
+
+
+def test_a_job_refuses_a_place_that_goes_away_with_it(head: Head, run_command: Command):
+    """Whoever sends it: here Ray's own command, from a checkout."""
+    begin(head, "plain", f"cd {ROOT} && {sys.executable} -m jobs.suite --data /none")
+    done = run_command("submit", "--address", head.url, "--follow", "plain", env=head.env)
+    assert done.returncode == 2
+    assert "--storage runs is relative" in done.stdout
+
+
+def test_a_driver_resource_that_no_node_has_is_refused(head: Head, run_command: Command):
+    words = ("--driver-resource", "driver", "--", "report", "quick", "--storage", "/tmp")
+    done = run_command("submit", "--address", head.url, *words, env=head.env)
+    assert done.returncode == 2
+    assert "no node has it" in done.stderr
+    assert "CPU" in done.stderr
+
+
+def test_the_request_is_the_golden_one(run_command: Command, tmp_path: Path):
+    (tmp_path / "mine.toml").write_text("")
+    words = ("suite", "--catalogue", "paper", "--data", "s3://b/packed", "--storage", "s3://b/runs", "--recipe", "mine.toml")
+    asked = ("--address", "http://head:8265", "--job-id", "a-job", "--env", "NCCL_DEBUG=WARN", "--driver-resource", "driver")
+    done = run_command("submit", *asked, "--dry-run", "--", *words, env={"IMGCLS_COMMIT": "0123456789ab"})
+    request: dict[str, Any] = json.loads(done.stdout)
+    assert request.pop("files") > 50
+    assert request.pop("bytes") < 2_000_000
+    golden = Path(__file__).parent / "golden" / "request.json"
+    assert json.dumps(request, indent=1) + "\n" == golden.read_text()
