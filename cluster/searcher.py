@@ -1,5 +1,6 @@
 """Tune's side of a suite: which run is next, by `decide`; and what Tune hears of a run, passed on to a view."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ from ray.tune.search import Searcher
 
 from cluster.decide import Action, Asked, Ended, Event, Lost, Seen, Start, State, Status, Stop, Wait, decide
 from cluster.lease import Leases
+
+LOOK_S, NO_ROOM_S = 5.0, 20.0
 
 
 class View(Protocol):
@@ -48,12 +51,14 @@ class PlanSearcher(_NotKept, Searcher):
         super().__init__()
         self.state, self.room, self.look, self.failed, self.view = state, room, look, failed, view
         self.runs: dict[str, str] = {}
+        self._looked_s = 0.0
+        self._no_room_s: float | None = None
         self.began_s: dict[str, float] = {}
         self.ended_s: dict[str, float] = {}
         """By run, by `time.monotonic`."""
 
     def suggest(self, trial_id: str) -> Any:
-        action = self._tell(Asked(self.room()))
+        action = self._tell(Asked(self._room()))
         if isinstance(action, Start):
             self.runs[trial_id] = action.run
             self.began_s[action.run] = time.monotonic()
@@ -68,6 +73,24 @@ class PlanSearcher(_NotKept, Searcher):
         if isinstance(action, Stop):
             self.failed(run, action.reason)
         self.view.ended(run, self.state.statuses[run])
+
+    def _room(self) -> int:
+        """Runs that fit. That a cluster has lost its last fitting node is said: Train and Tune would wait without a word."""
+        room, now = self.room(), time.monotonic()
+        if room:
+            self._no_room_s = None
+        elif self._no_room_s is None:
+            self._no_room_s = now
+        elif now - self._no_room_s > NO_ROOM_S:
+            self.view.say("no node is there, or can be added, on which the workers fit: waiting for one")
+            self._no_room_s = math.inf
+        return room
+
+    def look_for_room(self) -> None:
+        """As often as somebody asks, at most once in `LOOK_S`."""
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._looked_s = time.monotonic()
+            self._room()
 
     def lose(self, runs: Collection[str]) -> None:
         """Other commands hold the leases of these runs."""
@@ -104,5 +127,6 @@ class LeaseStopper(_NotKept, Stopper):
 
     def stop_all(self) -> bool:
         self.searcher.lose(self.held.lost)
+        self.searcher.look_for_room()
         self.held.check_answered()
         return False

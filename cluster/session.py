@@ -62,6 +62,11 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def open_environment() -> dict[str, str] | None:
+    """The environment of a process that joins a cluster whose authentication is off; None where this process's is one."""
+    return None if os.environ.get("RAY_AUTH_MODE") == "disabled" else os.environ | {"RAY_AUTH_MODE": "disabled"}
+
+
 @contextmanager
 def client(mode: str) -> Iterator[None]:
     """Inside, Ray's job client speaks to a cluster of this authentication mode. Before `ray` is imported."""

@@ -123,7 +123,8 @@ def _our_files() -> dict[str, Path]:
         for file in (ROOT / package).rglob("*")
         if file.suffix in SUFFIXES
     }
-    return found | {name: ROOT / name for name in PAPERS if (ROOT / name).exists()}
+    others = [*(ROOT / name for name in PAPERS), *(ROOT / "docs" / "measurements").glob("suite-*.json")]
+    return found | {str(file.relative_to(ROOT)): file for file in others if file.exists()}
 
 
 def _with_files(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:

@@ -8,7 +8,7 @@ import logging
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,10 @@ CONNECT_S, ANSWER_S = 5.0, 30.0
 SILENCE_S = 20.0
 """A log that says nothing for so long is asked for again: a proxy may have dropped the connection without a word."""
 LONGEST_SILENCE_S = 320.0
+LOOK_S = 1.0
+"""So often, while the log says nothing, whether the job is over: the stream ends seconds later."""
 INTERRUPTED, NEVER_BEGAN = 130, 3
+TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,9 @@ class Jobs:
 
         self.address = address
         self.client = Client(address)
-        for name in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk", "._private.runtime_env.packaging"):
-            logging.getLogger(f"ray{name}").setLevel(logging.ERROR)  # some have a level of their own
+        # Some have a level of their own.
+        for name in ("ray", *(f"ray.{part}" for part in TALKATIVE)):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def submit(self, job: Job, *, python: str | None = None) -> None:
         """The cluster has taken it. python: the interpreter there; that of its own workers unless said.
@@ -75,6 +79,10 @@ class Jobs:
             flag = "--python_worker_command="
             return next(word.removeprefix(flag).split()[0] for word in words if word.startswith(flag))
         return "python"
+
+    def ray_version(self) -> str:
+        with _named(self.address):
+            return self.client._do_request("GET", "/api/version").json()["ray_version"]
 
     def _check_resource(self, name: str) -> None:
         with _named(self.address):
@@ -115,10 +123,6 @@ class Jobs:
     async def _follow(self, job_id: str, log: "_Log", say: Callable[[str], None]) -> Ended:
         silence_s, lost_s = SILENCE_S, None
         while True:
-            before = log.written
-            with suppress(Exception):  # whatever ends the stream: the job's status decides
-                await self._tail(job_id, log, silence_s)
-            silence_s = SILENCE_S if log.written > before else min(2 * silence_s, LONGEST_SILENCE_S)
             try:
                 info = await asyncio.to_thread(self.known, job_id)
                 if info.status.is_terminal():
@@ -134,17 +138,29 @@ class Jobs:
             if lost_s is not None:
                 say(f"connected again after {time.monotonic() - lost_s:.0f} s")
                 lost_s = None
+            before = log.written
+            with suppress(Exception):  # whatever ends the stream: the job's status decides
+                await self._tail(job_id, log, silence_s)
+            silence_s = SILENCE_S if log.written > before else min(2 * silence_s, LONGEST_SILENCE_S)
             await asyncio.sleep(0.2)
 
     async def _tail(self, job_id: str, log: "_Log", silence_s: float) -> None:
-        """Returns when the stream has ended; raises TimeoutError where it says nothing for `silence_s`."""
+        """Returns when the stream has ended, the job is over, or nothing was said for `silence_s`."""
         log.again()
-        stream: AsyncIterator[str] = self.client.tail_job_logs(job_id)
-        while True:
-            try:
-                log.add(await asyncio.wait_for(anext(stream), silence_s))
-            except StopAsyncIteration:
-                return
+        stream, heard_s = self.client.tail_job_logs(job_id), time.monotonic()
+        chunk = asyncio.ensure_future(anext(stream))
+        try:
+            while time.monotonic() - heard_s < silence_s:
+                done, _ = await asyncio.wait({chunk}, timeout=LOOK_S)
+                if done:
+                    log.add(chunk.result())
+                    chunk, heard_s = asyncio.ensure_future(anext(stream)), time.monotonic()
+                elif (await asyncio.to_thread(self.known, job_id)).status.is_terminal():
+                    return
+        except StopAsyncIteration:
+            return
+        finally:
+            chunk.cancel()
 
 
 class _Log:

@@ -1,19 +1,26 @@
 """What would go wrong on a cluster, before it costs anything: facts of every node, judged, with what to do."""
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import version
 from typing import Annotated
 
 import tyro
 
 from cluster import session
-from cluster.preflight import Asked, Check, examine
-from imgcls.errors import ClusterError
+from cluster.preflight import Check, examine
+from cluster.probes import Asked
+from cluster.staging import prepare
+from cluster.submission import connected
+from imgcls.errors import ClusterError, DataError
 from imgcls.records import Record
 from jobs._door import DONE, MISSING_OR_BROKEN, enter
 from jobs._request import place
-from jobs._terminal import Lines
+from jobs._terminal import Lines, stderr
 
 
 class Report(Record):
@@ -25,7 +32,7 @@ class Report(Record):
 
 
 def doctor(
-    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None,
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT|URL")] = None,
     data: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
     num_workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
@@ -36,7 +43,8 @@ def doctor(
     """Look at a cluster, or at this machine, and say what would go wrong and what to do.
 
     Args:
-        address: The cluster's head; RAY_ADDRESS unless said, else local Ray.
+        address: The cluster's head, joined from here; or its dashboard's URL, where this goes as a job. RAY_ADDRESS unless
+            said, else local Ray.
         data: Folder or URL of packed sets that every node is to read.
         storage: Folder or URL that every node is to write to.
         num_workers: Of a run that is to fit; so many try an all-reduce, unless said one on each node.
@@ -44,15 +52,16 @@ def doctor(
         json: Print one JSON object.
         verbose: Ray's own lines too, and tracebacks.
     """
-    asked = Asked(
-        data=data and place(data, "--data"),
-        storage=storage and place(storage, "--storage"),
-        num_workers=num_workers,
-        gpus_per_worker=gpus_per_worker,
-    )
     if address is not None and address.startswith("http"):
-        raise NotImplementedError(address)  # `doctor --json` as a job, whose Report is told here
-    report = report_of(asked, address=address, verbose=verbose)
+        report = report_of_job(address)
+    else:
+        asked = Asked(
+            data=data and place(data, "--data"),
+            storage=storage and place(storage, "--storage"),
+            num_workers=num_workers,
+            gpus_per_worker=gpus_per_worker,
+        )
+        report = report_of(asked, address=address, verbose=verbose)
     lines = Lines()
     for line in [report.model_dump_json(indent=1)] if json else told(report):
         lines.say(line)
@@ -66,6 +75,8 @@ def report_of(asked: Asked, *, address: str | None, verbose: bool) -> Report:
         with session.naming(address), session.session(verbose=verbose):
             checks = examine(asked)
     except ClusterError as error:
+        if (report := _report_of_open_cluster()) is not None:
+            return report
         checks = [Check.refused("cluster", "client", error)]
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
@@ -73,6 +84,58 @@ def report_of(asked: Asked, *, address: str | None, verbose: bool) -> Report:
         checks = [mismatch(str(error))]
     seconds = round(time.monotonic() - began, 1)
     return Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
+
+
+def _report_of_open_cluster() -> Report | None:
+    """Where nobody has given a token, perhaps since the cluster wants none: Ray's mode is fixed in this process by now."""
+    env = session.open_environment()
+    if env is None:
+        return None
+    words = [sys.executable, "-m", "jobs.doctor", *sys.argv[1:], "--json"]
+    done = subprocess.run(words, env=env, capture_output=True, check=False)
+    report = _parsed(done.stdout.decode())
+    return report if report and any(check.name == "auth" for check in report.checks) else None
+
+
+def report_of_job(address: str) -> Report:
+    """Of a cluster that is reached by its dashboard alone: this command as a job of it, and how it was reached."""
+    began, said = time.monotonic(), list[str]()
+    words = [word for word in _without_address(sys.argv[1:]) if word != "--json"]
+    try:
+        with connected(address) as jobs:
+            job = prepare(["doctor", *words, "--json"])
+            jobs.submit(job)
+            ended = jobs.follow(job.id, said.append, stderr)
+            checks = [_same_ray(jobs.ray_version())]
+    except ClusterError as error:
+        return Report(healthy=False, seconds=time.monotonic() - began, checks=(Check.refused("cluster", "client", error),))
+    report = _parsed("".join(said))
+    if report is None:
+        refused = ClusterError(f"the job ended without a report: {ended.told}\n  do: its log: {''.join(said)[-1000:]}")
+        checks.append(Check.refused("cluster", "head", refused))
+    else:
+        checks += report.checks
+    seconds = round(time.monotonic() - began, 1)
+    return Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
+
+
+def _same_ray(theirs: str) -> Check:
+    ours = version("ray")
+    remedy = "" if ours == theirs else f"install ray=={theirs} here"
+    return Check(name="versions", where="client", ok=not remedy, found=f"Ray {ours} here, {theirs} there", remedy=remedy)
+
+
+def _without_address(words: list[str]) -> list[str]:
+    at = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--address")
+    return words[:at] + words[at + (1 if "=" in words[at] else 2) :]
+
+
+def _parsed(text: str) -> Report | None:
+    """The report among what a command said."""
+    begin, end = text.find("{\n"), text.rfind("\n}")
+    with suppress(DataError):
+        return Report.from_bytes(text[begin : end + 2].encode(), where="report") if begin >= 0 else None
+    return None
 
 
 def mismatch(message: str) -> Check:

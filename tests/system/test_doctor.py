@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import Command
+from tests.system.heads import serving
 
 
 def test_a_healthy_cluster_has_no_fault_and_is_looked_at_in_time(run_command: Command, ray_cluster: dict[str, str], packed):
@@ -31,3 +32,19 @@ def test_a_fault_ends_with_3_and_says_what_to_do(run_command: Command, ray_clust
     assert all(one in done.stdout for one in says), done.stdout
     assert "Traceback" not in done.stderr
     assert ray_cluster["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def open_head():
+    with serving(RAY_AUTH_MODE="disabled") as head:
+        yield head
+
+
+@pytest.mark.parametrize("form", ["dashboard", "head"])
+def test_a_cluster_without_authentication_is_a_fault(run_command: Command, open_head, form: str, tmp_path):
+    env = {"RAY_ADDRESS": "", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
+    done = run_command("doctor", "--address", open_head.url if form == "dashboard" else open_head.gcs, env=env)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines() if "FAULT" in line} == {"auth"}, done.stdout
+    assert "answers 200 without a token" in done.stdout
+    assert "ray get-auth-token --generate" in done.stdout

@@ -5,60 +5,24 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT, Command
+from tests.system.heads import TOKEN, Head, serving
 from tests.system.relay import relayed
 
 PLANTED = {"AWS_SECRET_ACCESS_KEY": "planted-on-the-nodes", "AWS_ACCESS_KEY_ID": "planted-key-id"}
 MINE = {"AWS_SECRET_ACCESS_KEY": "planted-here", "OTHER_TOKEN": "planted-here-too"}
-HEAD = """
-import json, sys
-from cluster.session import session
-with session(verbose=False):
-    import os
-    from ray._private import worker
-    node = worker._global_node
-    print(json.dumps({"url": f"http://{node.webui_url}", "token": os.environ["RAY_AUTH_TOKEN"],
-                      "gcs": os.environ["RAY_ADDRESS"], "folder": node.get_session_dir_path()}), flush=True)
-    sys.stdin.read()
-"""
-
-
-@dataclass(frozen=True)
-class Head:
-    url: str
-    token: str
-    gcs: str
-    folder: str
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {"RAY_AUTH_TOKEN": self.token, "RAY_ADDRESS": ""}
-
-    def get(self, path: str) -> str:
-        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.read().decode()
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    env = {**os.environ, **PLANTED, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        yield Head(**json.loads(process.stdout.readline()))
-    finally:
-        process.communicate()
+    with serving(**PLANTED) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +30,7 @@ def entry_points(head: Head) -> None:
     """Jobs by the name of what becomes of them, all begun at once."""
     endings = {"zero": "exit 0", "three": "exit 3", "killed": "kill -9 $$", "stopped": "sleep 600", "missing": "exit 127"}
     for name, words in endings.items():
-        begin(head, name, f"echo {name} begins; {words}")
-
-
-def begin(head: Head, name: str, entrypoint: str) -> None:
-    body = json.dumps({"entrypoint": entrypoint, "submission_id": name}).encode()
-    request = urllib.request.Request(f"{head.url}/api/jobs/", data=body, headers={"Authorization": f"Bearer {head.token}"})
-    urllib.request.urlopen(request, timeout=60).close()
-
-
-def status(head: Head, name: str) -> str:
-    return json.loads(head.get(f"/api/jobs/{name}"))["status"]
-
-
-def wait_for(head: Head, name: str, wanted: str) -> None:
-    until = time.monotonic() + 120
-    while status(head, name) != wanted:
-        assert time.monotonic() < until, f"{name} is {status(head, name)}"
-        time.sleep(0.2)
+        head.begin(name, f"echo {name} begins; {words}")
 
 
 @pytest.mark.usefixtures("entry_points")
@@ -100,7 +47,7 @@ def wait_for(head: Head, name: str, wanted: str) -> None:
 def test_the_exit_code_is_the_entry_points(head: Head, run_command: Command, name: str, code: int, says: str):
     here = ("submit", "--address", head.url)
     if name == "stopped":
-        wait_for(head, name, "RUNNING")
+        head.wait_for(name, "RUNNING")
         assert "running" in run_command(*here, "--status", name, env=head.env).stdout
         assert run_command(*here, "--stop", name, env=head.env).returncode == 0
     done = run_command(*here, "--follow", name, env=head.env)
@@ -110,10 +57,13 @@ def test_the_exit_code_is_the_entry_points(head: Head, run_command: Command, nam
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["reset", "in silence"])
-def test_a_log_goes_on_without_loss_when_the_connection_was_cut_for_20_s(head: Head, tmp_path: Path, silent: bool):
-    name = f"counts-{silent}"
-    begin(head, name, "for i in $(seq 150); do echo line $i; sleep 0.2; done")
-    wait_for(head, name, "RUNNING")
+def test_a_log_goes_on_without_loss_when_the_connection_was_cut(
+    head: Head, tmp_path: Path, pytestconfig: pytest.Config, silent: bool
+):
+    cut_s = 20 if pytestconfig.getoption("kills") else 3
+    name, count = f"counts-{silent}", 5 * (cut_s + 8)
+    head.begin(name, f"for i in $(seq {count}); do echo line $i; sleep 0.2; done")
+    head.wait_for(name, "RUNNING")
     with relayed(int(head.url.rpartition(":")[2])) as relay, (tmp_path / "said").open("wb") as said:
         address = f"http://127.0.0.1:{relay.port}"
         following = subprocess.Popen(
@@ -126,12 +76,12 @@ def test_a_log_goes_on_without_loss_when_the_connection_was_cut_for_20_s(head: H
             assert following.poll() is None
             time.sleep(0.1)
         relay.cut(silent=silent)
-        time.sleep(20)
+        time.sleep(cut_s)
         relay.heal()
         _, told = following.communicate(timeout=120)
     assert following.returncode == 0, told
     lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("line ")]
-    assert lines == [f"line {i}" for i in range(1, 151)]
+    assert lines == [f"line {i}" for i in range(1, count + 1)]
     assert silent or b"the job goes on" in told
 
 
@@ -165,7 +115,7 @@ def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command,
     for folder in (tmp_path / "runs", Path(head.folder)):
         seen |= {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert any("runtime_env_agent" in name for name in seen)
-    for secret in (*PLANTED.values(), *MINE.values(), head.token):
+    for secret in (*PLANTED.values(), *MINE.values(), TOKEN):
         where = [name for name, text in seen.items() if (secret.encode() if isinstance(text, bytes) else secret) in text]  # type: ignore[operator]
         assert not where, f"{secret} in {where}"
     again = run_command("submit", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env)
@@ -175,7 +125,7 @@ def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command,
 
 def test_a_job_refuses_a_place_that_goes_away_with_it(head: Head, run_command: Command):
     """Whoever sends it: here Ray's own command, from a checkout."""
-    begin(head, "plain", f"cd {ROOT} && {sys.executable} -m jobs.suite --data /none")
+    head.begin("plain", f"cd {ROOT} && {sys.executable} -m jobs.suite --data /none")
     done = run_command("submit", "--address", head.url, "--follow", "plain", env=head.env)
     assert done.returncode == 2
     assert "--storage runs is relative" in done.stdout
@@ -199,3 +149,13 @@ def test_the_request_is_the_golden_one(run_command: Command, tmp_path: Path):
     assert request.pop("bytes") < 2_000_000
     golden = Path(__file__).parent / "golden" / "request.json"
     assert json.dumps(request, indent=1) + "\n" == golden.read_text()
+
+
+def test_workers_that_can_never_run_are_refused_with_what_exists(head: Head, run_command: Command, packed: Path):
+    joined = head.env | {"RAY_ADDRESS": head.gcs}
+    words = ("suite", "--data", packed, "--set", "global_batch_size=64", "--set", "train_fraction=1.0")
+    for wish, says in ((("--gpus-per-worker", "1"), "1 GPUs each"), (("--num-workers", "9"), "9 workers")):
+        done = run_command(*words, *wish, env=joined)
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr
+        assert "this cluster has 1 head (2 CPUs and 0 GPUs)" in done.stderr
