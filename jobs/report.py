@@ -33,7 +33,7 @@ def report(
     results = publish(suite_url)
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
-    lines.say(f"page: {storage.join(suite_url, 'report.html')}")
+    lines.say(f"page: {storage.shown(storage.join(suite_url, 'report.html'))}")
     return DONE
 
 
