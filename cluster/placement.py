@@ -73,14 +73,15 @@ def autoscaling_config() -> dict[str, Any] | None:
     import ray
 
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
-    if head == ray.get_runtime_context().get_node_id():
-        return find_autoscaling_config()
+    context = ray.get_runtime_context()
+    if head == context.get_node_id():
+        return find_autoscaling_config(context.gcs_address)
     elsewhere = ray.remote(num_cpus=0, resources={HEAD: 0.001})(find_autoscaling_config)
-    return ray.get(elsewhere.remote(), timeout=30)
+    return ray.get(elsewhere.remote(context.gcs_address), timeout=30)
 
 
-def find_autoscaling_config() -> dict[str, Any] | None:
-    """Of the autoscaler on this machine: Ray itself tells nobody which nodes it may add. Runs on the head."""
+def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
+    """Of this cluster's autoscaler on this machine: Ray itself tells nobody which nodes it may add. Runs on the head."""
     import yaml
 
     flag = b"--autoscaling-config="
@@ -90,7 +91,7 @@ def find_autoscaling_config() -> dict[str, Any] | None:
         except OSError:  # it has ended
             continue
         named = [word.removeprefix(flag) for word in words if word.startswith(flag)]
-        if named and any(word.endswith(b"monitor.py") for word in words):
+        if named and f"--gcs-address={gcs_address}".encode() in words:
             with open(Path(named[0].decode()).expanduser()) as config:
                 return yaml.safe_load(config)
     return None

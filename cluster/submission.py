@@ -205,8 +205,10 @@ def connected(address: str) -> Iterator[Jobs]:
     with _named(address):
         answer = requests.get(f"{address}/api/authentication_mode", timeout=(CONNECT_S, ANSWER_S))
         mode = answer.json()["authentication_mode"]
-    with session.client(mode), _named(address):
-        yield Jobs(address)
+    with session.client(mode):
+        with _named(address):
+            jobs = Jobs(address)
+        yield jobs
 
 
 @contextmanager
@@ -220,6 +222,8 @@ def _named(address: str) -> Iterator[None]:
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
         ) from None
+    except RuntimeError as error:  # Ray's client, of an answer that is no success
+        raise ClusterError(f"the dashboard at {address} refuses: {str(error).splitlines()[0]}") from None
     except Exception as error:
         if type(error).__name__ == "AuthenticationError":  # Ray is not imported here
             raise ClusterError(

@@ -108,7 +108,9 @@ def report_of_job(address: str) -> Report:
             ended = jobs.follow(job.id, said.append, stderr)
             checks = [_same_ray(jobs.ray_version())]
     except ClusterError as error:
-        return Report(healthy=False, seconds=time.monotonic() - began, checks=(Check.refused("cluster", "client", error),))
+        return Report(
+            healthy=False, seconds=round(time.monotonic() - began, 1), checks=(Check.refused("cluster", "client", error),)
+        )
     report = _parsed("".join(said))
     if report is None:
         refused = ClusterError(f"the job ended without a report: {ended.told}\n  do: its log: {''.join(said)[-1000:]}")

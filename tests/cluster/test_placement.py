@@ -1,6 +1,11 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from cluster.placement import Node, addable_nodes, choose, how_many_fit
+from cluster.placement import Node, addable_nodes, choose, find_autoscaling_config, how_many_fit
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
 
@@ -72,3 +77,20 @@ def test_a_refusal_names_the_types_that_are_there_and_that_can_be_added():
     assert chosen(nodes, gpus=1).gpus_per_worker == 1
     with pytest.raises(PlacementError, match=r"1 head \(0 CPUs and 0 GPUs\), and can add 4 spot \(4 CPUs and 1 GPUs\), 2 b"):
         chosen(nodes, gpus=2)
+
+
+def test_the_autoscaling_configuration_is_that_of_this_cluster(tmp_path: Path):
+    """Read where Ray's own monitor has it, on its command line; another cluster's on the machine is another's."""
+    processes = []
+    for port in (6001, 6002):
+        config = tmp_path / f"{port}.yaml"
+        config.write_text(json.dumps(AUTOSCALED | {"max_workers": port}))
+        words = (f"--gcs-address=127.0.0.1:{port}", f"--autoscaling-config={config}")
+        processes.append(subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE))
+    try:
+        found = find_autoscaling_config("127.0.0.1:6002")
+        assert found == AUTOSCALED | {"max_workers": 6002}
+        assert find_autoscaling_config("127.0.0.1:6003") is None
+    finally:
+        for process in processes:
+            process.communicate(b"\n")
