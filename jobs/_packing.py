@@ -5,6 +5,7 @@ from pathlib import Path
 
 from imgcls import storage
 from imgcls.data import archives, shards
+from imgcls.data.archives import printable
 from imgcls.data.sources import Source, find_source, open_source
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import NoSourceError
@@ -31,13 +32,13 @@ def source_of(dataset: str, lines: Lines) -> Source:
                 raise NoSourceError(f"{error}\n{_remedies(dataset)}") from None
     if found is None:
         raise NoSourceError(f"no source for {dataset}\n{_remedies(dataset)}")
-    lines.say(f"{dataset}: from {found}")
+    lines.say(f"{dataset}: from {printable(found)}")
     return open_source(found)
 
 
 def _remedies(dataset: str) -> str:
     return (
-        f"  do: name a folder or tar with --source PATH; or put {dataset}* into data/sources/ or the folder that\n"
+        f"  do: name a folder, tar or zip with --source PATH; or put {dataset}* into data/sources/ or the folder that\n"
         f"      IMGCLS_SOURCES names; or try without data: --source synthetic"
     )
 

@@ -1,6 +1,5 @@
-"""Pack an image folder, a tar or an official archive as WebDataset shards; or check packed sets."""
+"""Pack an image folder, a tar, a zip or an official archive as WebDataset shards; or check packed sets."""
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -9,6 +8,7 @@ from imgcls import storage
 from imgcls.data import shards
 from imgcls.data.sources import open_source
 from imgcls.data.synthetic import DEFAULT_NUM_SAMPLES, synthetic_source
+from imgcls.disk import local_path
 from imgcls.errors import DataError, RecipeError
 from jobs._door import DONE, MISSING_OR_BROKEN, enter
 from jobs._packing import pack_set, source_of
@@ -29,7 +29,7 @@ def pack(
 
     Args:
         dataset: imagenette, cifar10, or any name for images of your own.
-        source: An image folder or a tar, split/class/image or class/image; or `synthetic`.
+        source: An image folder, a tar or a zip, split/class/image or class/image; or `synthetic`.
         to: Folder or URL of packed sets.
         num_samples: Training images of a synthetic set.
         max_bad: This many files may be no images; they are left out and named.
@@ -49,7 +49,7 @@ def pack(
             raise RecipeError(f"--num-samples {num_samples}: 100 or more")
         found = synthetic_source(dataset, num_samples)
     else:
-        found = open_source(Path(source).expanduser()) if source is not None else source_of(dataset, Lines())
+        found = open_source(local_path(source)) if source is not None else source_of(dataset, Lines())
     pack_set(found, dataset, to, max_bad=max_bad)
     return DONE
 

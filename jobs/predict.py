@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from imgcls import storage
+from imgcls.data.archives import printable
 from imgcls.errors import RecipeError
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._terminal import Lines, stderr
@@ -40,10 +41,10 @@ def predict(
     for image in images:
         try:
             top = predictor.top(image.read_bytes(), TOP)
-            answers.append({"image": str(image), "top": [{"class": name, "probability": p} for name, p in top]})
+            answers.append({"image": printable(image), "top": [{"class": name, "probability": p} for name, p in top]})
         except Exception as error:  # Pillow raises many kinds on what is no image
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            answers.append({"image": str(image), "error": reason})
+            answers.append({"image": printable(image), "error": printable(reason)})
     synthetic = found.model.synthetic
     if json:
         print(

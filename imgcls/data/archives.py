@@ -1,21 +1,205 @@
-"""The official archives: where they are, fetched with resume and a checksum, and CIFAR-10's pickles read safely."""
+"""Members of tars and zips by name. Official archives: fetched with resume and a checksum, CIFAR-10's pickles read safely.
 
+Names and sizes are other people's: a name is escaped, checked and bounded here, before anything else sees it.
+"""
+
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import pickle
+import shutil
+import stat
+import struct
+import tarfile
+import tempfile
+import unicodedata
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from imgcls.errors import DataError, NoSourceError
+from imgcls import storage
+from imgcls.errors import DataError, NoSourceError, StorageError
 from imgcls.records import Split
 
 TIMEOUT_S = 20
+IMAGE_BYTES, NAME_BYTES = 1 << 30, 255
+"""No image file is larger; no name in a folder is longer."""
+DAMAGE = (
+    *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, MemoryError),
+    *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
+)
+"""What the libraries raise on bytes that are not what they should be."""
+COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+"""By the first bytes of a file."""
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+"""The first bytes of a zip, and of an empty one."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
+def printable(name: object) -> str:
+    """The name on one line, for terminals and JSON. Escaped are control and format characters, bytes that are no UTF-8, and
+    the backslash, so that two names stay two; not the joiners that some scripts need.
+    """
+
+    def shown(c: str) -> str:
+        plain = c in "\u200c\u200d" or (c != "\\" and unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+        return c if plain else c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, str(name)))
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Bytes that are read later: a file's, or those of a member of an archive."""
+
+    file: str
+    size: int
+    changed_ns: int
+    """When the file, or the archive, was changed last."""
+    member: Any = None
+    """A TarInfo or ZipInfo."""
+
+    def read(self) -> bytes:
+        """Raises DataError, or one of DAMAGE."""
+        if self.size > IMAGE_BYTES:
+            raise DataError(f"it has {self.size:,} bytes, more than an image file has")
+        if self.member is None:
+            return Path(self.file).read_bytes()
+        archive = _opened(self.file, self.changed_ns)
+        opened = archive.open if isinstance(self.member, zipfile.ZipInfo) else archive.extractfile
+        with opened(self.member) as file:
+            return file.read()
+
+
+_open: dict[tuple[str, int], Any] = {}
+"""The archive that this process read last."""
+
+
+def _opened(file: str, changed_ns: int) -> Any:
+    key = (file, changed_ns)
+    if key not in _open:
+        while _open:
+            _open.popitem()[1].close()
+        open_ = zipfile.ZipFile if _head(file).startswith(ZIP) else partial(tarfile.open, mode="r:", encoding="utf-8")
+        _open[key] = open_(file)
+    return _open[key]
+
+
+def _head(file: str | Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(8)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{printable(path)} may not be read: {error.strerror}\n  do: mend its rights (chmod)") from None
+    except DAMAGE as error:
+        raise DataError(
+            f"{printable(path)} is damaged, or no archive that can be read: {printable(error) or type(error).__name__}\n"
+            "  do: fetch it again; if it is another kind of archive, unpack it and give the folder by --source"
+        ) from None
+
+
+def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
+    """Files of a tar or zip by their path in it, and its folders.
+
+    Raises DataError on damage, and on links, devices, encrypted members, doubles and names that leave the folder.
+    """
+    found, folders = dict[str, Bytes](), set[str]()
+    with damage_named(path):
+        whole = _uncompressed(path)
+        changed_ns = whole.stat().st_mtime_ns
+        archive = _opened(str(whole), changed_ns)
+        listed = _zip_members(archive) if isinstance(archive, zipfile.ZipFile) else _tar_members(archive)
+        for name, kind, member, size in listed:
+            place = PurePosixPath(name)
+            why = None if kind in ("file", "folder") else f"is {kind}; only plain files are read"
+            if place.is_absolute() or ".." in place.parts:
+                why = "would leave the folder; no such archive is read"
+            if any(len(part.encode(errors="surrogatepass")) > NAME_BYTES for part in place.parts):
+                why = f"has a name of more than {NAME_BYTES} bytes; no folder could hold it"
+            if kind == "file" and str(place) in found:
+                why = "stands there twice; which one is meant?"
+            if why:
+                remedy = "unpack it, mend that file, and give the folder by --source"
+                raise DataError(f"{printable(path)}: member {printable(name[:NAME_BYTES])} {why}\n  do: {remedy}")
+            if kind == "folder":
+                folders.add(str(place))
+            else:
+                found[str(place)] = Bytes(str(whole), size, changed_ns, member)
+    return found, folders
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Any, int]]:
+    """(name, kind, member, size) of each. Raises where the archive does not end as a tar does."""
+    for member in tar:
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member has {member.size} bytes")
+        other = "a link" if member.islnk() or member.issym() else "a device or pipe"
+        yield member.name, "folder" if member.isdir() else "file" if member.isreg() else other, member, member.size
+    # tarfile ends in silence at a broken header, and where the file was cut between two members.
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    blocks = iter(partial(file.read, 1 << 20), b"")
+    if any(block.strip(b"\0") for block in blocks) or file.tell() < tar.offset + tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no member and no end at byte {tar.offset:,}")
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Any, int]]:
+    """The same of a zip."""
+    for member in archive.infolist():
+        name, mode = member.filename, stat.S_IFMT(member.external_attr >> 16)
+        with suppress(UnicodeError):  # macOS writes UTF-8 and does not say so
+            name = name if member.flag_bits & 0x800 else name.encode("cp437").decode()
+        name = name if member.create_system else name.replace("\\", "/")  # as some programs of Windows do
+        kind = "folder" if name.endswith("/") else "file"
+        if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
+            kind = "a link" if mode == stat.S_IFLNK else "a device or pipe"
+        elif member.flag_bits & 1 or member.compress_type not in ZIP_METHODS:
+            kind = "encrypted" if member.flag_bits & 1 else f"packed by method {member.compress_type}"
+        yield name, kind, member, member.file_size
+
+
+def _uncompressed(path: Path) -> Path:
+    """An archive whose members can be read alone; a compressed tar is unpacked once, under the cache.
+
+    Raises StorageError where there is no room for it.
+    """
+    head = _head(path)
+    opened = next((open_ for magic, open_ in COMPRESSIONS.items() if head.startswith(magic)), None)
+    if opened is None:
+        return path
+    info, folder = path.stat(), storage.cache_root() / "unpacked"
+    whole = folder / f"{path.name.split('.')[0]}-{info.st_size}-{info.st_mtime_ns}.tar"
+    if not whole.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary, opened(path) as packed:
+                with Path(temporary, whole.name).open("wb") as target:
+                    shutil.copyfileobj(packed, target, 1 << 20)
+                Path(target.name).replace(whole)
+        except OSError as error:
+            if error.errno is None:  # the packed bytes, not the disk
+                raise
+            raise StorageError(
+                f"{printable(path)} cannot be unpacked to {folder}: {error.strerror}\n"
+                "  do: make room there, or name another place with IMGCLS_CACHE"
+            ) from None
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +309,17 @@ def _unpickled(name: str, data: bytes) -> dict[str, Any]:
         loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
         return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
     except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{name} is not a part of CIFAR-10: {error}\n  do: fetch the official archive again") from None
+        raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
 
 
 def is_cifar_archive(names: Collection[str]) -> bool:
     return "batches.meta" in {PurePosixPath(name).name for name in names}
 
 
-def cifar_rows(members: dict[str, bytes]) -> tuple[tuple[str, ...], Iterator[tuple[str, int, Split, np.ndarray]]]:
+def cifar_rows(members: dict[str, Bytes]) -> tuple[tuple[str, ...], Iterator[tuple[str, int, Split, np.ndarray]]]:
     """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3)."""
-    by_name = {PurePosixPath(name).name: name for name in members}
-    meta = _unpickled("batches.meta", members[by_name["batches.meta"]])
+    by_name = {PurePosixPath(name).name: content for name, content in members.items()}
+    meta = _unpickled("batches.meta", by_name["batches.meta"].read())
     class_names = tuple(_text(name) for name in meta["label_names"])
     parts: list[tuple[str, Split]] = [(f"data_batch_{i}", "train") for i in range(1, 6)]
     parts.append(("test_batch", "test"))
@@ -144,7 +328,7 @@ def cifar_rows(members: dict[str, bytes]) -> tuple[tuple[str, ...], Iterator[tup
         for part, split in parts:
             if part not in by_name:
                 raise DataError(f"the CIFAR-10 archive lacks {part}\n  do: fetch the official archive again")
-            batch = _unpickled(part, members[by_name[part]])
+            batch = _unpickled(part, by_name[part].read())
             images = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             for file, label, pixels in zip(batch["filenames"], batch["labels"], images, strict=True):
                 yield f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels
@@ -153,4 +337,4 @@ def cifar_rows(members: dict[str, bytes]) -> tuple[tuple[str, ...], Iterator[tup
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return printable(value.decode(errors="surrogateescape") if isinstance(value, bytes) else value)

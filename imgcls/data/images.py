@@ -3,8 +3,12 @@
 import hashlib
 import io
 import os
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context
@@ -12,12 +16,23 @@ from typing import TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from imgcls.cpus import usable_cpus
+from imgcls.errors import DataError
 
 DECODER = f"pillow{PIL.__version__}"
 """In the name of every cache: another version may decode or resize to other bits."""
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""No other is opened, whatever a file is called: PostScript would start a program."""
+EXTENSIONS = {".png": "png", ".webp": "webp", ".bmp": "bmp", ".jpeg": "jpeg"} | dict.fromkeys(
+    (".jpg", ".jpe", ".jfif"), "jpg"
+)
+"""Ending of a file's name -> ending in a shard, which other WebDataset readers know."""
+ORIENTATION = 0x0112
+"""EXIF's tag; its values from 2 to 8 ask for these turns."""
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -26,14 +41,17 @@ U = TypeVar("U")
 def decode(data: bytes) -> Image.Image:
     """The image as a person sees it, RGB: turned by its EXIF orientation, transparency over white, 16 bits to 8.
 
-    Raises OSError, ValueError or SyntaxError, Pillow's own, where `data` is not a whole image.
+    Of an animation it is the first frame, and `info["frames"]` says of how many. Raises OSError, ValueError or
+    SyntaxError, Pillow's own, where `data` is not a whole image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # The further pictures of a JPEG are a gain map, a depth or a thumbnail, not an animation.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image.load()
-            turned = ImageOps.exif_transpose(image)
+            turned = _turned(image)
     except UnidentifiedImageError:
-        raise UnidentifiedImageError("no image of a known format") from None
+        raise UnidentifiedImageError(f"no image of a known format ({', '.join(FORMATS)})") from None
     if turned.mode.startswith("I") or turned.mode == "F":
         # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
         wide = np.asarray(turned).astype(np.float64)
@@ -42,7 +60,17 @@ def decode(data: bytes) -> Image.Image:
     if turned.has_transparency_data:
         over = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return turned.convert("RGB")
+    decoded = turned.convert("RGB")
+    decoded.info["frames"] = frames
+    return decoded
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken tag raises many kinds; the pixels are whole
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def pixels_digest(image: Image.Image) -> bytes:
@@ -71,16 +99,34 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 @contextmanager
 def decoding_pool() -> Iterator[Executor]:
-    """One process a core. Threads were tried: Pillow holds the interpreter too long at 32 px to gain from them."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield pool
+    """One process a usable CPU. Threads were tried: Pillow holds the interpreter too long at 32 px to gain from them."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(usable_cpus(), context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that decodes images was killed, perhaps because memory ran out\n"
+                "  do: run the same command again, with fewer CPUs (`taskset`) or more memory"
+            ) from None
+
+
+def _end_with(parent: int) -> None:
+    """This process ends when its parent has; after a SIGKILL of the parent it would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_order(pool: Executor, work: Callable[[list[T]], U], items: Iterable[T], *, at_once: int) -> Iterator[U]:
     """`work` over lists of `at_once` items, in order, with a bounded number of lists under way."""
     iterator = iter(items)
     lists = iter(lambda: list(islice(iterator, at_once)), [])
-    window = [pool.submit(work, some) for some in islice(lists, 2 * (os.cpu_count() or 1) + 1)]
+    window = [pool.submit(work, some) for some in islice(lists, 2 * usable_cpus() + 1)]
     while window:
         yield window.pop(0).result()
         window += [pool.submit(work, some) for some in islice(lists, 1)]

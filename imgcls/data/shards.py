@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from imgcls import records, storage
-from imgcls.data.images import decode, decoding_pool, in_order, pixels_digest
+from imgcls.data.archives import printable
+from imgcls.data.images import EXTENSIONS, decode, decoding_pool, in_order, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
@@ -42,12 +43,14 @@ class PackedShard(Record):
     sha256: tuple[str, ...]
     pixels: tuple[str, ...]
     bad: tuple[BadImage, ...]
+    animated: tuple[str, ...]
 
 
 class _Read(NamedTuple):
     data: bytes
     sha256: str
     pixels: str
+    animated: bool
     reason: str
 
 
@@ -130,16 +133,22 @@ def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard 
 
 
 def _read_and_decode(samples: list[Sample]) -> list[_Read]:
-    """Runs in a pool process."""
+    """Runs in a pool process. What is no image has a reason. Raises DataError where a file cannot be read as things are."""
     found = []
     for sample in samples:
         sha256 = ""
         try:
             data = sample.content.read()
             sha256 = hashlib.sha256(data).hexdigest()
-            found.append(_Read(data, sha256, pixels_digest(decode(data)).hex(), ""))
+            image = decode(data)
+            found.append(_Read(data, sha256, pixels_digest(image).hex(), image.info["frames"] > 1, ""))
         except Exception as error:  # Pillow raises many kinds on what is no image
-            found.append(_Read(b"", sha256, "", str(error) or type(error).__name__))
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the machine's fault, not the image's
+                why = printable(error) or "no memory is left"
+                raise DataError(
+                    f"{sample.path} cannot be read: {why}\n  do: mend rights, disk or memory; run it again"
+                ) from None
+            found.append(_Read(b"", sha256, "", False, printable(error) or type(error).__name__))
     return found
 
 
@@ -154,7 +163,7 @@ def _pack_shard(
 ) -> PackedShard:
     from webdataset.writer import TarWriter  # 2 s, most of it torch: only where a shard is written
 
-    labels, paths, sha256, pixels, bad = [], [], [], [], []
+    labels, paths, sha256, pixels, bad, animated = [], [], [], [], [], []
     position = 0
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, shard_name)
@@ -167,7 +176,9 @@ def _pack_shard(
                     if read.reason:
                         bad.append(BadImage(path=sample.path, reason=read.reason))
                         continue
-                    extension = PurePosixPath(sample.path).suffix.lower().lstrip(".")
+                    if read.animated:
+                        animated.append(sample.path)
+                    extension = EXTENSIONS[PurePosixPath(sample.path).suffix.lower()]
                     key = f"{shard_name.removesuffix('.tar')}-{len(labels):06d}"
                     tar.write({"__key__": key, extension: read.data, "cls": sample.label})
                     labels.append(sample.label)
@@ -183,7 +194,9 @@ def _pack_shard(
         labels=tuple(labels),
         paths=tuple(paths),
     )
-    one = PackedShard(identity=identity, shard=shard, sha256=tuple(sha256), pixels=tuple(pixels), bad=tuple(bad))
+    one = PackedShard(
+        identity=identity, shard=shard, sha256=tuple(sha256), pixels=tuple(pixels), bad=tuple(bad), animated=tuple(animated)
+    )
     storage.write_bytes(storage.join(set_url, _UNDER_WAY, shard_name), data)
     records.write(one, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
     return one
@@ -200,6 +213,8 @@ def _seal(source: Source, paths: list[str], set_url: str, name: str, packed: lis
             f"  do: mend or remove them, or leave them out with --max-bad {len(bad)}"
         )
     notes = [*source.notes, *_duplicates(packed)]
+    if animated := [path for one in packed for path in one.animated]:
+        notes.append(f"{len(animated)} animated images: the first frame of each is taken: {'; '.join(animated[:20])}")
     notes += [f"left out, no image: {one.path}" for one in bad]
     pixels = bytes.fromhex("".join("".join(one.pixels) for one in packed))
     shards = tuple(one.shard for one in packed)

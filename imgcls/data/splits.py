@@ -17,6 +17,8 @@ class Splits:
     train: Ids
     val: Ids
     test: Ids
+    unused: int = 0
+    """Training samples that the recipe's `train_fraction` leaves out."""
 
 
 def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
@@ -29,16 +31,32 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
     if not len(val):
         kept, cut = stratified_cut(labels[train], fraction=recipe.validation.fraction, seed=recipe.validation.seed)
         train, val = train[kept], train[cut]
+        if not len(val):
+            raise RecipeError(
+                f"recipe {recipe.name}: {recipe.dataset} has one training sample a class, {len(train):,} in all: "
+                "no validation part can be cut\n  do: add images and pack again"
+            )
+    whole = len(train)
     if recipe.train_fraction < 1:
         used, _ = stratified_cut(labels[train], fraction=1 - recipe.train_fraction, seed=recipe.validation.seed + 1)
         train = train[used]
     if len(train) < recipe.global_batch_size:
+        flags = ["--set train_fraction=1.0"] * (recipe.train_fraction < 1)
+        flags += [f"--set global_batch_size={_power_of_two_below(whole)}"] * (whole < recipe.global_batch_size)
+        part = f"train_fraction {recipe.train_fraction} leaves {len(train):,} of {recipe.dataset}'s"
+        left = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
         raise RecipeError(
-            f"recipe {recipe.name}: {len(train):,} of the {len(labels):,} samples of {recipe.dataset} are to be trained on, "
-            f"less than a global batch of {recipe.global_batch_size}\n"
-            f"  do: --set global_batch_size={_power_of_two_below(len(train))}"
+            f"recipe {recipe.name}: {left} {whole:,} training samples, fewer than a global batch of "
+            f"{recipe.global_batch_size}\n  do: {' '.join(flags)}"
         )
-    return Splits(train, val, test)
+    return Splits(train, val, test, whole - len(train))
+
+
+def fraction_note(recipe: Recipe, splits: Splits) -> str | None:
+    """What a person should know who trains on a part of the training samples; None where it is on all of them."""
+    part = f"{len(splits.train):,} of {len(splits.train) + splits.unused:,}"
+    note = f"{recipe.name} trains on {recipe.train_fraction:.0%} of {recipe.dataset}'s training part ({part})"
+    return f"{note}; --set train_fraction=1.0 takes all" if splits.unused else None
 
 
 def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:

@@ -120,3 +120,11 @@ def test_a_pickle_that_wants_more_than_arrays_and_strings_is_refused(tmp_path: P
 def test_an_archive_that_lacks_a_part_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="lacks data_batch_2"):
         open_source(cifar_archive(tmp_path / "cut.tar.gz", drop="data_batch_2"))
+
+
+def test_a_cifar_archive_of_other_shapes_is_told_as_damage(tmp_path: Path):
+    odd = {b"data": np.zeros((3, 5), dtype=np.uint8), b"labels": [0, 7, 0], b"filenames": [b"a", b"b", b"c"]}
+    for number, bad in enumerate((odd, {b"data": 1}, {}, {**odd, b"data": np.zeros((3, 3072), dtype=np.uint8)})):
+        path = cifar_archive(tmp_path / f"{number}.tar.gz", bad=bad)
+        with pytest.raises(DataError, match=rf"{number}\.tar\.gz is damaged, or no archive that can be read"):
+            open_source(path)

@@ -1,11 +1,20 @@
 import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from imgcls.data.images import decode, encode_png, pixels_digest, stored_pixels
-from tests.conftest import image
+from imgcls.cpus import usable_cpus
+from imgcls.data.images import decode, decoding_pool, encode_png, pixels_digest, stored_pixels
+from imgcls.errors import DataError
+from tests.conftest import ROOT, image
 
 
 def data_of(picture: Image.Image, kind: str, **options: object) -> bytes:
@@ -75,3 +84,72 @@ def test_png_keeps_every_pixel(channels: int):
     pixels = stored_pixels(image(5), px=16, channels=channels)
     again = np.asarray(Image.open(io.BytesIO(encode_png(pixels)))).reshape(pixels.shape)
     assert np.array_equal(again, pixels)
+
+
+def test_a_broken_exif_tag_costs_no_image_and_the_orientation_is_read_beside_it():
+    tags = struct.pack("<HHLL", 0x0112, 3, 1, 6) + struct.pack("<HHLL", 0x011A, 10, 1, 38)
+    rational = struct.pack("<LL", 0xFFFFFFFF, 1)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4)
+    for data in (exif + rational, exif + struct.pack("<LL", 0xFFFFFFFF, 0), exif + struct.pack("<ll", -7, 1)):
+        assert decode(data_of(image(1), "JPEG", exif=data)).size == (30, 40)
+    for data in (b"Exif\0\0nonsense", exif[:20], b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        assert decode(data_of(image(1), "JPEG", exif=data)).size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "JPEG2000", "ICO", "PPM", "TGA"])
+def test_no_other_format_is_opened_whatever_the_file_is_called(kind: str):
+    with pytest.raises(UnidentifiedImageError, match="no image of a known format"):
+        decode(data_of(image(1), kind))
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_it_is_said_how_many_there_are():
+    frames = [image(i) for i in (1, 2, 3)]
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        decoded = decode(data_of(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+        assert pixels_digest(decoded) == pixels_digest(frames[0])
+        assert decoded.info["frames"] == 3
+    assert decode(data_of(frames[0], "PNG")).info["frames"] == 1
+
+
+def test_of_a_cameras_multi_picture_file_the_photograph_is_taken():
+    decoded = decode(data_of(image(1), "MPO", save_all=True, append_images=[image(2)]))
+    assert pixels_digest(decoded) == pixels_digest(decode(data_of(image(1), "JPEG")))
+    assert decoded.info["frames"] == 1
+
+
+def test_a_large_image_is_decoded_in_silence_and_one_beyond_bounds_is_refused(monkeypatch: pytest.MonkeyPatch):
+    data = data_of(image(1), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings(action="error"):
+        assert decode(data).size == (40, 30)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        with pytest.raises(Image.DecompressionBombError, match="1200 pixels"):
+            decode(data)
+
+
+def test_a_pool_whose_process_was_killed_is_told_so():
+    with pytest.raises(DataError, match="a process that decodes images was killed"), decoding_pool() as pool:
+        pool.submit(os._exit, 1).result()
+
+
+def test_a_pool_is_gone_soon_after_its_parent_was_killed():
+    works = "with decoding_pool() as pool: print(pool.submit(abs, 1).result(), flush=True); input()"
+    command = [sys.executable, "-c", f"from imgcls.data.images import decoding_pool\n{works}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"1\n"
+        parent.send_signal(signal.SIGKILL)
+        assert parent.communicate(timeout=20)[0] == b""  # ends where no process holds the pipe
+
+
+@pytest.mark.parametrize("line", [b"nonsense\n0::/caf\xe9\n", b"\n1:name=x\n0::/caf\xe9\n"])
+def test_a_group_of_processes_by_an_odd_name_has_its_quota_too(tmp_path: Path, line: bytes):
+    group = os.fsencode(tmp_path) + b"/sys/fs/cgroup/caf\xe9"
+    os.makedirs(group)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_bytes(line)
+    with open(group + b"/cpu.max", "w") as file:
+        file.write("50000 100000")
+    assert usable_cpus(tmp_path) == 1

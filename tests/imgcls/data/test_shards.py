@@ -167,3 +167,13 @@ def test_synthetic_sets_are_functions_of_their_arguments(packed: Path, tmp_path:
     again = shards.pack(synthetic_source("cifar10", 300), str(tmp_path / "cifar10"), name="cifar10")
     assert again == shards.read_manifest(str(packed / "cifar10"))
     assert np.bincount(again.labels("train")).tolist() == [30] * 10
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_no_bad_image(pets: Path, tmp_path: Path):
+    source, file = open_source(pets), pets / "train" / "cat" / "0.png"
+    file.rename(tmp_path / "away.png")
+    with pytest.raises(DataError, match=r"train/cat/0\.png cannot be read: .*No such file.*\n  do: ") as error:
+        shards.pack(source, str(tmp_path / "packed"), name="pets", max_bad=5)
+    assert "no image" not in str(error.value)
+    (tmp_path / "away.png").rename(file)
+    assert len(shards.pack(source, str(tmp_path / "packed"), name="pets").labels("train")) == 18
