@@ -1,7 +1,6 @@
 """Workers, CPUs and GPUs of a run, and whether they will ever fit. Pure, but for those that ask this machine or Ray."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.session import names_cluster
+from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
 
@@ -35,7 +35,7 @@ def local_node() -> Node:
     """What local Ray will have. The processes of this machine's other users are not counted."""
     import torch
 
-    return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    return Node(float(usable_cpus()), float(torch.cuda.device_count()))
 
 
 def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
@@ -92,8 +92,7 @@ def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
             continue
         named = [word.removeprefix(flag) for word in words if word.startswith(flag)]
         if named and f"--gcs-address={gcs_address}".encode() in words:
-            with open(Path(named[0].decode()).expanduser()) as config:
-                return yaml.safe_load(config)
+            return yaml.safe_load(Path(named[0].decode()).expanduser().read_bytes())
     return None
 
 

@@ -5,7 +5,6 @@ Comes in: an `Asked`. Goes out: `Check`s, for `jobs.doctor`. `probes` collects, 
 """
 
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from cluster.probes import (
 from imgcls import storage
 from imgcls.errors import ClusterError, ImgclsError, PlacementError, StorageError
 from imgcls.records import Record
+from imgcls.remedies import remedy_for
 
 NODE_S, SEEN_S, CLOCK_S = 10.0, 30.0, 2.0
 FREE_BYTES, OPEN_FILES = 10**9, 4096
@@ -40,23 +40,6 @@ INTERFACE = (
     "a security group that is open within itself"
 )
 ANSWER = "look at that node: its raylet, its load, and whether this code is there, as in the other nodes' image"
-REMEDIES = {
-    "Could not connect|no answer within|Invalid endpoint|SSL validation": "the endpoint is wrong, down or closed to this "
-    "node: look at AWS_ENDPOINT_URL (unset for AWS), its port, http or https, security groups",
-    "access key id you provided|InvalidAccessKeyId": "the store knows no such key: look at AWS_ACCESS_KEY_ID, and whether "
-    "AWS_ENDPOINT_URL is the store that gave it",
-    "signature": "the secret does not belong to the key: give AWS_SECRET_ACCESS_KEY again",
-    "token.*(expired|invalid)": "log in again; AWS_SESSION_TOKEN is a part of the credentials",
-    "Unable to locate credentials": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, or a role of the node",
-    "time is too large": "set this node's clock: chrony, or another NTP client",
-    "bucket does not exist": "make the bucket, or name one that exists",
-    "specified endpoint": "the bucket is in another region: AWS_DEFAULT_REGION",
-    "cannot be (written|deleted): .*(access denied|forbidden|not authorized)": "the credential may only read: it needs "
-    "s3:PutObject, s3:GetObject and s3:DeleteObject here",
-    "access denied|forbidden|not authorized": "the credential may not list here: it needs s3:ListBucket and s3:GetObject",
-    "can be created again": "a store that honours If-None-Match, as AWS, MinIO, Ceph and SeaweedFS do",
-}
-"""What a place says, in any case of letters -> what to do. The first that fits."""
 
 
 class Check(Record):
@@ -149,12 +132,6 @@ def _of_all_reduce(reduced: AllReduce) -> Row:
     apart = len({worker.address for worker in reduced.workers}) > 1
     fault = apart and any(name.startswith("lo") for name in reduced.interfaces)
     return "all-reduce", f"{found}, by {', '.join(reduced.interfaces) or 'shared memory'}", fault, INTERFACE
-
-
-def remedy_for(error: str) -> str:
-    """What to do where a place says this."""
-    told, _, general = error.partition("\n  do: ")
-    return next((remedy for says, remedy in REMEDIES.items() if re.search(says, told, re.IGNORECASE)), general)
 
 
 def examine(asked: Asked) -> list[Check]:

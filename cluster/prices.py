@@ -58,7 +58,7 @@ def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
         table = PriceTable.from_bytes(json.dumps(value, default=str).encode(), where=str(path))
     except (OSError, ValueError, yaml.YAMLError, DataError) as error:
         raise RecipeError(f"--prices: {error}\n  do: its form is in the README, under Plan and cost") from None

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from imgcls import storage
+from imgcls.cpus import usable_cpus
+from imgcls.disk import nearest
 from imgcls.errors import DataError, StorageError
 from imgcls.records import Manifest, Record
 
@@ -121,7 +123,7 @@ def facts_of_node(asked: Asked) -> Facts:
         where=asked.where,
         versions=versions() | ({"commit": found} if (found := commit()) else {}),
         platform=platform.platform(terse=True),
-        cpus=os.cpu_count() or 1,
+        cpus=usable_cpus(),
         threads={name: own[name] for name in THREADS if name in own},
         cache=str(cache),
         cache_free=_disk(cache).free,
@@ -180,12 +182,11 @@ def _if_closed(name: str, port: tuple[str, int]) -> str:
 
 
 def _status_without_token(dashboard: str) -> int | None:
-    try:
+    with suppress(OSError):
         connection = HTTPConnection(dashboard, timeout=CONNECT_S)
         connection.request("GET", "/api/version")
         return connection.getresponse().status
-    except OSError:
-        return None
+    return None
 
 
 def _gpus_of_machine() -> tuple[str, ...]:
@@ -196,7 +197,7 @@ def _gpus_of_machine() -> tuple[str, ...]:
 
 
 def _disk(path: Path) -> Any:
-    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists()))
+    return shutil.disk_usage(nearest(path))
 
 
 def begun_worker() -> Worker:

@@ -15,6 +15,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from imgcls import storage
+from imgcls.cpus import usable_cpus
+from imgcls.disk import nearest
 from imgcls.errors import ClusterError
 
 QUIET = {
@@ -50,6 +53,9 @@ OBJECT_STORE_BYTES = 200 << 20
 """Only reports and small records go through it."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+ROOM = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead")
+"""Bytes of the path of a temporary folder, below which are Ray's sockets: theirs have at most 107."""
 
 
 def names_cluster() -> bool:
@@ -89,8 +95,8 @@ def naming(address: str | None) -> Iterator[None]:
 @contextmanager
 def session(*, verbose: bool) -> Iterator[None]:
     """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
-    with _environment(NEEDED if verbose else NEEDED | QUIET):
-        joins = names_cluster()
+    joins = names_cluster()
+    with _environment(NEEDED if verbose else NEEDED | QUIET), nullcontext() if joins else _room_for_ray():
         if joins:
             options = {}
             _check_answers(os.environ["RAY_ADDRESS"])
@@ -220,6 +226,31 @@ def _check_loopback() -> None:
             ) from None
 
 
+@contextmanager
+def _room_for_ray() -> Iterator[None]:
+    """Local Ray's own files are where it puts them by itself, or where they can be. Raises ClusterError."""
+    temporary = os.environ.get("TMPDIR") or SHORT[0]
+    usual = (temporary, os.environ.get("RAY_TMPDIR", temporary))  # the dashboard has sockets of Python's own besides
+    there = next((place for place in SHORT if _has_room(f"{place}/imgcls-ray.01234567")), None)
+    if all(map(_has_room, usual)):
+        yield
+    elif there:
+        with storage.temporary_folder("ray", parent=there) as folder:
+            os.environ |= dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), folder)
+            yield
+    else:
+        raise ClusterError(
+            f"Ray cannot start: none of {', '.join(sorted({*usual, *SHORT}))} can be written and has at most {ROOM} bytes, "
+            "as its sockets need\n  do: set RAY_TMPDIR and TMPDIR to a short path that this user can write"
+        )
+
+
+def _has_room(temporary: str) -> bool:
+    """Whether Ray can make its folder and its sockets below this one."""
+    short = os.path.isabs(temporary) and len(os.fsencode(temporary)) <= ROOM
+    return short and os.access(nearest(Path(temporary, "ray")), os.W_OK | os.X_OK)
+
+
 def _local_options() -> dict[str, Any]:
     """A head of our own, on the loopback interface alone, beside whatever other Ray is on this machine."""
     with socket.socket() as probe:
@@ -236,6 +267,7 @@ def _local_options() -> dict[str, Any]:
     }
     return {
         "address": "local",
+        "num_cpus": usable_cpus(),
         "object_store_memory": OBJECT_STORE_BYTES,
         # Without the dashboard Train cannot see that a stopped run's placement group is to be removed.
         "include_dashboard": True,

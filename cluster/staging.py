@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from imgcls.disk import local_path
 from imgcls.errors import RecipeError
 from imgcls.training.environment import commit
 
@@ -131,7 +132,7 @@ def _with_files(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """The words with the files of `FILE_FLAGS` as they are called there, and these files."""
     found, files = list(words), dict[str, Path]()
     for at, flag, value in _flags(words, FILE_FLAGS):
-        path = Path(value).expanduser()
+        path = local_path(value)
         if not path.is_file():
             raise RecipeError(f"{flag} {value}: there is no such file")
         name = f"{GIVEN}/{len(files)}-{path.name}"

@@ -1,6 +1,6 @@
 """How fast things go on which hardware: measured, kept beside the cache, asked by whoever predicts.
 
-Comes in: rates of `training.calibrate`, and of every finished run. Goes out: the newest of a kind for a hardware's name.
+Comes in: rates of `bench calibrate`, and of every finished run. Goes out: the newest of a kind for a hardware's name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
-
 from imgcls import records, storage
+from imgcls.disk import shared_lock
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Recipe, digest_of
 from imgcls.records import Manifest, Placement, Record, RunResult
@@ -97,8 +96,9 @@ def known(measurements: Path = MEASUREMENTS) -> Rates:
 def keep(rates: Sequence[Rate]) -> Path:
     """Beside the cache, in place of earlier ones of their kind. Raises StorageError."""
     path = _path()
+    storage.check_places(writes=[str(path.parent)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with shared_lock(path):
         records.write(Rates(rates=_newest([*_kept().rates, *rates])), str(path))
     return path
 

@@ -7,6 +7,8 @@ process, by botocore's own chain, and are in no argument: a pickle of this holds
 """
 
 import errno
+import zlib
+from base64 import b64encode
 from typing import Any
 
 from botocore.handlers import add_expect_header
@@ -30,16 +32,15 @@ class S3(S3FileSystem):
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
 
-    async def _pipe_file(
-        self,
-        path: str,
-        data: bytes,
-        chunksize: int | None = None,
-        max_concurrency: int | None = None,
-        mode: str = "overwrite",
-        **options: Any,
-    ) -> Any:
-        """In one PUT, whatever the size: then the store keeps a checksum, and every GET compares it."""
+    async def _pipe_file(self, path: str, data: bytes, *sizes: Any, mode: str = "overwrite", **options: Any) -> Any:
+        """In one PUT, whatever the size: then the store keeps a checksum, and every GET compares it.
+
+        The checksum is ours, in a header that a store may ignore. botocore's own, over TLS, would come behind the body in
+        a form that stores beside AWS refuse: aws-chunked, without a length.
+        """
+        config = (await self.set_session()).meta.config
+        if config.request_checksum_calculation != "when_required":
+            options["ChecksumCRC32"] = b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
         try:
             return await super()._pipe_file(path, data, max(1, len(data)), 1, mode, **options)
         except OSError as error:

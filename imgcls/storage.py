@@ -1,7 +1,8 @@
-"""URLs to bytes and files, through fsspec: a folder, `s3://`, or whatever fsspec knows.
+"""URLs to bytes and files: a folder, or what fsspec reads at one of `SCHEMES`.
 
-Whole objects only. A write is whole or absent; a file on a disk is put in place by a rename. What goes over a network is
-tried again, with jitter, until its deadline, and counted in `traffic`.
+Whole objects only. A write is whole or absent, and after a power cut too: a file's bytes are on the disk before a rename
+puts it in place, and the name is there when the call returns. What goes over a network is tried again, with jitter,
+until its deadline, and counted in `traffic`.
 """
 
 import errno
@@ -17,18 +18,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from filelock import FileLock, Timeout
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import RetryCallState, Retrying, retry_if_not_exception_type, stop_before_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
+from imgcls.disk import local_path, nearest, write_file
 from imgcls.errors import DataError, MissingError, StorageError
+from imgcls.remedies import remedy_for
 
-for scheme in ("s3", "s3a"):
+SCHEMES = {"s3", "s3a"}
+for scheme in SCHEMES:
     fsspec.register_implementation(scheme, "imgcls.s3.S3", clobber=True)
 
 DEADLINE_S = 60.0
@@ -38,7 +43,7 @@ REQUEST_S = 20.0
 PREFLIGHT_S, PREFLIGHT_REQUEST_S = 10.0, 2.0
 """The same for all places that a command looks at before it begins."""
 DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-"""Errors that another try would not change."""
+"""Errors that another try would not change; a store's `NotImplemented` beside them."""
 
 
 @dataclass
@@ -81,10 +86,14 @@ def within(seconds: float, *, request_s: float = REQUEST_S) -> Iterator[None]:
 
 
 def _split(url: str) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"{url} is not a place that can be read or written: {error}") from None
+    """The file system and the path in it. Never fsspec's own reading of a URL, in which `::`, `?` and others mean much."""
+    scheme, named, _ = (url := absolute(url)).partition("://")
+    if not named:
+        return LocalFileSystem(), url
+    if scheme not in SCHEMES:
+        raise StorageError(f"{url} is not a place that can be read or written\n  do: name a folder, or s3://bucket/prefix")
+    fs = fsspec.filesystem(scheme)
+    return fs, fs._strip_protocol(url)
 
 
 @contextmanager
@@ -107,30 +116,30 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
     limit = max(0.0, until - began) if until is not None else deadline_s(num_bytes)
     # The third has all the time that is left: what is slow by itself comes through too.
     limits_s = chain([_request_s.get() + num_bytes / (1 << 20)] * 2, repeat(math.inf))
+    tries, answer = count(), None
 
     def once() -> Any:
-        traffic.add(requests=1)
+        traffic.add(requests=1, retries=min(1, next(tries)))
         timeout_s = min(max(0.1, began + limit - time.monotonic()), next(limits_s))
         return sync(fs.loop, getattr(fs, f"_{operation}"), path, *arguments, timeout=timeout_s, **options)
 
-    def again(state: RetryCallState) -> None:
-        traffic.add(retries=1)
+    def may_pass(error: BaseException) -> bool:
+        nonlocal answer
+        if "Timeout" not in type(error).__name__:  # fsspec's, or one of several of the store's client
+            answer = error
+        return not isinstance(error, DEFINITE) and getattr(error, "errno", None) != errno.ENOSYS
 
-    trying = Retrying(
-        stop=stop_before_delay(limit),
-        wait=wait_random_exponential(0.1, max=5),
-        retry=retry_if_not_exception_type(DEFINITE),
-        before_sleep=again,
-        reraise=True,
-    )
+    wait = wait_random_exponential(0.1, max=5)
+    trying = Retrying(stop=stop_before_delay(limit), wait=wait, retry=retry_if_exception(may_pass), reraise=True)
     try:
-        return trying(once)
-    except Exception as error:
-        if "Timeout" in type(error).__name__:  # fsspec's, or one of several of the store's client
-            raise TimeoutError(f"no answer within {limit:.0f} s") from None
-        raise
+        found = trying(once)
+    except Exception:  # the last try may have had no time for an answer
+        raise answer or TimeoutError(f"no answer within {limit:.0f} s") from None
     finally:
         traffic.add(waited_s=time.monotonic() - began)
+    sent = num_bytes if operation == "pipe_file" else 0
+    traffic.add(bytes_read=len(found) if operation == "cat_file" else 0, bytes_written=sent)
+    return found
 
 
 def join(url: str, *names: str) -> str:
@@ -138,8 +147,9 @@ def join(url: str, *names: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same place seen from any working directory; URLs with a scheme stay as they are."""
-    return url if "://" in url else str(Path(url).expanduser().absolute())
+    """The same place seen from any working directory; URLs stay as they are, but that `file://` is a path."""
+    path = url.removeprefix("file://")
+    return path if "://" in path else str(local_path(path).absolute())
 
 
 def shown(url: str) -> str:
@@ -166,23 +176,16 @@ def read_bytes(url: str, *, num_bytes: int = 0) -> bytes:
     """num_bytes: as many as are expected; a large object has more time."""
     fs, path = _split(url)
     with _told("read", url):
-        return _read(fs, path, num_bytes)
+        return _do(fs, "cat_file", path, num_bytes=num_bytes)
 
 
 def read_bytes_if_there(url: str) -> bytes | None:
     fs, path = _split(url)
     with _told("read", url):
         try:
-            return _read(fs, path)
+            return _do(fs, "cat_file", path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-
-def _read(fs: Any, path: str, num_bytes: int = 0) -> bytes:
-    data = _do(fs, "cat_file", path, num_bytes=num_bytes)
-    if isinstance(fs, AsyncFileSystem):
-        traffic.add(bytes_read=len(data))
-    return data
 
 
 def read_checked(url: str, *, num_bytes: int, digest: str) -> bytes:
@@ -204,14 +207,22 @@ def num_bytes_of(url: str) -> int:
         return int(_do(fs, "info", path)["size"])
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """The object holds `data`, or what it held before; never a part."""
-    fs, path = _split(url)
+def write_bytes(url: str, data: bytes, *, durable: bool = True) -> None:
+    """The object holds `data`, or what it held before; never a part.
+
+    durable: after a power cut too, which costs a file on a disk some milliseconds.
+    """
     with _told("written", url):
-        if isinstance(fs, LocalFileSystem):
-            _write_file(Path(path), data)
-        else:
-            _write(fs, path, data)
+        _put(url, data, new=False, durable=durable)
+
+
+def extend(url: str, data: bytes) -> None:
+    """The object holds `data`, whose beginning it held before. On a disk it stays the same file, for who reads along."""
+    if not is_local(url):
+        write_bytes(url, data)
+        return
+    with _told("written", url), open(_split(url)[1], "ab") as file:
+        file.write(data[file.tell() :])
 
 
 def create_bytes(url: str, data: bytes) -> bool:
@@ -219,38 +230,20 @@ def create_bytes(url: str, data: bytes) -> bool:
 
     `data` are this caller's alone: where they lie there already, they are of an attempt whose answer was lost.
     """
-    fs, path = _split(url)
     with _told("written", url):
         try:
-            if isinstance(fs, LocalFileSystem):
-                _write_file(Path(path), data, new=True)
-            else:
-                _write(fs, path, data, mode="create")
+            _put(url, data, new=True, durable=True)
         except FileExistsError:
             return not is_local(url) and read_bytes_if_there(url) == data
     return True
 
 
-def _write(fs: Any, path: str, data: bytes, **options: Any) -> None:
-    _do(fs, "pipe_file", path, data, num_bytes=len(data), **options)
-    if isinstance(fs, AsyncFileSystem):
-        traffic.add(bytes_written=len(data))
-
-
-def _write_file(path: Path, data: bytes, *, new: bool = False) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # which says of `path` itself that it is there
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        (os.link if new else os.replace)(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+def _put(url: str, data: bytes, *, new: bool, durable: bool) -> None:
+    fs, path = _split(url)
+    if isinstance(fs, LocalFileSystem):
+        write_file(Path(path), data, new=new, durable=durable)
+    else:
+        _do(fs, "pipe_file", path, data, num_bytes=len(data), mode="create" if new else "overwrite")
 
 
 def folders(url: str) -> list[str]:
@@ -323,7 +316,7 @@ def clean_temporary(url: str) -> None:
 
 
 def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
-    """Each can be listed; where a command writes, a small object can be created, not created again, and removed.
+    """Each can be listed; where a command writes, a small object can be written, not created again, and removed.
 
     Raises StorageError within `PREFLIGHT_S`, whatever is wrong.
     """
@@ -335,43 +328,64 @@ def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> No
 
 
 def _check_place(url: str, *, writes: bool) -> None:
-    place = url
-    if is_local(url):  # a look makes no folders
-        path = Path(_split(url)[1])
-        place = str(next(one for one in (path, *path.parents) if one.exists()))
+    fs, path = _split(url)
+    local = is_local(url)
+    place = str(nearest(Path(path))) if local else url  # a look makes no folders
     probe = join(place, f".probe-{secrets.token_hex(8)}")
     try:
-        fs, path = _split(url)
         with _told("listed", url):
             _listed(fs, path)
-        if writes and (not create_bytes(probe, b"one") or create_bytes(probe, b"two")):
-            raise StorageError(f"{url}: an object that is there can be created again: leases would not hold")
         if writes:
-            with _told("deleted", url):
-                _do(fs, "rm_file", _split(probe)[1])
+            _check_writes(probe)
     except StorageError as error:
-        told = str(error).replace(probe, url)
-        remedy = f"name a place that can be {'written' if writes else 'read'}"
-        if not is_local(url):
-            remedy += "; look at AWS_ENDPOINT_URL, the bucket's name and the credentials"
+        told, remedy = str(error).replace(probe, url), f"name a place that can be {'written' if writes else 'read'}"
+        remedy = remedy if local else remedy_for(told.replace(url, ""), remedy)
         raise StorageError(f"{told}\n  do: {remedy}") from None
 
 
+def _check_writes(probe: str) -> None:
+    """Any write comes first: then what fails is the condition that the object is not there."""
+    fs, path = _split(probe)
+    write_bytes(probe, b"one")
+    try:
+        told = f"{probe}: an object that is there can be created again" if create_bytes(probe, b"two") else ""
+    except StorageError as error:
+        told = str(error)
+    with suppress(Exception) if told else _told("deleted", probe):
+        _do(fs, "rm_file", path)
+    if told:
+        raise StorageError(f"{told}: leases would not hold")
+
+
 @contextmanager
-def temporary_folder(what: str) -> Iterator[str]:
-    """A folder of this process on this machine's disk, gone at the end; those that killed processes left go first."""
-    prefix = f"imgcls-{what}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
-        yield folder
+def temporary_folder(what: str, *, parent: str | None = None) -> Iterator[str]:
+    """A folder of this process on this machine's disk, gone at the end; those that killed processes left go first.
+
+    parent: where it lies; None is the system's place. Each has a locked file beside it: the kernel knows which processes
+    live, in other containers on the same disk too.
+    """
+    root = Path(parent or tempfile.gettempdir())
+    for left in root.glob(f"imgcls-{what}.*.lock"):
+        with suppress(Timeout, OSError), FileLock(left, timeout=0):
+            _remove(left)
+    lock = root / f"imgcls-{what}.{secrets.token_hex(4)}.lock"
+    with FileLock(lock):
+        try:
+            lock.with_suffix("").mkdir(mode=0o700)
+            yield str(lock.with_suffix(""))
+        finally:
+            _remove(lock)
+
+
+def _remove(lock: Path) -> None:
+    """The folder of this lock is gone, and the lock itself."""
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    lock.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:
     """Where this node keeps what it can make again: `IMGCLS_CACHE`, else `~/.cache/imgcls`."""
-    return Path(os.environ.get("IMGCLS_CACHE") or Path.home() / ".cache" / "imgcls")
+    return local_path(os.environ.get("IMGCLS_CACHE") or "~/.cache/imgcls")
 
 
 def sha256(data: bytes | memoryview) -> str:

@@ -19,7 +19,7 @@ def descendants(pid: int) -> list[int]:
     parents, sessions = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] != "Z":
@@ -43,7 +43,9 @@ def alive(pids: list[int]) -> list[int]:
     found = []
     for pid in pids:
         try:
-            state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+            state = (
+                Path("/proc", str(pid), "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            )
         except OSError:
             continue
         if state != "Z":

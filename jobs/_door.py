@@ -1,5 +1,6 @@
 """What every door shares: reading the command line, exit codes, and errors without a traceback."""
 
+import io
 import os
 import signal
 import sys
@@ -7,13 +8,13 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from imgcls.errors import ImgclsError, PlacementError, RecipeError
+from jobs import GOES_ON, INTERRUPTED, end
 
-DONE, SOME_FAILED, WRONG_COMMAND, MISSING_OR_BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, SOME_FAILED, WRONG_COMMAND, MISSING_OR_BROKEN = 0, 1, 2, 3
 
 
 def enter(command: Callable[..., int], *, words: bool = False) -> None:
@@ -27,8 +28,13 @@ def enter(command: Callable[..., int], *, words: bool = False) -> None:
         at = arguments.index("--") if "--" in arguments else len(arguments)
         arguments, command = arguments[:at], partial(command, tuple(arguments[at + 1 :]))
     arguments = _repeated(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale may lack a class's letters
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if signal.getsignal(signal.SIGINT) is end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = tyro.cli(
             command, prog=f"python -m jobs.{Path(sys.argv[0]).stem}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
         )
@@ -38,16 +44,12 @@ def enter(command: Callable[..., int], *, words: bool = False) -> None:
             traceback.print_exc()
         code = WRONG_COMMAND if isinstance(error, RecipeError | PlacementError) else MISSING_OR_BROKEN
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.stderr.write(GOES_ON)
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output, as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     sys.exit(code)
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _repeated(arguments: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ class Lines:
 def bar(lines: Lines, what: str) -> Iterator[Any]:
     """A function (done, total) that shows how far `what` is: a bar on a terminal, else a line every ten seconds."""
     if lines.console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=lines.console, transient=True) as progress:
             task = progress.add_task(f"{lines.mark}{what}")
             yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -5,21 +5,22 @@ lock into a temporary folder and renamed when whole: who comes second waits, and
 """
 
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from imgcls import records, storage
-from imgcls.data.images import DECODER, decode, decoding_pool, in_order, stored_pixels
-from imgcls.data.shards import fetch_shard, read_samples
+from imgcls.cpus import usable_cpus
+from imgcls.data.images import DECODER, decode, decoding_pool, in_order, pixels_digest, stored_pixels
+from imgcls.data.shards import fetch_shard, read_pixel_digests, read_samples
+from imgcls.disk import nearest, shared_lock
 from imgcls.errors import DataError, MissingError, StorageError
 from imgcls.records import Manifest, Record, Shard
 
@@ -63,17 +64,21 @@ def open_cache(
     shape = (sum(shard.num_samples for shard in manifest.shards), px, px, channels)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with shared_lock(folder):
             if not (asked_by and _checked_by(folder) == asked_by) and not _is_whole(folder, say):
                 for left in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
                     shutil.rmtree(left, ignore_errors=True)
                 _build(set_url, manifest, folder, shape, progress)
             if asked_by and _checked_by(folder) != asked_by:
-                (folder / "checked").write_text(asked_by)
+                with suppress(PermissionError):  # of another user's cache: it is checked again by each run
+                    (folder / "checked").write_text(asked_by, encoding="utf-8")
     except OSError as error:
+        remedy = f"make room ({np.prod(shape) / 1e6:,.0f} MB)"
+        if isinstance(error, PermissionError):
+            remedy = f"let both users write {root}: one group, chmod g+ws, umask 002 for both"
         raise StorageError(
             f"the cache {folder} cannot be built: {error.strerror or error}\n"
-            f"  do: make room ({np.prod(shape) / 1e6:,.0f} MB), or name another place with IMGCLS_CACHE"
+            f"  do: {remedy}, or name another place with IMGCLS_CACHE"
         ) from None
     images = np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape)
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
@@ -81,12 +86,12 @@ def open_cache(
 
 def is_cached(manifest: Manifest, *, px: int, channels: int) -> bool:
     """Whether the decoded images lie on this node, as far as can be seen without reading them."""
-    return _folder(manifest, px, channels).exists()
+    return os.path.exists(_folder(manifest, px, channels))
 
 
 def missing_shards(manifest: Manifest) -> list[Shard]:
     """Those that this node would have to fetch from a bucket."""
-    return [shard for shard in manifest.shards if not _shard_file(shard).exists()]
+    return [shard for shard in manifest.shards if not os.path.exists(_shard_file(shard))]
 
 
 def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
@@ -96,7 +101,7 @@ def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
     """
     root, missing = storage.cache_root(), dict[Path, int]()
     for set_url, manifest, px, channels in wanted:
-        if (folder := _folder(manifest, px, channels)).exists():
+        if os.path.exists(folder := _folder(manifest, px, channels)):
             continue
         missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
         if not storage.is_local(set_url):
@@ -104,7 +109,7 @@ def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
     if not missing:
         return
     storage.check_places(writes=[str(root)])
-    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    free = shutil.disk_usage(nearest(root)).free
     if sum(missing.values()) > free:
         raise StorageError(
             f"the cache {root} has {free / 1e6:,.1f} MB of room, {sum(missing.values()) / 1e6:,.1f} MB are needed\n"
@@ -122,7 +127,7 @@ def _shard_file(shard: Shard) -> Path:
 
 def _checked_by(folder: Path) -> str | None:
     with suppress(FileNotFoundError):
-        return (folder / "checked").read_text()
+        return (folder / "checked").read_text(encoding="utf-8")
     return None
 
 
@@ -149,7 +154,7 @@ def _meta(folder: Path) -> CacheMeta:
             file.seek(begin)
             return storage.sha256(file.read(BLOCK_BYTES))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing gives up the interpreter's lock
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # hashing gives up the interpreter's lock
         blocks = tuple(pool.map(digest, range(0, images.stat().st_size, BLOCK_BYTES)))
     return CacheMeta(images_sha256=blocks, labels_sha256=storage.file_sha256(folder / "labels.i64"))
 
@@ -160,27 +165,31 @@ def _shard_of_node(set_url: str, shard: Shard) -> bytes:
         return fetch_shard(set_url, shard)
     file = _shard_file(shard)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    with shared_lock(file):
         with suppress(StorageError, DataError):
             return storage.read_checked(str(file), num_bytes=shard.num_bytes, digest=shard.sha256)
         for left in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
             left.unlink()
         data = fetch_shard(set_url, shard)
-        storage.write_bytes(str(file), data)
+        storage.write_bytes(str(file), data, durable=False)
     return data
 
 
 def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...], progress: Progress) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """The folder holds the decoded images, each of which had the pixels that it had when it was packed."""
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         _, px, _, channels = shape
+        packed = read_pixel_digests(set_url, manifest)
         row = 0
         with (temporary / "images.u8").open("wb") as file, decoding_pool() as pool:
             for shard in manifest.shards:
-                data = _shard_of_node(set_url, shard)
+                data, first = _shard_of_node(set_url, shard), row
                 where = storage.join(set_url, shard.name)
                 work = ((image, px, channels) for image, _ in read_samples(shard, data, where=where))
-                for pixels in in_order(pool, _decode_some, work, at_once=64):
+                for pixels, digests in in_order(pool, _decode_some, work, at_once=64):
+                    _check_pixels(digests, packed[row : row + len(pixels)], where, shard.paths[row - first :])
                     file.write(pixels.data)
                     row += len(pixels)
                     progress(row, shape[0])
@@ -193,6 +202,22 @@ def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...
         raise
 
 
-def _decode_some(work: list[tuple[bytes, int, int]]) -> NDArray[np.uint8]:
-    """Runs in a pool process."""
-    return np.stack([stored_pixels(decode(data), px=px, channels=channels) for data, px, channels in work])
+def _check_pixels(digests: bytes, packed: NDArray[np.uint64], where: str, paths: Sequence[str]) -> None:
+    for row in np.flatnonzero(np.frombuffer(digests, "<u8") != packed)[:1]:
+        raise DataError(
+            f"{where}: {paths[row]} was decoded to other pixels than when it was packed, by {DECODER} here\n"
+            "  do: pack again here, or install the Pillow that it was packed with"
+        )
+
+
+def _decode_some(work: list[tuple[bytes, int, int]]) -> tuple[NDArray[np.uint8], bytes]:
+    """Stored pixels, (images, px, px, channels), and the digests of the images before they were resized, one after another.
+
+    Runs in a pool process.
+    """
+    stored, digests = [], b""
+    for data, px, channels in work:
+        image = decode(data)
+        stored.append(stored_pixels(image, px=px, channels=channels))
+        digests += pixels_digest(image)
+    return np.stack(stored), digests

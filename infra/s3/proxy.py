@@ -12,12 +12,15 @@ function of (seed, n). Every request is taken whole before it is handed on: it i
     stall         `stall_s` of silence before the answer
     lost          the server has done it; its answer is lost, the connection reset
     hang          no answer, as long as the client stays
+
+Beside faults it may be a store that `lacks` something: conditional puts (501), or bodies without a length (411).
 """
 
 import asyncio
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -28,7 +31,14 @@ from typing import NoReturn
 
 FAULTS = ("500", "503", "reset", "reset-body", "truncate", "short", "corrupt", "stall", "lost")
 _OF_THE_BODY = ("reset-body", "truncate", "short", "corrupt")
-_CODES = {"500": ("500 Internal Server Error", "InternalError"), "503": ("503 Slow Down", "SlowDown")}
+_CODES = {
+    "500": ("500 Internal Server Error", "InternalError", "injected"),
+    "503": ("503 Slow Down", "SlowDown", "injected"),
+    "501": ("501 Not Implemented", "NotImplemented", "A header you provided implies functionality that is not implemented"),
+    "411": ("411 Length Required", "MissingContentLength", "You must provide the Content-Length HTTP header."),
+}
+_LACKS = {"501": rb"(?i)\r\nif-none-match:", "411": rb"(?i)\r\ntransfer-encoding:"}
+"""Answer -> the header of a request that gets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,9 @@ class Proxy:
     """Only of those whose `METHOD /path` this expression finds."""
     most: int | None = None
     """Not more than so many."""
+    lacks: tuple[str, ...] = ()
+    """Of 501 and 411: to these requests the answer is always this."""
+    tls: ssl.SSLContext | None = None
     stall_s: float = 5.0
     seed: int = 0
     port: int = 0
@@ -89,7 +102,8 @@ class Proxy:
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         request = b" ".join(head.split(b" ", 2)[:2]).decode()
-        fault = self._choose(request)
+        lacked = [answer for answer in self.lacks if re.search(_LACKS[answer], head)]
+        fault = lacked[0] if lacked else self._choose(request)
         if fault in ("reset", "hang"):
             self.passed.append(Passed(time.time(), request, fault, 0))
         if fault == "reset":
@@ -107,6 +121,8 @@ class Proxy:
         # Before the client can know of it.
         self.passed.append(Passed(time.time(), request, fault, int(answer_head.split(b" ", 2)[1])))
         await _give(writer, fault, answer_head, answer)
+        if lacked:  # the body of no length is still to come
+            raise _ClosedError
 
     async def _handed_on(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
         upstream, to = await asyncio.open_connection(*self.target, limit=1 << 20)
@@ -149,8 +165,8 @@ def _header(head: bytes, name: str) -> str:
 
 
 def _error(fault: str) -> tuple[bytes, bytes]:
-    status, code = _CODES[fault]
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+    status, code, message = _CODES[fault]
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     return f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode(), body
 
 
@@ -161,7 +177,7 @@ def faulty(host: str, port: int, **options) -> Iterator[Proxy]:
     listening = threading.Event()
 
     async def run() -> None:
-        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20, ssl=proxy.tls)
         proxy.port = server.sockets[0].getsockname()[1]
         listening.set()
         with suppress(asyncio.CancelledError):

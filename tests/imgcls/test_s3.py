@@ -2,6 +2,7 @@
 
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ import torch
 
 from imgcls import storage
 from imgcls.errors import MissingError, StorageError
+from imgcls.remedies import remedy_for
+from imgcls.s3 import S3
 from imgcls.training.checkpoints import CheckpointStore, Facts
 from infra.processes import until
 from infra.s3.proxy import FAULTS, Proxy, faulty
@@ -151,18 +154,18 @@ def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, sile
         free.bind(("127.0.0.1", 0))
         closed = free.getsockname()[1]
     cases = {
-        "no answer within 3 s": s3.env(port=silent),
-        "Could not connect": s3.env(port=closed),
-        "key ID you provided does not exist": s3.env(("nobody", "x")),
-        "signature": s3.env((READER[0], "wrong")),
-        "Access Denied": s3.env(READER),
+        "no answer within 3 s": (s3.env(port=silent), "AWS_ENDPOINT_URL"),
+        "Could not connect": (s3.env(port=closed), "AWS_ENDPOINT_URL"),
+        "key ID you provided does not exist": (s3.env(("nobody", "x")), "AWS_ENDPOINT_URL"),
+        "signature": (s3.env((READER[0], "wrong")), "AWS_SECRET_ACCESS_KEY"),
+        "Access Denied": (s3.env(READER), "s3:PutObject"),
     }
-    for told, environment in cases.items():
+    for told, (environment, remedy) in cases.items():
         began = time.monotonic()
         with reached_by(environment), pytest.raises(StorageError) as error:
             storage.check_places(writes=["s3://runs/x"])
         assert told in str(error.value)
-        assert "AWS_ENDPOINT_URL" in str(error.value)
+        assert remedy in str(error.value).partition("\n  do: ")[2]
         assert time.monotonic() - began < 8
     with reached_by(s3.env()), pytest.raises(StorageError, match="bucket does not exist"):
         storage.check_places(writes=["s3://nobucket/x"])
@@ -178,12 +181,94 @@ def test_a_place_where_one_request_in_five_stalls_is_not_refused(url: str, proxi
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
-    from imgcls.s3 import S3
-
     kept = S3._pipe_file
     monkeypatch.setattr(S3, "_pipe_file", lambda self, path, data, **options: kept(self, path, data))
     with pytest.raises(StorageError, match="leases would not hold"):
         storage.check_places(writes=[url])
+
+
+def test_a_store_without_conditional_puts_is_told_by_what_it_lacks_and_which_stores_have_it(url: str, proxied: Proxy):
+    proxied.lacks = ("501",)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"not implemented: leases would not hold\n  do: .*If-None-Match.*MinIO"):
+        storage.check_places(writes=[url])
+    assert time.monotonic() - began < 5
+    assert storage.files(url) == []
+
+
+@pytest.fixture
+def secured(s3: Server, url: str, tmp_path: Path) -> Iterator[tuple[Proxy, dict[str, str]]]:
+    """A store behind TLS whose certificate no known authority signed, and the environment that reaches it."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    command += ["-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with faulty(s3.host, s3.port, tls=tls) as proxy:
+        endpoint = {"AWS_ENDPOINT_URL": f"https://127.0.0.1:{proxy.port}", "AWS_CA_BUNDLE": str(certificate)}
+        yield proxy, s3.env() | endpoint
+
+
+def test_a_store_that_wants_a_length_with_every_body_is_written_to_and_still_keeps_a_checksum(
+    url: str, secured: tuple[Proxy, dict[str, str]]
+):
+    proxy, environment = secured
+    proxy.lacks = ("411",)
+    with reached_by(environment):
+        storage.check_places(writes=[url])
+        storage.write_bytes(f"{url}/a", BODY)
+        proxy.faults, proxy.fail, proxy.most = ("corrupt",), 1.0, 1
+        assert storage.read_bytes(f"{url}/a") == BODY
+        assert len(proxy.injected) == 1
+    assert not [one for one in proxy.passed if one.status == 411]
+
+
+def test_an_authority_of_ones_own_is_answered_with_the_variable_that_names_it(
+    url: str, secured: tuple[Proxy, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+):
+    _, environment = secured
+    unknown = {name: value for name, value in environment.items() if name != "AWS_CA_BUNDLE"}
+    with monkeypatch.context() as soon, reached_by(unknown):
+        soon.setattr(storage, "PREFLIGHT_S", 1.0)
+        with pytest.raises(StorageError, match=r"do: AWS_CA_BUNDLE"):
+            storage.check_places(reads=[url])
+    with reached_by(environment):
+        storage.check_places(reads=[url])
+
+
+def test_checksums_that_a_store_refuses_are_answered_with_the_variable_that_leaves_them_out():
+    for told in ("x-amz-content-sha256 does not match", "Unsupported header 'x-amz-checksum-crc32'", "MissingContentLength"):
+        assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in remedy_for(f"s3://b/x cannot be written: {told}")
+
+
+def test_no_checksum_is_sent_where_the_environment_says_so(url: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch):
+    sent = []
+    kept = type(proxied)._handed_on
+    monkeypatch.setattr(type(proxied), "_handed_on", lambda self, head, body: sent.append(head) or kept(self, head, body))
+    storage.write_bytes(f"{url}/a", BODY)
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    S3.clear_instance_cache()
+    storage.write_bytes(f"{url}/a", BODY)
+    assert [b"x-amz-checksum-crc32" in head.lower() for head in sent] == [True, False]
+
+
+def test_a_name_is_never_read_as_a_part_of_a_url(url: str):
+    storage.write_bytes(f"{url}/a::b/one", b"1")
+    storage.write_bytes(f"{url}/a::c/one", b"2")
+    assert storage.folders(url) == ["a::b", "a::c"]
+    assert storage.read_bytes(f"{url}/a::b/one") == b"1"
 
 
 def test_a_pickle_of_the_filesystem_holds_no_secret(s3: Server, url: str):
@@ -209,7 +294,7 @@ def test_a_server_for_trying_out_keeps_what_it_was_given(tmp_path: Path):
         assert serving.returncode == 0
 
 
-FACTS = Facts(step=3, epoch=1, val_loss=0.5, finished=False, run_digest="d", numerics={})
+FACTS = Facts(step=3, epoch=1, best_step=3, finished=False, run_digest="d", numerics={})
 
 
 def test_a_checkpoint_in_a_bucket_is_committed_when_it_was_waited_for(url: str):

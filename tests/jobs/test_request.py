@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from imgcls.errors import RecipeError
 from imgcls.recipe import derive
 from imgcls.records import RunConfig
 from jobs._request import Flags, chosen
+from tests.conftest import ROOT
 
 
 def id_of(*changes: str, **fields) -> str:
@@ -25,6 +29,19 @@ def test_the_id_is_the_catalogue_or_carries_its_changes():
     assert flags.id == changed  # the run extends the suite with the same change
 
 
+@pytest.mark.parametrize(
+    "name", ["a::b", "s3://b", "a?versionId=1", "a*", "[a]", "a\nb", "a\x1b[2J", "caf\udce9", "..", "a%2Fb", "a\\b"]
+)
+def test_a_name_that_a_url_or_a_terminal_would_read_otherwise_is_refused(name: str):
+    with pytest.raises(RecipeError, match="a plain name, without"):
+        id_of(id=name)
+
+
+@pytest.mark.parametrize("name", ["mine", "my run 2", "größe", "gro\u0308ße", "実験", "a+b=c@d,(e)", "2026-11-25_x.y"])
+def test_a_name_of_letters_of_any_script_is_taken(name: str):
+    assert id_of(id=name) == name
+
+
 def test_changes_are_made_in_every_recipe():
     assert chosen(Flags(set=("length.epochs=9",)), ("scratch",))[1] == (derive(quick.SCRATCH, {"length.epochs": 9}),)
 
@@ -36,3 +53,12 @@ def test_a_runs_config_brings_its_recipe_again(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 3}))
     with pytest.raises(RecipeError, match=r"config\.json cannot be read"):
         chosen(Flags(recipe=(tmp_path / "config.json",)), None)
+
+
+def test_a_recipe_is_utf_8_in_any_locale(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text('name = "größe"\n', encoding="utf-8")
+    code = "import sys, pathlib; from jobs._request import _from_file; _from_file(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-X", "utf8=0", "-c", code, str(tmp_path / "mine.toml")]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "cannot be read as TOML" not in done.stderr

@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command, image_folder
+from jobs import GOES_ON
+from tests.conftest import ROOT, Command, image_folder
 
 NO_RAY = {"RAY_ADDRESS": ""}
 
@@ -36,6 +40,7 @@ def refused(
         (("scratch", "--num-workers", "8", "--set", "global_batch_size=16"), "can never run"),
         (("scratch", "--num-workers", "0"), "one or more"),
         (("scratch", "--id", "../x"), "a plain name"),
+        (("scratch", "--id", "a::b"), "a plain name"),
         (("scratch", "--seed", "-1"), "zero or more"),
         (("scratch", "--set", "global_batch_size=100000"), "--set global_batch_size="),
         (("scratch", "--set", "global_batch_size=2", "--num-workers", "2"), "resnet18 needs 2"),
@@ -87,6 +92,29 @@ def test_storage_that_cannot_be_written_is_named(run_command: Command, packed: P
     refused(run_command, "train", "scratch", *places, *small, code=3, says="cannot be written")
 
 
+@pytest.mark.parametrize("flag", ["--data", "--storage"])
+def test_a_scheme_that_is_not_ours_is_named(run_command: Command, packed: Path, flag: str):
+    places = {"--data": str(packed)} | {flag: "ftp://nowhere.invalid/x"}
+    words = [word for pair in places.items() for word in pair]
+    refused(run_command, "train", "scratch", *words, code=3, says="ftp://nowhere.invalid/x is not a place")
+
+
+@pytest.mark.parametrize("modules", [0, 40, 400])
+def test_ctrl_c_while_modules_are_imported_is_said_in_a_line(modules: int, tmp_path: Path):
+    command = [sys.executable, "-X", "importtime", "-m", "jobs.suite", "--dry-run"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.endswith("| jobs\n"))
+        for _ in range(modules):
+            process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        told = [line for line in process.stderr if not line.startswith("import time:")]
+        process.wait(30)
+    assert (process.returncode, "".join(told).split()) == (130, GOES_ON.split())
+
+
 @pytest.mark.parametrize("kind", ["one class", "broken", "empty split", "missing", "nothing"])
 def test_what_cannot_be_packed_is_named(run_command: Command, tmp_path: Path, kind: str):
     pets = tmp_path / "pets"
@@ -102,7 +130,7 @@ def test_what_cannot_be_packed_is_named(run_command: Command, tmp_path: Path, ki
         "one class": "has one class, cat",
         "broken": "cat/torn é.jpg",
         "empty split": "the split test is empty",
-        "missing": "there is no such folder or tar",
+        "missing": "there is no such folder, tar or zip",
         "nothing": "holds no images",
     }[kind]
     refused(run_command, "pack", "pets", "--source", pets, "--to", tmp_path / "packed", code=3, says=says)

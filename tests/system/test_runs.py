@@ -152,7 +152,7 @@ def test_data_that_are_there_and_cannot_be_used_are_an_error_not_a_reason_to_dra
     named = tmp_path / ("sources" if kind == "damaged" else "sauces")
     done = run_command("suite", "--pack", "--recipes", "scratch", env={"IMGCLS_SOURCES": str(named), "RAY_ADDRESS": ""})
     assert done.returncode == 3
-    assert ("is neither a folder nor a tar" if kind == "damaged" else "is no folder") in done.stderr
+    assert ("is damaged, or no archive that can be read" if kind == "damaged" else "is no folder") in done.stderr
     assert not (tmp_path / "data").exists()
 
 

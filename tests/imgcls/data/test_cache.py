@@ -1,4 +1,9 @@
+import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -8,9 +13,11 @@ import pytest
 
 from imgcls import storage
 from imgcls.data import shards
-from imgcls.data.cache import open_cache
-from imgcls.data.images import decode, stored_pixels
+from imgcls.data.cache import check_room, is_cached, missing_shards, open_cache
+from imgcls.data.images import DECODER, decode, stored_pixels
 from imgcls.errors import DataError, StorageError
+from tests.conftest import ROOT
+from tests.imgcls.data.test_sources import as_another_user
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,54 @@ def test_a_place_that_cannot_be_written_is_named(packed: Path, monkeypatch: pyte
         open_cache(str(packed / "cifar10"), shards.read_manifest(str(packed / "cifar10")), px=8, channels=3)
 
 
+def test_an_image_that_decodes_to_other_pixels_than_when_it_was_packed_never_becomes_a_cache(
+    packed: Path, tmp_path: Path, fresh_cache: Path
+):
+    """As under another Pillow: the shards are whole, the digests of the pixels are of what was seen then."""
+    copy = Path(shutil.copytree(packed / "cifar10", tmp_path / "cifar10"))
+    digests = np.fromfile(copy / "pixels.u64", "<u8")
+    digests[310] ^= 1
+    digests.tofile(copy / "pixels.u64")
+    manifest = shards.read_manifest(str(copy))
+    manifest = manifest.model_copy(update={"pixels_sha256": storage.sha256(digests.tobytes())})
+    path = manifest.shards[1].paths[10]
+    with pytest.raises(DataError, match=rf"test-00000\.tar: {re.escape(path)} was decoded to other pixels .*{DECODER} here"):
+        open_cache(str(copy), manifest, px=8, channels=3)
+    assert folders(fresh_cache) == []
+    digests[310] ^= 1
+    digests.tofile(copy / "pixels.u64")
+    open_cache(str(copy), shards.read_manifest(str(copy)), px=8, channels=3)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+def test_a_cache_is_shared_by_users_and_a_lack_of_rights_is_told_as_that(packed: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second user reads what the first one built, and may not build where it cannot write."""
+    code = """if True:
+        import mmap, os, sys
+        from imgcls.data.cache import open_cache
+        from imgcls.data.shards import read_manifest
+        from imgcls.errors import StorageError
+        os.setgid(12345), os.setuid(12345)
+        manifest = read_manifest(sys.argv[1])
+        print(open_cache(sys.argv[1], manifest, px=8, channels=3, asked_by="another").images.shape)
+        try:
+            open_cache(sys.argv[1], manifest, px=4, channels=3)
+        except StorageError as error:
+            print(error)
+    """
+    before = os.umask(0o022)
+    with tempfile.TemporaryDirectory() as shared:
+        os.chmod(shared, 0o755)
+        url = str(shutil.copytree(packed / "cifar10", Path(shared, "cifar10")))
+        monkeypatch.setenv("IMGCLS_CACHE", f"{shared}/cache")
+        open_cache(url, shards.read_manifest(url), px=8, channels=3, asked_by="one")
+        done = subprocess.run([sys.executable, "-c", code, url], cwd=ROOT, capture_output=True, text=True, check=False)
+    os.umask(before)
+    assert done.stdout.startswith("(360, 8, 8, 3)\n"), done.stderr
+    assert "Permission denied\n  do: let both users write " in done.stdout
+    assert "make room" not in done.stdout
+
+
 def _open(packed: str) -> int:
     return int(open_cache(packed, shards.read_manifest(packed), px=24, channels=3).images.sum())
 
@@ -83,3 +138,13 @@ def test_two_processes_on_an_empty_cache_build_it_once(packed: Path, fresh_cache
 def test_the_cache_lies_where_the_variable_says_or_in_the_home(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("IMGCLS_CACHE")
     assert storage.cache_root() == Path.home() / ".cache" / "imgcls"
+
+
+def test_a_cache_in_anothers_home_is_told_as_a_place_that_cannot_be_written(packed: Path, fresh_cache: Path):
+    manifest = shards.read_manifest(str(packed / "cifar10"))
+    fresh_cache.mkdir(mode=0)
+    with as_another_user():
+        assert not is_cached(manifest, px=8, channels=3)
+        assert len(missing_shards(manifest)) == len(manifest.shards)
+        with pytest.raises(StorageError, match="Permission denied\n  do: name a place that can be written"):
+            check_room([(str(packed / "cifar10"), manifest, 8, 3)])
