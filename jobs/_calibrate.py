@@ -1,6 +1,5 @@
 """`bench calibrate`: rates of this machine in some ten seconds, by processes side by side as runs are."""
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from multiprocessing import get_context
 from cluster import placement as placements
 from cluster.run import quiet
 from imgcls import rates, storage
+from imgcls.cpus import usable_cpus
 from imgcls.data.shards import manifest_url, read_manifest
 from imgcls.rates import Rate, What
 from imgcls.recipe import Recipe
@@ -43,7 +43,7 @@ def calibrate(recipes: Sequence[Recipe], data_url: str) -> list[Rate]:
 def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, side_by_side: int) -> Found:
     """Runs in a process of its own, beside others that do the same."""
     began = time.perf_counter()
-    from imgcls.training.calibrate import decoding_rate, training_rates
+    from jobs._training_rates import decoding_rate, training_rates
 
     quiet(False)
     import_s = time.perf_counter() - began
@@ -64,6 +64,6 @@ def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, sid
             manifest = read_manifest(set_url)
             alone = decoding_rate(set_url, manifest, px=px, channels=channels, seconds=0.1 * SECONDS / len(sets))
             # A process a core, and the other runs have their share of them.
-            rate = alone * (os.cpu_count() or 1) / side_by_side
+            rate = alone * usable_cpus() / side_by_side
             found["decode", rates.decoding_of(manifest, px=px, channels=channels)] = rate
     return found

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 
 def bench(
     what: Annotated[
-        tyro.conf.Positional[Literal["calibrate", "record", "numerics", "faults", "readme"]], tyro.conf.arg(metavar="WHAT")
+        tyro.conf.Positional[Literal["calibrate", "record", "numerics", "faults", "gpu", "readme"]],
+        tyro.conf.arg(metavar="WHAT"),
     ],
     id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")] = "",
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
@@ -37,6 +38,9 @@ def bench(
     catalogue: str = "quick",
     repeats: int = 3,
     kills: int = 3,
+    seconds: float = 540.0,
+    to: Path = Path("runs/gpu"),
+    small: bool = False,
     verbose: bool = False,
 ) -> int:
     """Measure: this machine's rates, a record under docs/measurements/, or the README's tables from the records.
@@ -44,13 +48,16 @@ def bench(
     Args:
         what: `calibrate`: how fast this machine trains a catalogue's recipes, for --dry-run. `record ID`: a suite's
             figures. `numerics`: images/s of elastic numerics beside ddp. `faults`: runs on S3 whose storage fails, and
-            that are killed. `readme`: the tables.
+            that are killed. `gpu`: what is to be measured on a GPU machine, most wanted first. `readme`: the tables.
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where runs leave what they found.
         data: Folder or URL of packed sets, for `calibrate` and `numerics`.
         catalogue: quick, paper or tuned, for `calibrate`.
         repeats: Of each measurement, for `numerics`.
         kills: So many runs are killed, for `faults`.
+        seconds: Of this call, for `gpu`; what does not fit is left to the same command another time.
+        to: Folder of records and runs, for `gpu`.
+        small: Few steps on synthetic images, for `gpu`; so too where there is no GPU.
         verbose: Tracebacks too.
     """
     if what == "calibrate":
@@ -69,6 +76,10 @@ def bench(
         found = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
         _write(found)
         return DONE if all(run.identical for run in found.runs) else SOME_FAILED
+    if what == "gpu":
+        from jobs._gpu import measure_gpu
+
+        return measure_gpu(to, seconds, small=small, say=Lines().say)
     readme = Path("README.md")
     readme.write_text(with_tables(readme.read_text()))
     Lines().say(f"wrote {readme}")

@@ -1,11 +1,12 @@
 """Records -> the table's rows and the answers. Called by the page and by the printed table."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from imgcls.catalogue.published import PUBLISHED, Published
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.statistics import Interval, accuracy_interval, difference_interval, paired_interval, seeds_interval
+from imgcls.results.statistics import Interval, accuracy_interval, difference_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,13 @@ QUESTIONS = (
 )
 
 
-def finished(results: SuiteResults, recipe: str) -> dict[int, RunResult]:
-    """Finished runs of a recipe by seed."""
-    return {run.seed: run for run in results.finished if run.recipe.name == recipe}
+def groups(results: SuiteResults, recipe: str | None = None) -> list[dict[int, RunResult]]:
+    """Finished runs, of a recipe's name where one is given, by seed: those of a group differ in nothing else."""
+    found: dict[object, dict[int, RunResult]] = {}
+    for run in results.finished:
+        if recipe in (None, run.recipe.name):
+            found.setdefault((run.recipe, run.data_digest), {})[run.seed] = run
+    return list(found.values())
 
 
 def counts(result: RunResult) -> tuple[int, int]:
@@ -42,11 +47,21 @@ def counts(result: RunResult) -> tuple[int, int]:
     return round(result.test.accuracy * result.test.num_samples), result.test.num_samples
 
 
-def interval_of(runs: Sequence[RunResult]) -> Interval:
-    """Over seeds where there are several, else over the test set."""
-    if len(runs) > 1:
-        return seeds_interval([one.test.accuracy for one in runs if one.test])
-    return accuracy_interval(*counts(runs[0]))
+def interval_of(group: dict[int, RunResult]) -> Interval:
+    return accuracy_interval([counts(run) for run in group.values()])
+
+
+CONFUSED = 10
+
+
+def most_confused(result: RunResult) -> list[tuple[str, str, int, int]]:
+    """(label, prediction, how often, test samples of the label): the most frequent mistakes, the worst first."""
+    assert result.test is not None
+    matrix, names = np.array(result.test.confusion), result.class_names
+    wrong = matrix - np.diag(np.diag(matrix))
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]
+    cells = zip(*np.unravel_index(worst, wrong.shape), strict=True)
+    return [(names[i], names[j], int(wrong[i, j]), int(matrix[i].sum())) for i, j in cells if wrong[i, j]]
 
 
 def published_beside(run: RunResult) -> Published | None:
@@ -62,19 +77,21 @@ def answers(results: SuiteResults) -> list[Answer]:
 
 
 def _answer(results: SuiteResults, question: Question) -> Answer:
-    a, b = finished(results, question.first), finished(results, question.second)
+    firsts, seconds = groups(results, question.first), groups(results, question.second)
+    for name, found in ((question.first, firsts), (question.second, seconds)):
+        if len(found) > 1:
+            return Answer(question.text, "not answered", f"runs of {name} differ in their settings or data")
+    a, b = (found[0] if found else {} for found in (firsts, seconds))
     shared = sorted(a.keys() & b.keys())
     if not shared:
         missing = question.first if not a else question.second
         return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
-    gap = _gap([a[seed] for seed in shared], [b[seed] for seed in shared])
-    seeds = f"{len(shared)} seeds" if len(shared) > 1 else "one seed"
+    gap = difference_interval([counts(a[seed]) for seed in shared], [counts(b[seed]) for seed in shared])
+    by = "" if len(shared) > 1 else ", by one seed"
     size = f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
-    detail = f"{question.first} minus {question.second}: {size} ({seeds}"
-    detail += "; the interval covers the test set's sampling, not the seeds' spread)" if len(shared) == 1 else ")"
+    detail = f"{question.first} minus {question.second}: {size} (it covers {gap.of})"
     if other := _other_differences(a[shared[0]], b[shared[0]], question):
         detail += f". They also differ in {other}."
-    by = "" if len(shared) > 1 else ", by one seed"
     if gap.low > 0:
         verdict = f"{question.first} is better{by}"
     elif gap.high < 0:
@@ -82,12 +99,6 @@ def _answer(results: SuiteResults, question: Question) -> Answer:
     else:
         verdict = "not decided by these runs"
     return Answer(question.text, verdict, detail)
-
-
-def _gap(a: list[RunResult], b: list[RunResult]) -> Interval:
-    if len(a) > 1:
-        return paired_interval([x.test.accuracy for x in a if x.test], [x.test.accuracy for x in b if x.test])
-    return difference_interval(counts(a[0]), counts(b[0]))
 
 
 def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
@@ -107,7 +118,7 @@ def table_row(run: RunResult) -> tuple[str, ...]:
     beside = f"{published.accuracy:.4f}" if published else ""
     if run.test is None or run.val is None:
         return (run.name, run.status, *[""] * len(MEASURED), beside)
-    interval = accuracy_interval(*counts(run))
+    interval = accuracy_interval([counts(run)])
     return (
         run.name,
         run.status,

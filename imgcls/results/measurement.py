@@ -94,9 +94,13 @@ class FaultRecord(Record):
         return file_name(self.subject, self.hardware, self.date)
 
 
+def where_of(hardware: dict[str, str]) -> str:
+    """The hardware's name as part of a file's name."""
+    return hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
+
+
 def file_name(subject: str, hardware: dict[str, str], day: str) -> str:
-    where = hardware.get("gpu", f"{hardware['cpus']}cpu-{hardware['vectors']}").lower().replace(" ", "-")
-    return f"{subject}_{where}_{day}.json"
+    return f"{subject}_{where_of(hardware)}_{day}.json"
 
 
 def measure(results: SuiteResults) -> Measurement:
@@ -111,8 +115,10 @@ def measure(results: SuiteResults) -> Measurement:
         raise DataError(
             f"{results.id}: {', '.join(changed)} differ from the catalogue {results.catalogue}, and are not recorded"
         )
-    if len({str(one.hardware) for one in done}) > 1:
-        raise DataError(f"{results.id} ran on several kinds of hardware: a record is of one\n  do: take another --id")
+    if len({(str(one.hardware), one.catalogue) for one in done}) > 1:
+        raise DataError(
+            f"{results.id} is of several kinds of hardware or catalogues: a record is of one\n  do: take another --id"
+        )
     check_commit({one.commit or "unknown" for one in done}, results.id)
     return Measurement(
         subject=f"suite-{results.catalogue}",
@@ -133,7 +139,7 @@ def check_commit(commits: set[str], what: str) -> None:
         )
 
 
-R = TypeVar("R", Measurement, Proof, FaultRecord)
+R = TypeVar("R", bound=Record)
 
 
 def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:

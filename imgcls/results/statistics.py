@@ -1,12 +1,17 @@
-"""Intervals: how sure a figure is. Pure; scipy does the arithmetic."""
+"""Intervals: how sure a figure is. Pure."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist, stdev
 
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+Tested = Sequence[tuple[int, int]]
+"""(correct, counted) on the test set of each of a recipe's seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,35 +19,45 @@ class Interval:
     center: float
     low: float
     high: float
-    of: str
-    """What varies inside it: the test set's sampling, or seeds."""
+    num_seeds: int
+
+    @property
+    def of(self) -> str:
+        """What varies inside it."""
+        spread = f" and the spread of {self.num_seeds} seeds" if self.num_seeds > 1 else ", not the seeds' spread"
+        return f"the test set's sampling{spread}"
 
 
-def accuracy_interval(correct: int, count: int) -> Interval:
-    """Wilson's interval for one run's accuracy: what another test set of this size might have shown."""
-    found = stats.binomtest(correct, count).proportion_ci(confidence_level=LEVEL, method="wilson")
-    return Interval(correct / count, float(found.low), float(found.high), "test set")
+def accuracy_interval(tested: Tested) -> Interval:
+    """Of the mean accuracy over seeds, in [0, 1]: what another test set of this size and other seeds might have shown."""
+    return _with_seeds(*_wilson(tested), [right / count for right, count in tested], least=0.0)
 
 
-def seeds_interval(values: Sequence[float]) -> Interval:
-    """Student's interval for the mean over seeds; values: one accuracy a seed, two or more."""
-    mean = sum(values) / len(values)
-    spread = float(stats.sem(values)) * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
-    return Interval(mean, mean - spread, mean + spread, f"{len(values)} seeds")
+def difference_interval(a: Tested, b: Tested) -> Interval:
+    """Of the mean accuracy of `a` less that of `b` over the same seeds, in [-1, 1]. Source: Newcombe 1998, method 10.
 
-
-def difference_interval(a: tuple[int, int], b: tuple[int, int]) -> Interval:
-    """Newcombe's interval for accuracy a - b from (correct, count) of two runs. Source: Newcombe 1998, method 10.
-
-    It takes the two as independent; on the same test images that is wider than need be. Seeds' spread is not in it.
+    It takes the two as independent; on the same test images that is wider than need be.
     """
-    one, two = accuracy_interval(*a), accuracy_interval(*b)
-    center = one.center - two.center
-    low = center - math.hypot(one.center - one.low, two.high - two.center)
-    high = center + math.hypot(one.high - one.center, two.center - two.low)
-    return Interval(center, low, high, "test set, one seed")
+    (one, one_low, one_high), (two, two_low, two_high) = _wilson(a), _wilson(b)
+    center = one - two
+    low, high = center - math.hypot(one - one_low, two_high - two), center + math.hypot(one_high - one, two - two_low)
+    return _with_seeds(center, low, high, [i / m - j / n for (i, m), (j, n) in zip(a, b, strict=True)], least=-1.0)
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """Student's interval for the mean of a - b over seeds that both have; two seeds or more."""
-    return seeds_interval([x - y for x, y in zip(a, b, strict=True)])
+def _wilson(tested: Tested) -> tuple[float, float, float]:
+    """The mean accuracy and Wilson's interval for it on one test set: seeds share their images, and add none to it."""
+    p, n = sum(right / count for right, count in tested) / len(tested), min(count for _, count in tested)
+    middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return p, (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
+
+
+def _with_seeds(center: float, low: float, high: float, values: Sequence[float], *, least: float) -> Interval:
+    """The test set's interval, widened by Student's over the seeds' values where there are several, within [least, 1].
+
+    Independent parts are added as squares. Source: Zou and Donner 2008. Seeds' values hold some of the test set's
+    sampling, so that it is rather too wide.
+    """
+    count = len(values)
+    spread = stdev(values) / math.sqrt(count) * float(stdtrit(count - 1, (1 + LEVEL) / 2)) if count > 1 else 0.0
+    low, high = center - math.hypot(center - low, spread), center + math.hypot(high - center, spread)
+    return Interval(center, max(least, low), min(1.0, high), count)

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from imgcls.catalogue import CATALOGUES
 from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import answers, finished, interval_of, published_beside
+from imgcls.results.compare import answers, groups, interval_of, most_confused, published_beside
 from imgcls.results.page import figures
 
 
@@ -23,28 +23,24 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
         "right": lambda examples: [one for one in examples if one.label == one.prediction],
         "wrong": lambda examples: [one for one in examples if one.label != one.prediction],
     }
-    template = environment.from_string((here / "template.html").read_text())
+    template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
     curves = {name: _rows(data) for name, data in histories.items()}
     done = results.finished
     published = {run.recipe.name: found for run in results.runs if (found := published_beside(run))}
     return template.render(
         results=results,
-        style=(here / "style.css").read_text(),
+        style=(here / "style.css").read_text(encoding="utf-8"),
         answers=answers(results),
         published=published,
-        intervals={name: interval_of(list(runs.values())) for name, runs in _by_recipe(results).items()},
-        accuracy_figure=figures.accuracies(_by_recipe(results), published) if done else "",
+        intervals={run.name: interval_of(group) for group in groups(results) for run in group.values()},
+        accuracy_figure=figures.accuracies(groups(results), published) if done else "",
         curves={one.name: figures.curves(curves[one.name]) for one in done if one.name in curves},
         confusions={one.name: figures.confusion(one) for one in done},
+        confused={one.name: most_confused(one) for one in done},
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
         commands={one.name: _command(results, one) for one in done},
     )
-
-
-def _by_recipe(results: SuiteResults) -> dict[str, dict[int, RunResult]]:
-    names = dict.fromkeys(run.recipe.name for run in results.runs)
-    return {name: runs for name in names if (runs := finished(results, name))}
 
 
 def _rows(data: bytes) -> list[dict[str, float]]:

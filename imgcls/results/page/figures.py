@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,6 +22,7 @@ INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "imgcls",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -33,19 +35,20 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def accuracies(runs: Mapping[str, Mapping[int, RunResult]], published: Mapping[str, Published]) -> str:
-    """Test accuracy of each recipe with its interval, beside the published figure."""
+def accuracies(groups: Sequence[dict[int, RunResult]], published: Mapping[str, Published]) -> str:
+    """Test accuracy of each recipe with its interval, beside the published figure. groups: as `compare.groups` gives."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(runs)), layout="constrained")
+        recipes = [next(iter(group.values())).recipe.name for group in groups]
+        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(groups)), layout="constrained")
         axes = figure.subplots()
-        for place, (recipe, by_seed) in enumerate(runs.items()):
-            found = interval_of(list(by_seed.values()))
+        for place, (recipe, group) in enumerate(zip(recipes, groups, strict=True)):
+            found = interval_of(group)
             axes.plot([found.low, found.high], [place, place], color=FIRST, linewidth=2)
             axes.plot(found.center, place, "o", color=FIRST, label="ours, 95% interval" if place == 0 else None)
             if recipe in published:
                 label = "published" if not axes.get_legend_handles_labels()[1].count("published") else None
                 axes.plot(published[recipe].accuracy, place, "D", color=SECOND, markersize=5, label=label)
-        axes.set_yticks(range(len(runs)), list(runs))
+        axes.set_yticks(range(len(groups)), [*map(_short, recipes)])
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy")
         axes.grid(axis="x", color=GROUND, linewidth=0.5)
@@ -71,26 +74,34 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
+NAMED = 20
+"""Classes of which names and counts are drawn; the figure of more is as large, and shows where mistakes lie."""
+
+
 def confusion(result: RunResult) -> str:
     """Rows are labels, columns predictions; a cell is the share of its row."""
     assert result.test is not None
-    matrix, names = result.test.confusion, result.class_names
+    matrix, names = np.array(result.test.confusion), [*map(_short, result.class_names)]
     with rc_context(STYLE):
-        side = max(3.4, 0.33 * len(names) + 1.4)
+        side = 0.33 * min(max(6, len(names)), NAMED) + 1.4
         figure = Figure(figsize=(side + 0.4, side), layout="constrained")
         axes = figure.subplots()
-        shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
+        shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        if len(names) <= 20:
-            for i, row in enumerate(matrix):
-                for j, count in enumerate(row):
-                    color = "white" if shares[i][j] > 0.5 else INK
-                    axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
+        if len(names) <= NAMED:
+            for (i, j), count in np.ndenumerate(matrix):
+                color = "white" if shares[i, j] > 0.5 else INK
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
             axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
         return _svg(figure)
+
+
+def _short(name: str) -> str:
+    """At most 40 characters: a longer name leaves no room for the figure."""
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _svg(figure: Figure) -> str:

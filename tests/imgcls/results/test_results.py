@@ -1,21 +1,28 @@
 import html
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from imgcls.catalogue import quick
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, answers, table_row
+from imgcls.results.compare import HEADER, answers, most_confused, table_row
 from imgcls.results.measurement import FaultRecord, FaultyRun, Measurement, Proof, Proved, measure, table_of
 from imgcls.results.page import render
-from imgcls.results.statistics import accuracy_interval, difference_interval, paired_interval, seeds_interval
+from imgcls.results.statistics import accuracy_interval, difference_interval
+from tests.conftest import ROOT
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 HISTORY = b"""epoch,step,lr,samples,ledger,train/loss,train/accuracy,val/samples,val/loss,val/accuracy
@@ -55,25 +62,110 @@ def five(**fields) -> list[RunResult]:
 
 
 def test_wilsons_interval_is_the_textbooks():
-    found = accuracy_interval(81, 263)
+    found = accuracy_interval([(81, 263)])
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
 
 
 def test_the_published_standard_error_fits():
-    found = accuracy_interval(2355, 3925)
+    found = accuracy_interval([(2355, 3925)])
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(0.0078, abs=2e-4)
 
 
 def test_newcombes_interval_is_his_own_example():
-    found = difference_interval((56, 70), (48, 80))
+    found = difference_interval([(56, 70)], [(48, 80)])
     assert (found.low, found.high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
 
 
-def test_seeds_have_students_interval():
-    found = seeds_interval([0.1, 0.2, 0.3])
+def test_on_a_test_set_without_end_seeds_have_students_interval():
+    found = accuracy_interval([(right * 10**9, 10**10) for right in (1, 2, 3)])
     assert found.center == pytest.approx(0.2)
     assert found.high - found.center == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
-    assert paired_interval([0.2, 0.4], [0.1, 0.2]).center == pytest.approx(0.15)
+
+
+def seeds_of(most: int = 5):
+    """(correct, counted) of one or more seeds on one test set, twice."""
+
+    def on(count: int):
+        right = st.integers(0, count)
+        pairs = st.lists(st.tuples(right, right), min_size=1, max_size=most)
+        return pairs.map(lambda some: ([(a, count) for a, _ in some], [(b, count) for _, b in some]))
+
+    return st.integers(1, 20_000).flatmap(on)
+
+
+def students(values: list[float]) -> float:
+    """Half the width of Student's interval at 95%."""
+    count = len(values)
+    return float(stats.sem(values) * stats.t.ppf(0.975, count - 1)) if count > 1 else 0.0
+
+
+@given(seeds_of())
+def test_an_interval_over_seeds_covers_what_each_of_its_parts_covers_and_nothing_impossible(both):
+    tested, count = both[0], both[0][0][1]
+    found, values = accuracy_interval(tested), [right / count for right, _ in tested]
+    assert 0 <= found.low <= found.center + 1e-12
+    assert found.center - 1e-12 <= found.high <= 1
+    for end in (found.low, found.high):
+        if 0 < end < 1:  # Wilson's ends are where the mean is 1.96 standard errors of the end away
+            assert abs(found.center - end) >= 1.95996 * math.sqrt(end * (1 - end) / count) - 1e-9
+            assert abs(found.center - end) >= students(values) - 1e-9
+
+
+@given(seeds_of())
+def test_a_difference_over_seeds_is_as_uncertain_as_each_of_its_parts(both):
+    a, b = both
+    found, count = difference_interval(a, b), a[0][1]
+    assert -1 <= found.low <= found.center + 1e-12
+    assert found.center - 1e-12 <= found.high <= 1
+    values = [(i - j) / count for (i, _), (j, _) in zip(a, b, strict=True)]
+    assert found.low <= max(-1, found.center - students(values)) + 1e-9
+    assert found.high >= min(1, found.center + students(values)) - 1e-9
+    i, j = (round(sum(right for right, _ in side) / len(side)) for side in both)
+    one_seed = difference_interval([(i, count)], [(j, count)])
+    if sum(right for right, _ in a) == i * len(a) and sum(right for right, _ in b) == j * len(b):
+        assert found.low <= one_seed.low + 1e-9
+        assert found.high >= one_seed.high - 1e-9
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.8])
+@pytest.mark.parametrize("seeds_sd", [0.0, 0.02])
+def test_the_interval_over_seeds_holds_the_true_mean_as_often_as_it_says(alike: float, seeds_sd: float):
+    """alike: how much of what makes an image hard is the same for all seeds."""
+    chance, count, true = np.random.default_rng(20261126), 400, (0.64, 0.62)
+    held = []
+    for _ in range(300):
+        images, tested = chance.standard_normal(count), []
+        for mean in true:
+            ability = stats.norm.ppf(mean + seeds_sd * chance.standard_normal((3, 1)))
+            hardness = alike * images + math.sqrt(1 - alike**2) * chance.standard_normal((3, count))
+            tested.append([(int(right), count) for right in (hardness < ability).sum(axis=1)])
+        one, gap = accuracy_interval(tested[0]), difference_interval(*tested)
+        held.append((one.low <= true[0] <= one.high, gap.low <= true[0] - true[1] <= gap.high))
+    assert min(np.mean(held, axis=0)) >= 0.93
+
+
+def test_seeds_that_agree_do_not_make_a_test_set_larger():
+    """Half a point on 3,925 images is within what other images would change, whatever the number of seeds."""
+    runs = [
+        result(recipe, mean + 0.001 * seed, seed=seed, n=3925)
+        for recipe, mean in ((quick.SCRATCH, 0.635), (quick.FINETUNED, 0.640))
+        for seed in range(3)
+    ]
+    (answer,) = answers(suite(*runs))
+    assert answer.verdict == "not decided by these runs"
+    assert "the test set's sampling and the spread of 3 seeds" in answer.detail
+
+
+def test_runs_of_one_name_and_other_settings_are_not_seeds_of_each_other():
+    other = derive(quick.SCRATCH, {"optimizer.lr": 0.01})
+    runs = [result(quick.SCRATCH, 0.5), result(other, 0.6, seed=1), result(quick.FINETUNED, 0.7)]
+    assert answers(suite(*runs))[0].detail == "runs of scratch differ in their settings or data"
+    page = render(suite(*runs), {})
+    assert "mean " not in page
+    same = [run.model_copy(update={"recipe": quick.SCRATCH}) for run in runs[:2]]
+    assert "mean 0.5500" in render(suite(*same), {})
+    elsewhere = same[1].model_copy(update={"data_digest": "d" * 64})
+    assert "mean " not in render(suite(same[0], elsewhere), {})
 
 
 def test_the_three_questions_are_answered_with_their_intervals():
@@ -190,6 +282,55 @@ def test_a_synthetic_page_says_so_in_title_heading_and_table():
     assert "<title>SYNTHETIC" in page
     assert "<h1>SYNTHETIC" in page
     assert "<th>SYNTHETIC" in page
+
+
+def test_class_names_are_drawn_as_they_are_written():
+    names = ("$5_to_$10", "a$b", "\\frac$x^$")
+    scores = Scores(num_samples=3, loss=1.0, accuracy=0.0, confusion=((0, 1, 0), (0, 0, 1), (1, 0, 0)))
+    run = result(quick.SCRATCH, 0.5).model_copy(update={"class_names": names, "test": scores})
+    page = render(suite(run), {})
+    for name in names:
+        assert re.search(rf"<text[^>]*>{re.escape(name)}</text>", page)
+
+
+def test_the_most_frequent_mistakes_are_named_the_worst_first():
+    matrix = ((5, 3, 0), (0, 9, 1), (4, 0, 0))
+    scores = Scores(num_samples=22, loss=1.0, accuracy=14 / 22, confusion=matrix)
+    run = result(quick.SCRATCH, 0.5).model_copy(update={"class_names": ("a", "b", "<c>"), "test": scores})
+    assert most_confused(run) == [("<c>", "a", 4, 4), ("a", "b", 3, 8), ("b", "<c>", 1, 10)]
+    assert "<td>&lt;c&gt;</td><td>a</td>" in render(suite(run), {})
+
+
+MANY_CLASSES = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from tests.imgcls.results.test_results import Scores, quick, render, result, suite
+count = 1000
+matrix = tuple(tuple(40 if i == j else (i * j) % 2 for j in range(count)) for i in range(count))
+scores = Scores(num_samples=10, loss=1.0, accuracy=0.5, confusion=matrix)
+names = tuple(f"class {i}" for i in range(count))
+run = result(quick.SCRATCH, 0.5).model_copy(update={"test": scores, "class_names": names})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+page = render(suite(run), {})
+print(len(page), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_page_of_a_thousand_classes_takes_little_memory():
+    done = subprocess.run([sys.executable, "-c", MANY_CLASSES], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    num_bytes, kilobytes = map(int, done.stdout.split())
+    assert num_bytes < 5e6
+    assert kilobytes < 300e3
+
+
+def test_the_page_is_drawn_whatever_the_locale():
+    words = "from tests.imgcls.results.test_results import *; render(suite(five()[0]), {})"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT, env=ascii_only, check=False
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def chromium() -> str:

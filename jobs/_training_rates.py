@@ -62,8 +62,8 @@ def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: f
         recipe, Cache(images, rng.integers(0, NUM_CLASSES, count)), Splits(train, few, few), seed=0, rank=0, world_size=1
     )
     network = build_model(recipe, num_classes=NUM_CLASSES, seed=0)
-    module = Classifier(network, recipe, num_classes=NUM_CLASSES, total_steps=len(train) // recipe.global_batch_size)
-    world = World(accelerator=accelerator)
+    world, total_steps = World(accelerator=accelerator), len(train) // recipe.global_batch_size
+    module = Classifier(network, recipe, num_classes=NUM_CLASSES, world=world, total_steps=total_steps)
     make_trainer(world, precision=recipe.precision, callbacks=[clock]).fit(module, datamodule=data)
     began = time.perf_counter()
     make_trainer(world, precision=recipe.precision).test(module, datamodule=data, verbose=False)
