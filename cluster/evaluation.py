@@ -1,5 +1,6 @@
 """A checkpoint on a split: here in this process for one worker, under Ray Train for more. The same scores either way."""
 
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class Evaluation(Record):
 def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_workers: int, verbose: bool) -> Evaluation:
     """Raises CheckpointError, DataError, and PlacementError where the workers can never run."""
     asked = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
+    asked["by"] = secrets.token_hex(8)  # so that its workers check a node's cache once
     if num_workers == 1 and not session.names_cluster():
         return _evaluate(asked, placement=None)
     from imgcls.training.checkpoints import find_model
@@ -87,7 +89,7 @@ def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluati
     quiet(asked["verbose"])
     found = find_model(asked["checkpoint"])
     manifest = manifest_for(found, data_url=asked["data_url"], split=asked["split"])
-    world = world_of(placement) if placement else World(accelerator="auto")
+    world = world_of(placement, asked_by=asked["by"]) if placement else World(accelerator="auto")
     scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)
     return Evaluation(
         checkpoint=found.url,

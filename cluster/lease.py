@@ -1,7 +1,10 @@
 """One command at a run: a lease in the run's folder, renewed while the command lives.
 
+<run>/leases/00001.json     written by its command alone; the command of the newest number holds the run
+
 A new command that finds a lease watches it: renewed, it belongs to a living command, and the run is refused; else it has
-lapsed, and is taken over. Clocks of two machines are never compared.
+lapsed, and is taken over by creating the next number, which succeeds for one command only. Nobody writes what another
+one wrote, and clocks of two machines are never compared.
 """
 
 import os
@@ -9,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +45,8 @@ class Lease(Record):
     host: str
     pid: int
     renewals: int
+    released: bool = False
+    """Nobody holds the run; the file stays, so that its number is not used again."""
 
 
 class Leases:
@@ -49,13 +55,17 @@ class Leases:
     def __init__(self, run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
         self.run_urls, self.command, self.say = run_urls, command, say
         self.lost: set[str] = set()
+        self.numbers: dict[str, int] = {}
+        """Of the leases that were taken, by run."""
         self._renewals = 0
         self._answered_s, self._error = time.monotonic(), ""
 
     def renew(self) -> None:
         """Each lease by itself: one that cannot be read or written leaves the others alone."""
         self._renewals += 1
-        errors = [self._renew(run, run_url) for run, run_url in self.run_urls.items() if run not in self.lost]
+        mine = [run for run in self.run_urls if run not in self.lost]
+        with ThreadPoolExecutor(16) as pool:  # a request each takes its time
+            errors = list(pool.map(lambda run: self._renew(run, self.run_urls[run]), mine))
         if errors and all(errors):
             if not self._error:
                 self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
@@ -69,7 +79,7 @@ class Leases:
         try:
             with storage.within(LAPSE_S / 3):
                 if holder_of(run_url) == self.command:
-                    records.write(_lease(self.command, self._renewals), _url(run_url))
+                    records.write(_lease(self.command, self._renewals), _url(run_url, self.numbers[run]))
                 else:
                     self.lost.add(run)
         except ImgclsError as error:
@@ -84,12 +94,27 @@ class Leases:
                 "  do: when it does, give the same command again: it goes on from what is committed"
             )
 
+    def take(self) -> None:
+        """Raises LeaseError where another command is at one of the runs, or was quicker."""
+        found = {run: _newest(run_url) for run, run_url in self.run_urls.items()}
+        _watch({run: newest for run, newest in found.items() if newest is not None}, self.run_urls, self.say)
+        for run, run_url in self.run_urls.items():
+            now = _newest(run_url)
+            number = 1 if now is None else now[0] + 1
+            renewed = now is not None and now != found[run] and not now[1].released
+            if renewed or not storage.create_bytes(_url(run_url, number), records.sealed(_lease(self.command, 0))):
+                raise LeaseError(_taken(run, _newest(run_url)))
+            self.numbers[run] = number
+            for older in _numbers(run_url):
+                if older < number:
+                    storage.delete(_url(run_url, older))
+
     def release(self) -> None:
         with storage.within(LAPSE_S / 2):
-            for run_url in self.run_urls.values():
+            for run in self.numbers.keys() - self.lost:
                 with suppress(ImgclsError):  # then it lapses
-                    if holder_of(run_url) == self.command:
-                        storage.delete(_url(run_url))
+                    given_back = _lease(self.command, self._renewals).model_copy(update={"released": True})
+                    records.write(given_back, _url(self.run_urls[run], self.numbers[run]))
 
 
 @contextmanager
@@ -104,7 +129,7 @@ def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]
 
     thread = threading.Thread(target=renewing, name="leases", daemon=True)
     try:
-        _take(run_urls, command, say)
+        held.take()
         thread.start()
         yield held
     finally:
@@ -115,47 +140,43 @@ def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]
 
 
 def holder_of(run_url: str) -> str | None:
-    """The command whose lease lies there, renewed or not."""
-    lease = records.read_if_there(Lease, _url(run_url))
-    return lease.command if lease else None
+    """The command whose lease lies there, renewed or not, and was not given back."""
+    newest = _newest(run_url)
+    return newest[1].command if newest and not newest[1].released else None
 
 
-def _take(run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
-    mine = records.sealed(_lease(command, 0))
-    found = {run: records.read_if_there(Lease, _url(run_url)) for run, run_url in run_urls.items()}
-    _watch({run: lease for run, lease in found.items() if lease is not None}, run_urls, say)
-    for run, run_url in run_urls.items():
-        if found[run] is not None:
-            now = records.read_if_there(Lease, _url(run_url))
-            if now not in (None, found[run]):  # another one was quicker
-                raise LeaseError(_taken(run, now))
-            storage.delete(_url(run_url))
-        if not storage.create_bytes(_url(run_url), mine):
-            raise LeaseError(_taken(run, records.read_if_there(Lease, _url(run_url))))
+def _newest(run_url: str) -> tuple[int, Lease] | None:
+    for number in reversed(_numbers(run_url)):
+        lease = records.read_if_there(Lease, _url(run_url, number))
+        if lease is not None:
+            return number, lease
+    return None
 
 
-def _watch(found: dict[str, Lease], run_urls: dict[str, str], say: Callable[[str], None]) -> None:
+def _watch(found: dict[str, tuple[int, Lease]], run_urls: dict[str, str], say: Callable[[str], None]) -> None:
     """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
-    watched = {run: lease for run, lease in found.items() if not _is_dead(lease)}
+    watched = {run: newest for run, newest in found.items() if not _is_over(newest[1])}
     if watched:
         say(f"another command was at {', '.join(watched)}: waiting up to {LAPSE_S:.0f} s for it to answer or to lapse")
     until = time.monotonic() + LAPSE_S
     while watched and time.monotonic() < until:
         time.sleep(0.5)
-        now = {run: records.read_if_there(Lease, _url(run_urls[run])) for run in watched}
-        for run, lease in now.items():
-            if lease is not None and lease != watched[run]:
-                raise LeaseError(_taken(run, lease))
-        watched = {run: lease for run, lease in now.items() if lease is not None}
+        now = {run: _newest(run_urls[run]) for run in watched}
+        for run, newest in now.items():
+            if newest is not None and newest != watched[run] and not newest[1].released:
+                raise LeaseError(_taken(run, newest))
+        watched = {run: newest for run, newest in now.items() if newest is not None and not newest[1].released}
 
 
-def _taken(run: str, lease: Lease | None) -> str:
-    by = f" (process {lease.pid} on {lease.host.partition('/')[0]})" if lease else ""
+def _taken(run: str, by_whom: tuple[int, Lease] | None) -> str:
+    by = f" (process {by_whom[1].pid} on {by_whom[1].host.partition('/')[0]})" if by_whom else ""
     return f"another command is at {run}{by}\n  do: wait until it is done, stop it, or take another --id"
 
 
-def _is_dead(lease: Lease) -> bool:
-    """Its process was on this machine, and is there no more."""
+def _is_over(lease: Lease) -> bool:
+    """It was given back, or its process was on this machine, and is there no more."""
+    if lease.released:
+        return True
     if lease.host != _here() or lease.pid == os.getpid():
         return False
     try:
@@ -174,11 +195,16 @@ def _lease(command: str, renewals: int) -> Lease:
 def _here() -> str:
     """This machine since it was started, and the process numbers that are seen here: a container has its own."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
 
 
-def _url(run_url: str) -> str:
-    return storage.join(run_url, "lease.json")
+def _numbers(run_url: str) -> list[int]:
+    names = [name.removesuffix(".json") for name in storage.files(storage.join(run_url, "leases"))]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _url(run_url: str, number: int) -> str:
+    return storage.join(run_url, "leases", f"{number:05d}.json")

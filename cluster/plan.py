@@ -3,7 +3,7 @@
 Reads manifests, and requests that lie under the id; writes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ import numpy as np
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.data.shards import check_shards, read_manifest, read_pixel_digests
-from imgcls.data.splits import check_parts, split_ids
+from imgcls.data.splits import check_parts, fraction_note, split_ids
 from imgcls.errors import CheckpointError, RecipeError
-from imgcls.recipe import BasicCNN, FromRun, Recipe, differing_fields
-from imgcls.records import InitSource, Keeping, LineageEntry, Manifest, RunConfig, SuiteRecord
+from imgcls.recipe import FromRun, Recipe, differing_fields
+from imgcls.records import InitSource, Keeping, LineageEntry, Manifest, RunConfig
 from imgcls.training.lineage import Seen, refuse_seen_images
 
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
@@ -77,6 +77,7 @@ def make_plan(request: Request) -> Plan:
     for recipe in recipes:
         splits = split_ids(recipe, manifests[recipe.dataset])
         check_parts(recipe, len(splits.train), world_size=request.num_workers)
+        notes += filter(None, [fraction_note(recipe, splits)])
     given = _find_model(request.init_from) if request.init_from else None
     configs: dict[str, RunConfig] = {}
     for seed in request.seeds:
@@ -192,29 +193,39 @@ def _check_lineage(
         if not isinstance(recipe.init, FromRun):
             continue
         if given is not None:
-            lineage, source = given.model.lineage, given.url
+            lineage, source, start = given.model.lineage, given.url, given.model.recipe
         else:
-            lineage, source = seen_by(by_name[recipe.init.recipe]), recipe.init.recipe
+            start = by_name[recipe.init.recipe]
+            lineage, source = seen_by(start), start.name
+        _check_start(recipe, start, source=source)
         refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
-        if isinstance(recipe.model, BasicCNN):
-            raise RecipeError(f"recipe {recipe.name}: {recipe.model.kind} cannot start from other weights; use resnet18")
 
 
-def extended(before: SuiteRecord | None, request: Request, plan: Plan) -> SuiteRecord:
-    """What was asked for under the id so far, with this request. Raises CheckpointError where a run differs."""
-    runs = dict(before.runs) if before else {}
+def _check_start(recipe: Recipe, start: Recipe, *, source: str) -> None:
+    """The features of `start` fit into `recipe`'s network: `resnet18.transferred` will be asked for it."""
+    kinds, channels = (start.model.kind, recipe.model.kind), (start.input.channels, recipe.input.channels)
+    if kinds != ("resnet18", "resnet18") or channels == (3, 1):
+        raise RecipeError(
+            f"recipe {recipe.name}: a {kinds[1]} of {channels[1]} channels cannot start from {source}, a {kinds[0]} of "
+            f"{channels[0]} channels\n  do: start from a resnet18 that is gray, or has as many channels"
+        )
+
+
+def check_alike(there: Mapping[str, RunConfig], request: Request, plan: Plan) -> None:
+    """What lies under the id already agrees with the plan. Raises CheckpointError.
+
+    A run of the same name is the same request; runs of one recipe differ in their seeds alone: the page pools them.
+    """
     for name, config in plan.configs.items():
-        if runs.setdefault(name, config.digest()) != config.digest():
-            there = records.read_if_there(RunConfig, storage.join(request.run_url(name), "config.json"))
-            raise CheckpointError(_other_digest(request.run_url(name), runs[name], there, config))
-    synthetic = plan.synthetic or bool(before and before.synthetic)
-    return SuiteRecord(id=request.id, catalogue=request.catalogue, data=request.data_url, synthetic=synthetic, runs=runs)
+        for other in there.values():
+            if other.name == name and other.digest() != config.digest():
+                raise CheckpointError(_not_alike(request.run_url(name), other, config, "is a run of another request"))
+            if other.recipe.name == config.recipe.name and other.settings() != config.settings():
+                what = f"has other settings than {name}: under one id, runs of a recipe may differ only in their seed"
+                raise CheckpointError(_not_alike(request.run_url(other.name), other, config, what))
 
 
-def _other_digest(run_url: str, digest: str, there: RunConfig | None, here: RunConfig) -> str:
-    fields = differing_fields(there.model_dump(mode="json"), here.model_dump(mode="json")) if there else []
-    differing = "; there / here:\n  " + "\n  ".join(fields[:6]) if fields else ": it was begun by another version"
-    return (
-        f"{run_url} is a run of another request, digest {digest[:12]}, not {here.digest()[:12]}{differing}\n"
-        "  do: take another --id, or the request that it was begun with"
-    )
+def _not_alike(url: str, there: RunConfig, here: RunConfig, what: str) -> str:
+    fields = differing_fields(there.settings(), here.settings()) or ["init: weights of another run"]
+    do = "do: take another --id, or the request that it was begun with"
+    return "\n  ".join([f"{url} {what}; there / here:", *fields[:6], do])

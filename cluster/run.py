@@ -5,6 +5,7 @@ need neither.
 """
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -152,7 +153,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         crashed=lambda error, step, trace: ended(end="crashed", error=error, step=step, trace=trace if rank else ""),
         leaving=lambda: watch.leaving,
         lost=lambda: watch.lost,
-        callbacks=(watch.heartbeat,),
+        heartbeat=watch.heartbeat,
     )
     try:
         with watch:
@@ -231,20 +232,15 @@ class _Watch(threading.Thread):
                 with suppress(ImgclsError), storage.within(RENEW_S):
                     self.lost = holder_of(self.given.run_url) != self.given.command
             # The rank that hangs is named before those that wait for it give up.
-            began_s, limit_s = self.heartbeat.began_s, 0.9 * self.given.hang_timeout_s
-            if began_s is not None and time.monotonic() - began_s > limit_s:
-                self._end_hung(f"hung: no batch has begun for {limit_s:g} s")
+            waits, since_s = self.heartbeat.state or (False, math.inf)
+            # What is waited for has limits of its own; where it has none, as a disk that hangs, this one holds.
+            limit_s = (3 if waits else 0.9) * self.given.hang_timeout_s
+            if time.monotonic() - since_s > limit_s:
+                self._end_hung(f"hung: {'waited' if waits else 'busy with one batch'} for {limit_s:g} s")
 
     def _end_hung(self, error: str) -> None:
-        """Ends this process, for Train to begin again; unless it waits for other ranks or for a bucket.
-
-        These have limits of their own.
-        """
-        stack = traceback.extract_stack(sys._current_frames()[self.watched])
-        waits = ("/torch/distributed/", "/fsspec/asyn.py", "/concurrent/futures/")
-        if any(one in frame.filename for frame in stack for one in waits):
-            return
-        trace = "".join(traceback.format_list(stack))
+        """Ends this process, for Train to begin again."""
+        trace = "".join(traceback.format_stack(sys._current_frames()[self.watched]))
         telling = threading.Thread(target=self.hung, args=(error, self.heartbeat.step, trace), daemon=True)
         telling.start()
         telling.join(10)  # storage may be what hangs

@@ -16,13 +16,14 @@ from cluster import placement as placements
 from cluster.decide import Asked, Done, End, State, Status, blocked_by, decide, start_order
 from cluster.forecast import Forecast, forecast, hardware_of
 from cluster.lease import Leases, leases, when_answered
-from cluster.plan import Plan, Request, extended
+from cluster.plan import Plan, Request, check_alike
 from cluster.preflight import check_seen_by_nodes
 from cluster.run import Assignment, record_failure, told, trial
 from imgcls import rates, records, storage
+from imgcls.catalogue import CATALOGUES
 from imgcls.data.cache import check_room, is_cached
-from imgcls.errors import DataError, StorageError
-from imgcls.records import Manifest, Placement, RunConfig, RunResult, SuiteRecord, SuiteResults
+from imgcls.errors import CheckpointError, DataError, StorageError
+from imgcls.records import Manifest, Placement, RunConfig, RunResult, SuiteRecord, SuiteResults, sealed
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     for run, status in state.statuses.items():
         if status is not Status.OPEN:
             view.already(run, status)
-    record = extended(read_suite(request.suite_url), request, plan)
+    check_alike(configs_of(request.suite_url), request, plan)
     if isinstance(decide(state, Asked(room=1))[1], Done):
-        write_down(request, plan, record)
+        write_down(request, plan)
         return publish(request.suite_url)
     caches, cached = list(_caches(request, plan, state)), cached_sets(plan)
     if not session.names_cluster():
@@ -59,7 +60,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
             placement = choose(request, nodes)
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
-            write_down(request, plan, record)
+            write_down(request, plan)
             # As it is now that nobody else is at it.
             state = replace(state_of(request, plan), command=state.command)
 
@@ -150,22 +151,44 @@ def state_of(request: Request, plan: Plan) -> State:
     )  # fmt: skip
 
 
-def write_down(request: Request, plan: Plan, record: SuiteRecord) -> None:
-    """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone."""
+def write_down(request: Request, plan: Plan) -> None:
+    """What is asked for lies in the suite's folder; with `retry_failed` the failures are gone.
+
+    Raises CheckpointError where another command, at the same time, has asked for something else under these names.
+    """
+    urls = {name: storage.join(request.run_url(name), "config.json") for name in plan.configs}
+    new = [name for name in plan.configs if not storage.exists(urls[name])]
+    created = [name for name in new if storage.create_bytes(urls[name], sealed(plan.configs[name]))]
+    try:
+        check_alike(configs_of(request.suite_url), request, plan)
+    except CheckpointError:
+        for name in created:
+            storage.delete(urls[name])
+        raise
     for name, config in plan.configs.items():
-        target = storage.join(request.run_url(name), "config.json")
-        if storage.read_bytes_if_there(target) != records.sealed(config):
-            records.write(config, target)
-    # After them: each run that it names has its config.
-    records.write(record, storage.join(request.suite_url, "suite.json"))
+        if name not in created and storage.read_bytes_if_there(urls[name]) != sealed(config):
+            records.write(config, urls[name])  # the same request, from weights that lie elsewhere now
+    records.write(SuiteRecord(id=request.id, data=request.data_url), storage.join(request.suite_url, "suite.json"))
     if request.retry_failed:
         for name in plan.configs:
             if status_of(request.run_url(name)) is Status.FAILED:
                 storage.delete(storage.join(request.run_url(name), "result.json"))
 
 
-def read_suite(suite_url: str) -> SuiteRecord | None:
-    return records.read_if_there(SuiteRecord, storage.join(suite_url, "suite.json"))
+def configs_of(suite_url: str) -> dict[str, RunConfig]:
+    """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
+    found = []
+    for name in storage.folders(suite_url):
+        config = records.read_if_there(RunConfig, storage.join(suite_url, name, "config.json"))
+        if config is not None:
+            found.append(config)
+    return {config.name: config for config in sorted(found, key=_place)}
+
+
+def _place(config: RunConfig) -> tuple[str, int, str, int]:
+    names = [recipe.name for recipe in CATALOGUES.get(config.catalogue, ())]
+    name = config.recipe.name
+    return config.catalogue, names.index(name) if name in names else len(names), name, config.seed
 
 
 def status_of(run_url: str) -> Status:
@@ -261,19 +284,23 @@ WORK = ("seconds", "command", "predicted_s", "predicted", "took")
 def publish(suite_url: str, work: Work | None = None) -> SuiteResults:
     """The suite's results from its runs' records; `results.json` and `report.html` lie beside them.
 
-    work: that was just done; where there was none, what the results said before stays.
+    work: that was just done; where there was none, what the results said before stays. Other commands may be at work
+    under the same id: whoever writes last has looked once more after it wrote.
     """
     from imgcls.results.page import render
 
     url = storage.join(suite_url, "results.json")
-    suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
     told = work.told() if work else {"seconds": 0.0, "command": ""}
     if work is None and (before := records.read_if_there(SuiteResults, url)):
         told = before.model_dump(include=set(WORK))
-    results = read_results(suite_url, suite, **told)
-    records.write(results, url)
-    storage.write_bytes(storage.join(suite_url, "report.html"), render(results, histories(suite_url, results)).encode())
-    return results
+    results = read_results(suite_url, **told)
+    while True:
+        records.write(results, url)
+        page = render(results, histories(suite_url, results)).encode()
+        storage.write_bytes(storage.join(suite_url, "report.html"), page)
+        written, results = results, read_results(suite_url, **told)
+        if results == written:
+            return results
 
 
 def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
@@ -290,15 +317,16 @@ def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
     return found
 
 
-def read_results(suite_url: str, suite: SuiteRecord, **work: Any) -> SuiteResults:
-    configs = {name: records.read(RunConfig, storage.join(suite_url, name, "config.json")) for name in suite.runs}
-    found = {name: result_of(storage.join(suite_url, name)) for name in suite.runs}
+def read_results(suite_url: str, **work: Any) -> SuiteResults:
+    suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
+    configs = configs_of(suite_url)
+    found = {name: result_of(storage.join(suite_url, name)) for name in configs}
     statuses = {name: _status(result) for name, result in found.items()}
     blocked = blocked_by(statuses, {name: config.source_run for name, config in configs.items()})
     return SuiteResults(
         id=suite.id,
-        catalogue=suite.catalogue,
-        synthetic=suite.synthetic,
+        catalogue=", ".join(dict.fromkeys(config.catalogue for config in configs.values())),
+        synthetic=any(config.synthetic for config in configs.values()),
         url=storage.shown(suite_url),
         data=storage.shown(suite.data),
         runs=tuple(

@@ -3,7 +3,8 @@
     ImgclsError
     |-- RecipeError       the request is wrong: change the command or the recipe
     |-- DataError         images, shards or a manifest are wrong: mend or pack again
-    |   `-- NoSourceError     there are no images to pack, neither here nor within reach
+    |   |-- NoSourceError     there are no images to pack, neither here nor within reach
+    |   `-- DamagedError      a record's bytes are not those that were written
     |-- StorageError      bytes could not be read or written: mend the place or the rights
     |   `-- MissingError      what was to be read is not there
     |-- CheckpointError   a checkpoint does not fit, or is damaged
@@ -30,6 +31,10 @@ class DataError(ImgclsError):
 
 
 class NoSourceError(DataError):
+    pass
+
+
+class DamagedError(DataError):
     pass
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imgcls import storage
-from imgcls.errors import DataError
+from imgcls.errors import DamagedError, DataError
 from imgcls.recipe import FromRun, Recipe, digest_of
 
 Split = Literal["train", "val", "test"]
@@ -68,10 +68,10 @@ def sealed(record: Record) -> bytes:
 def _opened(kind: type[R], data: bytes, url: str) -> R:
     head, seal, tail = data.rpartition(_SEAL)
     if not seal:
-        raise DataError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again")
+        raise DamagedError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again")
     text = head + b"\n}"
     if tail != storage.sha256(text).encode() + b'"\n}\n':
-        raise DataError(f"{url} was altered: its SHA-256 is another\n  do: bring it back, or make it again")
+        raise DamagedError(f"{url} was altered: its SHA-256 is another\n  do: bring it back, or make it again")
     return kind.from_bytes(text, where=url)
 
 
@@ -162,6 +162,12 @@ class RunConfig(Record):
         waits = isinstance(self.recipe.init, FromRun) and self.init is not None
         return self.init.run if waits and self.init and "/" not in self.init.run else None
 
+    def settings(self) -> dict[str, Any]:
+        """What runs of one recipe share, whatever their seed."""
+        own_source = self.init if self.source_run is None else None
+        identity = own_source.identity if own_source else None
+        return {"recipe": self.recipe.to_json(), "data_digest": self.data_digest, "init": identity}
+
     def digest(self) -> str:
         """Of all that decides the result: weights that were named are known by their own digest, not by their place."""
         return digest_of(self.model_dump(mode="json", exclude={"catalogue": True, "synthetic": True, "init": {"run"}}))
@@ -198,7 +204,7 @@ class Keeping(Record):
     every_n_steps: int | None = None
     """Beside those at every epoch's end."""
     num_recent: int = 0
-    """Kept beside the best and the last, which always stay."""
+    """Kept beside the best and the last two, which always stay."""
     budget_bytes: int | None = None
     """Of all checkpoints of the run; recent ones go until it holds."""
 
@@ -269,15 +275,11 @@ class RunResult(Record):
 
 
 class SuiteRecord(Record):
-    """What was asked for so far under one id; later commands extend it."""
+    """What the last command under an id said; which runs there are, their own folders say."""
 
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)  # earlier versions said more
     id: str
-    catalogue: str
     data: str
-    synthetic: bool
-    """Some of the data were."""
-    runs: dict[str, str]
-    """Name to digest."""
 
 
 class SuiteResults(Record):

@@ -14,11 +14,15 @@ from cluster import session
 from cluster.staging import is_lasting, relative
 from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
+from imgcls.data.archives import printable
 from imgcls.errors import RecipeError
 from imgcls.recipe import Recipe, derive, digest_of, parse_changes, recipe_from_json
 from imgcls.records import Keeping
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results, say_work
+
+NO_NAME = r'/\:*?"<>|[]{}%#'
+"""What URLs, patterns and file systems read as more than a letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
 
 def _from_file(path: Path) -> Recipe:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         value = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's config.json: {error}") from None
@@ -99,7 +103,10 @@ def place(url: str, flag: str) -> str:
     """The same place from any working folder. Raises RecipeError where it would go away with the job that this runs in."""
     if session.in_job() and not is_lasting(url):
         raise RecipeError(relative(flag, url))
-    return storage.absolute(url)
+    found = storage.absolute(url)
+    if not found.isprintable():
+        raise RecipeError(f"{flag} {printable(found)}: records hold this path, and it cannot be printed\n  do: name another")
+    return found
 
 
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
@@ -161,14 +168,13 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
     if results.took:
         say_work(lines, results)
     lines.say(f"page: {storage.join(results.url, 'report.html')}")
-    asked = [run for run in results.runs if run.name in plan.configs]
-    return DONE if all(run.status == "finished" for run in asked) else SOME_FAILED
+    return DONE if plan.configs.keys() <= {run.name for run in results.finished} else SOME_FAILED
 
 
 def checked_name(text: str, what: str) -> str:
-    """A name that can be a folder's. Raises RecipeError."""
-    if not text or text.startswith(".") or "/" in text:
-        raise RecipeError(f"{what} {text!r}: a plain name, without / and not beginning with a dot")
+    """A name that can be a folder's and a part of a URL. Raises RecipeError."""
+    if not text or text.startswith(".") or not text.isprintable() or set(text) & set(NO_NAME):
+        raise RecipeError(f"{what} {text!r}: a plain name, without {NO_NAME} and not beginning with a dot")
     return text
 
 

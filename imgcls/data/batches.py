@@ -3,8 +3,9 @@
 The training loader keeps no position: at each epoch it asks the trainer where it is and yields from there.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +20,7 @@ from imgcls.data.splits import Splits
 from imgcls.recipe import Recipe
 
 EVALUATION_BATCH = 256
+Wait = Callable[[], AbstractContextManager[None]]
 
 
 class Batch(NamedTuple):
@@ -41,10 +43,21 @@ class Batch(NamedTuple):
 class ImageData(pl.LightningDataModule):
     """Training, validation and test batches of one run on one rank."""
 
-    def __init__(self, recipe: Recipe, cache: Cache, splits: Splits, *, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache: Cache,
+        splits: Splits,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        waiting: Wait = nullcontext,
+    ) -> None:
+        """waiting: a context in which this process waits for its device."""
         super().__init__()
         self.recipe, self.cache, self.splits = recipe, cache, splits
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.waiting = seed, rank, world_size, waiting
 
     def train_dataloader(self) -> "TrainBatches":
         return TrainBatches(self)
@@ -54,6 +67,10 @@ class ImageData(pl.LightningDataModule):
 
     def test_dataloader(self) -> "EvaluationBatches":
         return EvaluationBatches(self, self.splits.test)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
+        with self.waiting():  # a copy to a GPU comes after all that it has to do, other ranks' gradients among it
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         assert self.trainer is not None

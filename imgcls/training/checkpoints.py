@@ -7,6 +7,7 @@ The same store with and without Ray; rank 0 writes, all ranks read.
 """
 
 import io
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import records, storage
-from imgcls.errors import CheckpointError, DataError, MissingError, StorageError
+from imgcls.errors import CheckpointError, DamagedError, DataError, MissingError, NumericsError, StorageError
 from imgcls.records import Keeping, Record
 from imgcls.training.weights import Model, load_model, load_tensors, model_of
 
@@ -28,8 +29,8 @@ class Facts(Record):
     step: int
     epoch: int
     """Whole epochs behind it."""
-    val_loss: float | None
-    """None in the middle of an epoch."""
+    best_step: int | None
+    """Of the best epoch's checkpoint, which is needed when training ends; None before an epoch has ended."""
     finished: bool
     """Nothing is left to train."""
     run_digest: str
@@ -47,8 +48,9 @@ class Committed(Facts):
 class CheckpointStore(CheckpointIO):
     """In a bucket a checkpoint is written while the training goes on, one at a time; `wait` returns when it is committed."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, *, say: Callable[[str], None] = lambda text: None) -> None:
+        """say: is told of what is damaged."""
+        self.url, self.say = url, say
         self._uploads = None if storage.is_local(url) else ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
 
@@ -56,10 +58,16 @@ class CheckpointStore(CheckpointIO):
         return storage.join(self.url, f"step-{step:08d}")
 
     def committed(self) -> list[Committed]:
-        """By step, ascending."""
+        """By step, ascending. A marker that cannot be read is none."""
         found = []
         for folder in storage.folders(self.url):
-            marker = records.read_if_there(Committed, storage.join(self.url, folder, "committed.json"))
+            try:
+                marker = records.read_if_there(Committed, storage.join(self.url, folder, "committed.json"))
+            except DamagedError as error:
+                self.say(f"{_first_line(error)}: this checkpoint does not count")
+                continue
+            except DataError as error:  # whole, and of another version: no reason to lose it
+                raise NumericsError(f"{error}\n  do: go on with the version that wrote it, or take another --id") from None
             if marker is not None:
                 found.append(marker)
         return sorted(found, key=lambda one: one.step)
@@ -68,18 +76,32 @@ class CheckpointStore(CheckpointIO):
         found = self.committed()
         return found[-1] if found else None
 
-    def best(self) -> Committed | None:
-        """The lowest val/loss of an epoch's end; of equals the earliest."""
-        return _best(self.committed())
+    def newest_whole(self) -> Committed | None:
+        """The newest checkpoint whose bytes are those that were written, and its best epoch's too; nothing is loaded.
+
+        Newer ones are gone: a run that goes on from here makes them again, to the same bits.
+        """
+        for one in reversed(self.committed()):
+            try:
+                for step in {one.step, one.step if one.best_step is None else one.best_step}:
+                    _checked_bytes(self.place(step))
+                return one
+            except (CheckpointError, DamagedError, MissingError) as error:
+                self.say(f"{_first_line(error)}: step {one.step} is not used, an earlier checkpoint is")
+                self.remove_checkpoint(self.place(one.step))
+        return None
 
     def prune(self, keeping: Keeping, *, in_use: int | None = None) -> int:
-        """The best, the last, the one in use and the newest others stay, as `keeping` says. Returns the bytes kept.
+        """The best, the last two, the one in use and the newest others stay, as `keeping` says. Returns the bytes kept.
+
+        Two, as nothing that goes on from the last has shown yet that it can be read.
 
         in_use: the step that this attempt goes on from.
         """
         found = self.committed()
-        best, last = _best(found), found[-1:]
-        kept = [one for one in found if one is best or one in last or one.step == in_use]
+        kept = [one for one in found if one in found[-2:] or one.step == in_use]
+        bests = {one.best_step for one in kept}  # without its best epoch's none of them could be gone on from
+        kept = [one for one in found if one in kept or one.step in bests]
         others = [one for one in reversed(found) if one not in kept]
         size = sum(one.num_bytes for one in kept)
         for rank, one in enumerate(others):
@@ -95,6 +117,7 @@ class CheckpointStore(CheckpointIO):
         committed = {storage.name_of(self.place(one.step)) for one in self.committed()}
         for folder in storage.folders(self.url):
             if folder not in committed:
+                self.say(f"{folder} was never committed: removed")
                 storage.delete(storage.join(self.url, folder))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -143,22 +166,24 @@ def _put(url: str, data: bytes, facts: Facts) -> None:
         records.write(marker, storage.join(url, "committed.json"))
 
 
-def _best(found: list[Committed]) -> Committed | None:
-    validated = [(one.val_loss, one.step, one) for one in found if one.val_loss is not None]
-    return min(validated, default=(0, 0, None))[-1]
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def read_checkpoint(url: str) -> dict[str, Any]:
     """Raises CheckpointError where it is not committed, or its bytes have another SHA-256."""
+    return load_tensors(_checked_bytes(url), where=storage.join(url, "checkpoint.ckpt"))
+
+
+def _checked_bytes(url: str) -> bytes:
     marker = records.read_if_there(Committed, storage.join(url, "committed.json"))
     if marker is None:
         raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
     target = storage.join(url, "checkpoint.ckpt")
     try:
-        data = storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+        return storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
     except DataError as error:
         raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
-    return load_tensors(data, where=target)
 
 
 def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

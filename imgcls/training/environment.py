@@ -4,14 +4,22 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from imgcls.recipe import Recipe
+from imgcls.cpus import usable_cpus
+from imgcls.recipe import Recipe, digest_of
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "ray", "webdataset", "numpy", "pillow")
+
+CPU_FACTS = ("vendor_id", "cpu family", "model", "cache size", "CPU implementer", "CPU part", "CPU variant")
+KERNEL_CHOICES = (
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+)
+"""Environment variables by which a user chooses other kernels."""
 
 
 def versions() -> dict[str, str]:
@@ -28,7 +36,7 @@ def hardware() -> dict[str, str]:
     """CPU, its vector units, GPU: what decides speed and the last bits."""
     import torch
 
-    found = {"cpu": _cpu_name(), "cpus": str(os.cpu_count()), "vectors": torch.backends.cpu.get_cpu_capability()}
+    found = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": torch.backends.cpu.get_cpu_capability()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
@@ -48,28 +56,53 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def numerics(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, str]:
-    """What decides the last bits of a run, beside its request."""
+    """What decides the last bits of a run, beside its request. Which ranks share a node does not: see `gradients`."""
     import torch
 
-    found = {name: version(name) for name in ("torch", "torchvision", "lightning", "numpy")}
+    found = {name: version(name) for name in ("torchvision", "lightning", "numpy", "pillow")}
+    found |= {"torch": torch.__version__} | {name: os.environ[name] for name in KERNEL_CHOICES if name in os.environ}
     if accelerator == "gpu":
-        found["device"] = torch.cuda.get_device_name()
+        cudnn = torch.backends.cudnn.version()
+        found["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     else:
         num_threads = 1 if recipe.numerics == "elastic" else torch.get_num_threads()
-        found |= {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}", "threads": str(num_threads)}
+        found |= {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}, {_cpu_model()}", "threads": str(num_threads)}
     if recipe.numerics != "elastic":
         found["workers"] = str(world_size)
     return found
 
 
-@cache
+def numerics_of_all(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, str]:
+    """The same of all ranks, in their order where they are not alike. Every rank calls it."""
+    import torch
+
+    mine = numerics(recipe, world_size=world_size, accelerator=accelerator)
+    ranks = [mine] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(ranks, mine)
+    found = {name: [one.get(name, "") for one in ranks] for one in ranks for name in one}
+    return {name: values[0] if len(set(values)) == 1 else " | ".join(values) for name, values in found.items()}
+
+
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    """What MKL and oneDNN choose their kernels by: the vendor, the model, its caches and vector instructions."""
+    facts = _cpu_facts()
+    named = [facts[name] for name in CPU_FACTS if name in facts]
+    vectors = [flag for flag in facts.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
+    return " ".join([platform.machine(), *named, digest_of(sorted(vectors))[:8]])
+
+
+@cache
+def _cpu_facts() -> dict[str, str]:
+    """Of the first CPU, as Linux names them; empty elsewhere."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
+        return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
 
 
 @cache

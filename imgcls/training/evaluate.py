@@ -23,9 +23,10 @@ def evaluate(found: FoundModel, *, data_url: str, split: Split, world: World) ->
     manifest = manifest_for(found, data_url=data_url, split=split)
     splits = split_ids(model.recipe, manifest)
     into = model.recipe.input
-    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels)
+    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, asked_by=world.asked_by)
     num_classes = len(manifest.class_names)
-    module = Classifier(load_network(model, num_classes=num_classes), model.recipe, num_classes=num_classes)
+    network = load_network(model, num_classes=num_classes)
+    module = Classifier(network, model.recipe, num_classes=num_classes, world=world)
     splits_as_test = replace(splits, test=getattr(splits, split))
     data = ImageData(model.recipe, cache, splits_as_test, seed=0, rank=world.rank, world_size=world.size)
     make_trainer(world, precision=model.recipe.precision).test(module, datamodule=data, verbose=False)

@@ -93,8 +93,7 @@ class _Fit:
         self.config, self.recipe, self.run_url, self.world, self.log = config, config.recipe, run_url, world, log
         self.keeping, self.accept_different_numerics = keeping, accept_different_numerics
         self.set_url = storage.join(data_url, self.recipe.dataset)
-        self.store = CheckpointStore(storage.join(run_url, "checkpoints"))
-        self.numerics = environment.numerics(self.recipe, world_size=world.size, accelerator=world.accelerator)
+        self.store = CheckpointStore(storage.join(run_url, "checkpoints"), say=log.line)
         self.trainer: pl.Trainer | None = None
         self.traffic_at_start = asdict(storage.traffic)
         self.clock, self.start_s = Stopwatch(), max(0.0, time.time() - world.started_s)
@@ -106,6 +105,9 @@ class _Fit:
         check_parts(self.recipe, len(self.splits.train), world_size=self.world.size)
         if self.world.rank == 0:
             self.store.clean()
+        self.numerics = environment.numerics_of_all(
+            self.recipe, world_size=self.world.size, accelerator=self.world.accelerator
+        )
         self.module, self.lineage = self._module()
         self.data = self._data()
         self.recorder = self._recorder()
@@ -155,11 +157,10 @@ class _Fit:
             planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
             patience=self.recipe.length.patience,
-            writes=self.world.rank == 0,
+            world=self.world,
             log=self.log,
             clock=self.clock,
             traffic_at_start=self.traffic_at_start,
-            report=self.world.report,
         )
 
     def _module(self) -> tuple[Classifier, tuple[Seen, ...]]:
@@ -181,10 +182,7 @@ class _Fit:
             num_classes=len(self.manifest.class_names),
             total_steps=steps * self.recipe.length.epochs,
             seed=self.config.seed,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            leaving=self.world.leaving,
-            lost=self.world.lost,
+            world=self.world,
         )
         return module, (*ancestors, Seen(entry, np.sort(pixels)))
 
@@ -196,7 +194,7 @@ class _Fit:
             callbacks=[self.recorder],
             max_epochs=self.recipe.length.epochs,
         )
-        last = self.world.agree(self.store.last() if self.world.rank == 0 else None)
+        last = self.world.agree(self.store.newest_whole() if self.world.rank == 0 else None)
         if last is None:
             self.clock.add("start", self.start_s)
             self.log.line(f"{self.config.name}: {self._plan()}")
@@ -235,8 +233,9 @@ class _Fit:
         self.recorder.numerics_changes += changes
 
     def _data(self) -> ImageData:
+        seed, world, wait = self.config.seed, self.world, self.world.heartbeat.waiting
         return ImageData(
-            self.recipe, self.cache, self.splits, seed=self.config.seed, rank=self.world.rank, world_size=self.world.size
+            self.recipe, self.cache, self.splits, seed=seed, rank=world.rank, world_size=world.size, waiting=wait
         )
 
     def _plan(self) -> str:

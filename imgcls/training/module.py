@@ -1,6 +1,6 @@
 """The LightningModule: loss, totals and optimizer around a network. Called by `fit` and `evaluate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, assert_never
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
@@ -18,33 +19,24 @@ from imgcls.errors import LeaseError, TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import Scores
 from imgcls.training.elastic import VirtualRanks, virtual_parts
+from imgcls.training.gradients import make_repeatable, share_buffers
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
 from imgcls.training.weights import weights_sha256
+from imgcls.training.world import World
 
 
 class Classifier(pl.LightningModule):
-    """One recipe's network in training or evaluation, as one rank of `world_size`."""
+    """One recipe's network in training or evaluation, as one rank of `world`."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        num_classes: int,
-        total_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        leaving: Callable[[], bool] = lambda: False,
-        lost: Callable[[], bool] = lambda: False,
+        self, network: nn.Module, recipe: Recipe, *, num_classes: int, world: World, total_steps: int = 1, seed: int = 0
     ) -> None:
         super().__init__()
         self.network = network
         self.recipe, self.total_steps = recipe, total_steps
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.leaving, self.lost = leaving, lost
+        self.seed, self.world, self.rank, self.world_size = seed, world, world.rank, world.size
         self.someone_leaves = False
         """Some rank's node is about to be taken away: known to all since the last step."""
         self.automatic_optimization = recipe.numerics != "elastic"
@@ -55,15 +47,24 @@ class Classifier(pl.LightningModule):
         self.scores: dict[str, Scores] = {}
         """Of the last whole pass over each split."""
 
+    def on_train_start(self) -> None:
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            make_repeatable(self.trainer.model)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self.ledger.update(batch.ids, batch_idx)
+        with self.world.heartbeat.waiting():  # for the device
+            self.ledger.update(batch.ids, batch_idx)
         if not self.automatic_optimization:
             self._elastic_step(batch)
             return None
         loss, finite = self._forward(batch, slice(None), self.rank)
         self._agree(finite, batch)
-        # DDP takes the mean over ranks; parts may differ in size. So weighted, it is the mean over the global batch.
-        return loss * self.world_size
+        return loss  # gradients are added over ranks: to those of the mean over the global batch
+
+    def on_after_backward(self) -> None:
+        if self.world_size > 1:
+            with self.world.heartbeat.waiting():
+                share_buffers(self.network)
 
     def _forward(self, batch: Batch, rows: slice, rank: int) -> tuple[Tensor, Tensor]:
         """(these rows' share of the global batch's mean loss, whether it is finite)."""
@@ -93,7 +94,8 @@ class Classifier(pl.LightningModule):
             if self.world_size == 1:
                 return [mine]
             everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
-            torch.distributed.all_gather(everyones, mine)
+            with self.world.heartbeat.waiting():
+                torch.distributed.all_gather(everyones, mine)
             return everyones
 
         VirtualRanks(self.network).step(
@@ -111,9 +113,10 @@ class Classifier(pl.LightningModule):
 
         Raises, on every rank, TrainingError where a loss is not finite, LeaseError where somebody else is at this run.
         """
-        known = torch.tensor([self.leaving(), self.lost()], dtype=torch.int32).to(finite.device)
-        flags = self.trainer.strategy.reduce(torch.cat([(~finite).int().view(1), known]), reduce_op="max")
-        not_finite, self.someone_leaves, lost = map(bool, flags.tolist())
+        known = torch.tensor([self.world.leaving(), self.world.lost()], dtype=torch.int32).to(finite.device)
+        with self.world.heartbeat.waiting():
+            flags = self.trainer.strategy.reduce(torch.cat([(~finite).int().view(1), known]), reduce_op="max").tolist()
+        not_finite, self.someone_leaves, lost = map(bool, flags)
         if lost:
             raise LeaseError(f"another command has taken this run over at step {self.global_step}: it goes on there")
         if not_finite:
@@ -143,7 +146,8 @@ class Classifier(pl.LightningModule):
     def _check_alike(self) -> None:
         """Under elastic numerics no rank hands its weights to another: unlike hardware would let them drift apart."""
         mine = int(weights_sha256(self.network.state_dict())[:15], 16)
-        most = self.trainer.strategy.reduce(torch.tensor([mine, -mine], device=self.device), reduce_op="max").tolist()
+        with self.world.heartbeat.waiting():
+            most = self.trainer.strategy.reduce(torch.tensor([mine, -mine], device=self.device), reduce_op="max").tolist()
         if most[0] != -most[1]:
             raise TrainingError(
                 f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently\n"
@@ -154,7 +158,8 @@ class Classifier(pl.LightningModule):
         if not self.automatic_optimization:
             self._check_alike()
         self._take("train", self.train_totals)
-        self.seen = self.ledger.compute()
+        with self.world.heartbeat.waiting():
+            self.seen = self.ledger.compute()
         self.ledger.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -174,7 +179,8 @@ class Classifier(pl.LightningModule):
         totals.update(logits[: batch.counted], batch.labels[: batch.counted])
 
     def _take(self, split: str, totals: Totals) -> Scores:
-        scores = totals.compute()
+        with self.world.heartbeat.waiting():
+            scores = totals.compute()
         totals.reset()
         self.scores[split] = scores
         return scores

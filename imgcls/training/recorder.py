@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from imgcls.training.checkpoints import CheckpointStore, Facts
 from imgcls.training.ledger import Entry, planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
+from imgcls.training.world import World
 
 HISTORY = (
     "epoch",
@@ -40,6 +42,7 @@ HISTORY = (
     "val/loss",
     "val/accuracy",
 )
+EVENTS = "events.out.tfevents."
 SLOW_S = 5.0
 TIMING = ("epoch", "train_s", "validate_s", "images_per_s")
 
@@ -50,7 +53,7 @@ class RunLog:
     def __init__(self, url: str, *, writes: bool, synthetic: bool) -> None:
         self.url, self.writes, self.mark = storage.join(url, "log.txt"), writes, "SYNTHETIC " if synthetic else ""
         old = storage.read_bytes_if_there(self.url) if writes else None
-        self.lines = old.decode().splitlines() if old else []
+        self.lines = old.decode(errors="replace").splitlines() if old else []
 
     def line(self, text: str) -> None:
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -59,7 +62,7 @@ class RunLog:
 
     def put(self) -> None:
         if self.writes:
-            storage.write_bytes(self.url, ("\n".join(self.lines) + "\n").encode())
+            storage.write_bytes(self.url, ("\n".join(self.lines) + "\n").encode(), durable=False)
 
 
 class Stopwatch:
@@ -85,6 +88,17 @@ class Stopwatch:
         return self._seconds | {"fit": self._seconds.get("fit", 0.0) + time.perf_counter() - self.began}
 
 
+def _waits(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook of a Recorder writes and reports: while it does so this rank is not busy, but waits."""
+
+    @wraps(hook)
+    def waiting(self: "Recorder", *arguments: Any, **named: Any) -> None:
+        with self.world.heartbeat.waiting():
+            hook(self, *arguments, **named)
+
+    return waiting
+
+
 class Recorder(Checkpoint):
     """Keeps the history, decides when to stop, commits each epoch after its validation, reports progress.
 
@@ -106,16 +120,15 @@ class Recorder(Checkpoint):
         planned_batches: Callable[[int], list[Ids]],
         epochs: int,
         patience: int | None,
-        writes: bool,
+        world: World,
         log: RunLog,
         clock: Stopwatch,
         traffic_at_start: dict[str, float],
-        report: Callable[[Progress], None],
     ) -> None:
         self.run_url, self.store, self.keeping = run_url, store, keeping
         self.run_digest, self.numerics, self.about = run_digest, numerics, about
         self.planned_batches = planned_batches
-        self.epochs, self.patience, self.writes, self.report = epochs, patience, writes, report
+        self.epochs, self.patience, self.world, self.writes = epochs, patience, world, world.rank == 0
         self.run_log, self.clock = log, clock
         self.history: list[Row] = []
         self.timing: list[Row] = []
@@ -127,6 +140,8 @@ class Recorder(Checkpoint):
         """Of the epoch under way, in earlier attempts."""
         self._marks: dict[str, float] = {}
         self._told_of_leaving = self._told_of_budget = False
+        self._events, self._num_events = b"", 0
+        self._events_url = storage.join(run_url, f"{EVENTS}{time.time():.3f}")
         self._traffic_at_start, self._traffic_before = traffic_at_start, dict[str, float]()
         self._traffic_told, self._checkpoint_s_told = dict[str, float](), 0.0
 
@@ -197,10 +212,12 @@ class Recorder(Checkpoint):
         """Seconds of training in the epoch under way, those of earlier attempts too."""
         return self._epoch_s + self._marks.get("trained", time.perf_counter()) - self._marks["start"]
 
+    @_waits
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         if self.gone_on_from == trainer.global_step:
             self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
+    @_waits
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -217,12 +234,13 @@ class Recorder(Checkpoint):
             self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
         # By step, not by time: every rank has to report equally often.
         if done % max(10, math.ceil(steps / self.REPORTS_AN_EPOCH)) == 0 and done < steps:
-            self.report(self._progress("train", trainer, pl_module))
+            self.world.report(self._progress("train", trainer, pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and "trained" not in self._marks:
             self._marks["trained"] = time.perf_counter()
 
+    @_waits
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         trained_s, validated_s = self._so_far(), time.perf_counter() - self._marks["trained"]
@@ -246,7 +264,7 @@ class Recorder(Checkpoint):
         self._write()
         self._tell_of_traffic(trained_s + validated_s)
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
-        self.report(self._progress("train", trainer, pl_module, row=row, images_per_s=float(timing["images_per_s"])))
+        self.world.report(self._progress("train", trainer, pl_module, row=row, images_per_s=float(timing["images_per_s"])))
 
     def _add_row(self, trainer: pl.Trainer, module: Classifier) -> None:
         train, val, seen = module.scores["train"], module.scores["val"], self._checked_ledger(trainer, module)
@@ -286,7 +304,7 @@ class Recorder(Checkpoint):
         facts = Facts(
             epoch=len(self.history),
             step=trainer.global_step,
-            val_loss=float(last["val/loss"]) if last and at_epochs_end else None,
+            best_step=int(self.best_row["step"]) if last else None,
             finished=at_epochs_end and self.stops(),
             run_digest=self.run_digest,
             numerics=self.numerics,
@@ -302,26 +320,32 @@ class Recorder(Checkpoint):
         size, budget = self.store.prune(self.keeping, in_use=self.gone_on_from), self.keeping.budget_bytes
         if budget is not None and size > budget and not self._told_of_budget:
             self._told_of_budget = True
-            self.run_log.line(f"best and last checkpoint take {size:,} bytes, the budget is {budget:,}: both are kept")
+            self.run_log.line(f"the best and the last two checkpoints take {size:,} bytes, over the budget of {budget:,}")
 
     def _write(self) -> None:
         if not self.writes:
             return
         storage.write_bytes(storage.join(self.run_url, "history.csv"), csv_bytes(HISTORY, self.history))
-        storage.write_bytes(storage.join(self.run_url, "timing.csv"), csv_bytes(TIMING, self.timing))
+        storage.write_bytes(storage.join(self.run_url, "timing.csv"), csv_bytes(TIMING, self.timing), durable=False)
         self._write_events()
 
     def _write_events(self) -> None:
-        """TensorBoard events of the whole history, as one file: whatever was killed in between, nothing stands twice."""
+        """TensorBoard events of the whole history, in one file of this attempt that only grows: it can be read along."""
         from tensorboardX import SummaryWriter
 
+        if not self._events:  # of earlier attempts: all that stays of them is in the history
+            for name in storage.files(self.run_url):
+                if name.startswith(EVENTS):
+                    storage.delete(storage.join(self.run_url, name))
         with storage.temporary_folder("events") as folder:
             with SummaryWriter(folder) as events:
-                for row in self.history:
+                for row in self.history[self._num_events :]:
                     for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr"):
                         events.add_scalar(name, row[name], int(row["step"]))
             (file,) = Path(folder).iterdir()
-            storage.write_bytes(storage.join(self.run_url, "events.out.tfevents"), file.read_bytes())
+            self._events += file.read_bytes()
+        self._num_events = len(self.history)
+        storage.extend(self._events_url, self._events)
 
     def _progress(self, phase: str, trainer: pl.Trainer, module: pl.LightningModule, **newest: Any) -> Progress:
         assert isinstance(module, Classifier)

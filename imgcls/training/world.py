@@ -2,12 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from imgcls.records import Placement
 from imgcls.training.progress import Progress
@@ -21,6 +23,43 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+class Heartbeat(pl.Callback):
+    """Since when this rank has been busy with a batch, or has waited: for whoever watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.state: tuple[bool, float] | None = None
+        """(whether it waits, since when, by `time.monotonic`); None outside of training and evaluation."""
+
+    def _beat(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.step, self.state = trainer.global_step, (False, time.monotonic())
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _beat
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank waits for other ranks, for its device, or for storage."""
+        self._turn(waits=True)
+        try:
+            yield
+        finally:
+            self._turn(waits=False)
+
+    def _turn(self, *, waits: bool) -> None:
+        if self.state is not None:
+            self.state = (waits, time.monotonic())
+
+    # DDP waits for other ranks at the end of the backward pass.
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self._turn(waits=trainer.world_size > 1)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._turn(waits=False)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.state = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
     """Who this rank is, and where it reports."""
@@ -31,8 +70,7 @@ class World:
     strategy: Any = "auto"
     """Lightning's; whoever launches several ranks hands in one that knows them."""
     plugins: tuple[Any, ...] = ()
-    callbacks: tuple[pl.Callback, ...] = ()
-    """Lightning's, of whoever launches this rank."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     report: Callable[[Progress], None] = _no_report
     """Called by every rank, equally often."""
     agree: Callable[[Any], Any] = _as_it_is
@@ -50,27 +88,11 @@ class World:
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
 
 
-class Heartbeat(pl.Callback):
-    """When this rank's last batch began, while it trains or evaluates: for whoever watches it from another thread."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.began_s: float | None = None
-        """By `time.monotonic`; None outside of training and evaluation."""
-
-    def _beat(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.step, self.began_s = trainer.global_step, time.monotonic()
-
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _beat
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.began_s = None
-
-
 def lost_a_rank(error: Exception) -> bool:
     """A collective failed since another rank has gone: a consequence, and no error of this rank's own."""
     kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    says = ("gloo", "Application timeout caused pair closure")  # the second is gloo's too, without its name
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(one in str(error) for one in says))
 
 
 def make_trainer(
@@ -79,19 +101,22 @@ def make_trainer(
     """Silent and deterministic, without Lightning's own loggers, checkpoints and samplers: ours stand in their place."""
     # Without it Lightning's launcher gives every rank a number of threads of its own choice, and with it other last bits.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=world.accelerator,
         devices=1 if world.strategy == "auto" else "auto",
         strategy=world.strategy,
         plugins=[*world.plugins, *plugins],
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=max_epochs,
-        callbacks=[*world.callbacks, *callbacks],
+        callbacks=[world.heartbeat, *callbacks],
         deterministic=True,
         logger=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),  # else Lightning adds its own
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    # Else all ranks wait for rank 0 at each batch, to hear of a SIGTERM that no process of ours hands to Lightning.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster import lease
-from cluster.lease import Lease, holder_of, leases
+from cluster.lease import Lease, Leases, holder_of, leases
 from imgcls import records, storage
 from imgcls.errors import LeaseError, StorageError
 from infra.processes import until
@@ -20,17 +20,17 @@ def _hasty(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LAPSE_S", 1.5)
 
 
-def left_behind(run: Path, *, pid: int, host: str = "elsewhere") -> None:
+def left_behind(run: Path, *, pid: int, host: str = "elsewhere", number: int = 1) -> None:
     one = Lease(command="before", host=host, pid=pid, renewals=3)
-    records.write(one, str(run / "lease.json"))
+    records.write(one, str(run / "leases" / f"{number:05d}.json"))
 
 
 def test_a_lease_is_held_renewed_and_given_back(tmp_path: Path):
     with leases({"run": str(tmp_path)}, command="me", say=print) as held:
         assert holder_of(str(tmp_path)) == "me"
-        before = (tmp_path / "lease.json").read_bytes()
+        before = (tmp_path / "leases" / "00001.json").read_bytes()
         threading.Event().wait(0.6)
-        assert (tmp_path / "lease.json").read_bytes() != before
+        assert (tmp_path / "leases" / "00001.json").read_bytes() != before
         assert not held.lost
     assert holder_of(str(tmp_path)) is None
 
@@ -63,10 +63,63 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path):
 
 def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path: Path):
     with leases({"run": str(tmp_path)}, command="me", say=print) as held:
-        left_behind(tmp_path, pid=1)
+        left_behind(tmp_path, pid=1, number=2)
         threading.Event().wait(0.6)
         assert held.lost == {"run"}
     assert holder_of(str(tmp_path)) == "before"
+
+
+def test_of_two_that_take_over_one_lapsed_lease_at_once_one_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    left_behind(tmp_path, pid=2**22 + 1, host=lease._here())
+    create, both = storage.create_bytes, threading.Barrier(2)
+
+    def create_together(url: str, data: bytes) -> bool:
+        both.wait(10)  # each has seen the lapsed lease, and no other
+        return create(url, data)
+
+    monkeypatch.setattr(storage, "create_bytes", create_together)
+    came_to: list[str | None] = []
+
+    def take(command: str) -> None:
+        try:
+            with leases({"run": str(tmp_path)}, command=command, say=print):
+                came_to.append(holder_of(str(tmp_path)))
+                threading.Event().wait(1)
+        except LeaseError:
+            came_to.append(None)
+
+    threads = [threading.Thread(target=take, args=(command,)) for command in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(came_to, key=str) in (["a", None], ["b", None], [None, "a"], [None, "b"])
+
+
+def test_a_holder_that_was_away_does_not_take_back_what_was_taken_over(tmp_path: Path):
+    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
+        records.write(held_by("other"), str(tmp_path / "leases" / "00002.json"))
+        # Between its look and its write another command took over: what it writes is its own number.
+        records.write(held_by("me"), str(tmp_path / "leases" / "00001.json"))
+        assert holder_of(str(tmp_path)) == "other"
+        held.renew()
+        assert held.lost == {"run"}
+
+
+def test_a_number_is_not_used_again_and_who_lost_a_lease_gives_nothing_back(tmp_path: Path):
+    away = Leases({"run": str(tmp_path)}, "away", print)
+    away.take()
+    records.write(held_by("taker"), str(tmp_path / "leases" / "00002.json"))
+    away.renew()
+    records.write(held_by("taker").model_copy(update={"released": True}), str(tmp_path / "leases" / "00002.json"))
+    with leases({"run": str(tmp_path)}, command="third", say=print) as held:
+        assert held.numbers == {"run": 3}
+        away.release()
+        assert holder_of(str(tmp_path)) == "third"
+
+
+def held_by(command: str) -> Lease:
+    return Lease(command=command, host="elsewhere", pid=1, renewals=0)
 
 
 def test_of_several_that_create_an_object_one_succeeds(tmp_path: Path):
@@ -105,7 +158,8 @@ def test_storage_that_answers_no_more_is_told_once_and_gives_up_in_time(s3: Serv
         with pytest.raises(StorageError, match="same command again"):
             held.check_answered()
         proxy.fail = 0.0
-    assert "lease.json cannot be read" in said[0]
+    assert "leases" in said[0]
+    assert "cannot be" in said[0]
     assert said[1] == "storage answers again"
 
 
@@ -124,9 +178,9 @@ def test_what_storage_does_not_answer_at_once_is_asked_again(tmp_path: Path):
 def test_a_lease_that_cannot_be_read_leaves_the_others_alone(tmp_path: Path):
     said: list[str] = []
     with leases({"bad": str(tmp_path / "bad"), "good": str(tmp_path / "good")}, command="me", say=said.append) as held:
-        (tmp_path / "bad" / "lease.json").write_text("{")
-        before = (tmp_path / "good" / "lease.json").read_bytes()
-        until(lambda: (tmp_path / "good" / "lease.json").read_bytes() != before, 5, "a renewal")
+        (tmp_path / "bad" / "leases" / "00001.json").write_text("{")
+        before = (tmp_path / "good" / "leases" / "00001.json").read_bytes()
+        until(lambda: (tmp_path / "good" / "leases" / "00001.json").read_bytes() != before, 5, "a renewal")
         held.check_answered()
     assert said == []
     assert holder_of(str(tmp_path / "good")) is None

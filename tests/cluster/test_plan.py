@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import Request, extended, make_plan
+from cluster.plan import Request, check_alike, make_plan
 from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data import shards
@@ -48,6 +48,13 @@ def test_a_missing_source_is_added_and_said(request_of):
     assert plan.notes == ("finetuned starts from resnet18, which is added",)
 
 
+def test_who_trains_on_a_fifth_of_a_set_is_told_so(request_of):
+    plan = make_plan(request_of(derive(quick.SCRATCH, {"global_batch_size": 16})))
+    assert plan.notes == (
+        "scratch trains on 20% of cifar10's training part (50 of 270); --set train_fraction=1.0 takes all",
+    )
+
+
 def test_a_source_that_lies_under_the_id_is_taken_as_it_is(request_of, tmp_path: Path):
     before = make_plan(request_of(derive(quick.RESNET18, TINY | {"length.epochs": 9}))).configs["resnet18-seed0"]
     records.write(before, str(tmp_path / "runs/quick/resnet18-seed0/config.json"))
@@ -62,12 +69,29 @@ def test_the_placement_is_not_in_a_runs_digest(request_of):
 
 
 def test_a_run_of_the_same_name_with_another_digest_is_refused(request_of):
-    before = extended(None, request_of(*FIVE), make_plan(request_of(*FIVE)))
+    there = make_plan(request_of(*FIVE)).configs
     changed = request_of(derive(FIVE[0], {"optimizer.lr": 0.5}))
-    with pytest.raises(CheckpointError, match="is a run of another request"):
-        extended(before, changed, make_plan(changed))
+    with pytest.raises(CheckpointError, match=r"is a run of another request; there / here:\n  recipe\.optimizer\.lr"):
+        check_alike(there, changed, make_plan(changed))
     more = request_of(*FIVE, seeds=(0, 1))
-    assert set(extended(before, more, make_plan(more)).runs) == set(make_plan(more).configs)
+    check_alike(there, more, make_plan(more))
+
+
+@pytest.mark.parametrize("change", [{"optimizer.lr": 0.5}, {"length.epochs": 30}, {"dataset": "imagenette"}])
+def test_another_seed_of_a_recipe_with_other_settings_is_refused_under_the_same_id(request_of, change: dict):
+    there = make_plan(request_of(FIVE[3])).configs
+    other = request_of(derive(FIVE[3], change), seeds=(1,), catalogue="paper")
+    with pytest.raises(CheckpointError, match="has other settings than scratch-seed1: under one id"):
+        check_alike(there, other, make_plan(other))
+
+
+def test_a_source_that_cannot_fit_is_refused_before_it_trains(request_of):
+    with pytest.raises(RecipeError, match="cannot start from basic-cnn, a basic-cnn of 1 channels"):
+        make_plan(request_of(FIVE[0], derive(FINETUNED, {"init.recipe": "basic-cnn"})))
+    gray = derive(FINETUNED, {"input.channels": 1, "name": "gray", "init.recipe": "rgb"})
+    rgb = derive(FIVE[1], {"input.channels": 3, "name": "rgb"})
+    with pytest.raises(RecipeError, match="a resnet18 of 1 channels cannot start from rgb, a resnet18 of 3 channels"):
+        make_plan(request_of(rgb, gray))
 
 
 def test_transfer_within_one_data_set_is_refused(request_of):

@@ -69,9 +69,13 @@ def run_alone(
     every: int | None = None,
     dies: tuple[int, str] | None = None,
     accept: bool = False,
+    ddps_own_sum: bool = False,
 ) -> list[int]:
-    """Runs `recipe`, each rank in a process of its own; returns their exit codes. dies: (step, moment) of their SIGKILL."""
-    return together(_rank, world_size, recipe.to_json(), str(packed), str(to), every, dies, accept)
+    """Runs `recipe`, each rank in a process of its own; returns their exit codes.
+
+    dies: (step, moment) of their SIGKILL. ddps_own_sum: gradients are added by DDP's own all-reduce, which is no product's.
+    """
+    return together(_rank, world_size, recipe.to_json(), str(packed), str(to), every, dies, accept, ddps_own_sum)
 
 
 def result_in(folder: Path) -> RunResult:
@@ -88,6 +92,7 @@ def _rank(
     every: int | None,
     dies: tuple[int, str] | None,
     accept: bool,
+    ddps_own_sum: bool,
 ) -> None:
     import torch
 
@@ -97,6 +102,10 @@ def _rank(
     torch.set_num_threads(1)
     if dies is not None:
         _die_at(*dies)
+    if ddps_own_sum:
+        from imgcls.training import module
+
+        module.make_repeatable = module.share_buffers = lambda _: None
     config = config_of(recipe_from_json(recipe, where="test"), Path(packed))
     fit(
         config,

@@ -40,7 +40,7 @@ class Running:
         assert code == 0, f"exit code {code}\n{text}"
         return text
 
-    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
         """Returns as soon as this step is committed."""
         store = CheckpointStore(str(self.run / "checkpoints"))
         until(lambda: (last := store.last()) is not None and last.step >= step, timeout_s, f"step {step}")
@@ -74,6 +74,11 @@ def train(folder: Path, packed: Path, *flags: str | Path, env: dict[str, str] | 
     """The twelve steps, with a checkpoint after each."""
     every = () if "--checkpoint-every-n-steps" in flags else ("--checkpoint-every-n-steps", "1")
     return start(folder, "train", "scratch", "--data", packed, *TWELVE_STEPS, *every, *flags, env=env)
+
+
+def flags_of(num_workers: int) -> tuple[str, ...]:
+    """More workers than this machine has cores have half a CPU each."""
+    return "--num-workers", str(num_workers), *(("--cpus-per-worker", "0.5") if num_workers > 2 else ())
 
 
 def assert_same(run: Path, whole: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from imgcls.results.measurement import Proof, Proved
 from imgcls.training import environment
 from tests.conftest import ROOT
-from tests.proof.commands import train
+from tests.proof.commands import flags_of, train
 
 tried: list[Proved] = []
 MEASUREMENTS = ROOT / "docs" / "measurements"
@@ -37,15 +37,22 @@ def num_schedules(full: bool) -> int:
     return 10_000 if full else 300
 
 
-@pytest.fixture(scope="session")
-def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs under Ray that nobody killed, by their number of workers."""
-    found = {}
-    for num_workers in (1, 2):
-        running = train(tmp_path_factory.mktemp("whole"), packed, "--num-workers", str(num_workers))
+class Whole(dict[int, Path]):
+    """Runs under Ray that nobody killed, by their number of workers; each is made when it is first asked for."""
+
+    def __init__(self, packed: Path, folder: Path) -> None:
+        super().__init__()
+        self.packed, self.folder = packed, folder
+
+    def __missing__(self, num_workers: int) -> Path:
+        running = train(self.folder / str(num_workers), self.packed, *flags_of(num_workers))
         running.wait()
-        found[num_workers] = running.run
-    return found
+        return self.setdefault(num_workers, running.run)
+
+
+@pytest.fixture(scope="session")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(packed, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

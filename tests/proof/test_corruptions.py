@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.suite import histories, read_results, read_suite
+from cluster.suite import histories, read_results
 from imgcls import records
 from imgcls.data import shards
 from imgcls.data.cache import open_cache
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Length
 from imgcls.records import Manifest, SuiteRecord
-from imgcls.training.checkpoints import CheckpointStore
+from imgcls.training.checkpoints import read_checkpoint
 from imgcls.training.fit import fit
 from imgcls.training.weights import load_model
 from imgcls.training.world import World
@@ -41,25 +41,19 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
     suite, run = root / "suite", root / "suite" / config.name
     fit(config, data_url=str(root), run_url=str(run), world=World())
     records.write(config, str(run / "config.json"))
-    one = SuiteRecord(id="suite", catalogue="quick", data="x", synthetic=True, runs={config.name: config.digest()})
-    records.write(one, str(suite / "suite.json"))
+    records.write(SuiteRecord(id="suite", data="x"), str(suite / "suite.json"))
     manifest = shards.read_manifest(str(set_folder))
     (checkpoint,) = (run / "checkpoints").iterdir()
 
     def results() -> None:
-        record = read_suite(str(suite))
-        assert record is not None
-        histories(str(suite), read_results(str(suite), record, seconds=0.0, command=""))
+        histories(str(suite), read_results(str(suite), seconds=0.0, command=""))
 
     def all_shards() -> None:
         for shard in manifest.shards:
             shards.fetch_shard(str(set_folder), shard)
 
     def checkpoints() -> None:
-        store = CheckpointStore(str(run / "checkpoints"))
-        last = store.last()
-        assert last is not None
-        store.load_checkpoint(store.place(last.step))
+        read_checkpoint(str(checkpoint))
 
     return [
         *(Object(set_folder / shard.name, all_shards) for shard in manifest.shards),

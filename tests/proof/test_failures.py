@@ -85,7 +85,7 @@ def test_a_training_step_that_hangs_is_ended_within_the_limit_and_the_run_goes_o
     running.wait()
     assert_same(running.run, whole[num_workers])
     ending = json.loads((running.run / f"attempts/00001/rank-{num_workers - 1}.json").read_text())
-    assert (ending["error"], ending["step"]) == ("hung: no batch has begun for 18 s", 5)
+    assert (ending["error"], ending["step"]) == ("hung: busy with one batch for 18 s", 5)
     assert "time.sleep" in ending["trace"]
     proved("a training step that does not end, --hang-timeout-s 20", f"on one of {num_workers}: ended, the same bits")
 

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES, quick
@@ -22,9 +24,11 @@ from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
 from imgcls.training.module import Classifier
 from imgcls.training.predict import Predictor
+from imgcls.training.progress import Progress
 from imgcls.training.recorder import Recorder
+from imgcls.training.totals import Totals
 from imgcls.training.weights import load_model
-from imgcls.training.world import World
+from imgcls.training.world import Heartbeat, World
 
 SMALL = replace(
     quick.REGULARIZED,
@@ -59,7 +63,7 @@ def small(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
     folder, result = small
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name.rstrip("0123456789.") for path in folder.iterdir()}
     assert names == {
         "history.csv", "timing.csv", "log.txt", "checkpoints", "model.pt", "result.json", "events.out.tfevents",
     }  # fmt: skip
@@ -72,18 +76,39 @@ def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
     assert {"start", "cache", "train", "validate", "checkpoint", "test", "fit"} <= result.seconds.keys()
 
 
-def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
+def events_in(data: bytes) -> list[tuple[str, int, float]]:
     from tensorboardX.proto import event_pb2
 
-    data = (small[0] / "events.out.tfevents").read_bytes()
     values, at = [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
         event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])  # pyright: ignore[reportAttributeAccessIssue]
         values += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
         at += 16 + size
-    losses = [(step, value) for tag, step, value in values if tag == "val/loss"]
+    return values
+
+
+def test_tensorboard_reads_the_events(small: tuple[Path, RunResult]):
+    (file,) = small[0].glob("events.out.tfevents.*")
+    losses = [(step, value) for tag, step, value in events_in(file.read_bytes()) if tag == "val/loss"]
     assert losses == [(int(r["step"]), pytest.approx(float(r["val/loss"]), rel=1e-6)) for r in rows(small[0])]
+
+
+def test_a_running_tensorboard_sees_each_epoch_as_it_comes(packed: Path, tmp_path: Path):
+    """It keeps the file open and reads on: a file in its place would show it nothing new."""
+    opened: list = []
+    steps: list[list[int]] = []
+
+    def look(progress: Progress) -> None:
+        if progress.row:
+            if not opened:
+                opened.append(next(tmp_path.glob("events.out.tfevents.*")).open("rb"))
+            steps.append([step for tag, step, _ in events_in(opened[0].read()) if tag == "lr"])
+
+    config = config_of(SMALL, packed)
+    fit(config, data_url=str(packed), run_url=str(tmp_path), world=World(report=look))
+    opened[0].close()
+    assert steps == [[8], [16], [24]]
 
 
 def test_the_same_request_gives_the_same_bits_and_another_seed_others(small, packed: Path, tmp_path: Path):
@@ -146,39 +171,93 @@ def test_a_half_written_checkpoint_is_never_read(small, packed: Path, tmp_path: 
     assert run(SMALL, packed, tmp_path).weights_sha256 == small[1].weights_sha256
 
 
-def test_best_and_last_are_kept_and_the_best_has_the_lowest_loss(small: tuple[Path, RunResult]):
+def test_the_best_and_the_last_two_are_kept_and_the_best_has_the_lowest_loss(small: tuple[Path, RunResult]):
     store = CheckpointStore(str(small[0] / "checkpoints"))
     losses = {int(row["step"]): float(row["val/loss"]) for row in rows(small[0])}
-    best, last = store.best(), store.last()
-    assert best is not None
+    last = store.last()
     assert last is not None
-    assert best.step == min(losses, key=lambda step: losses[step])
+    assert last.best_step == min(losses, key=lambda step: losses[step])
     assert last.step == max(losses)
-    assert {one.step for one in store.committed()} == {best.step, last.step}
+    assert {one.step for one in store.committed()} == {last.best_step, *sorted(losses)[-2:]}
 
 
-def facts(step: int, val_loss: float | None = None) -> Facts:
-    return Facts(step=step, epoch=0, val_loss=val_loss, finished=False, run_digest="x", numerics={})
+def facts(step: int, best_step: int | None = None) -> Facts:
+    return Facts(step=step, epoch=0, best_step=best_step, finished=False, run_digest="x", numerics={})
 
 
-def test_best_last_the_one_in_use_and_recent_ones_are_kept_as_far_as_the_budget_goes(tmp_path: Path):
+def test_best_last_two_the_one_in_use_and_recent_ones_are_kept_as_far_as_the_budget_goes(tmp_path: Path):
     def kept(keeping: Keeping, in_use: int | None = None) -> list[int]:
         store = CheckpointStore(str(tmp_path / str(len(list(tmp_path.iterdir())))))
-        for step in range(1, 8):
-            loss = {2: 0.5, 4: 0.7}.get(step)
-            store.save_checkpoint({"about": "x"}, store.place(step), facts(step, loss))
+        for step in range(1, 9):
+            store.save_checkpoint({"about": "x"}, store.place(step), facts(step, 2 if step >= 2 else None))
         size = store.prune(keeping, in_use=in_use)
         assert size == sum(one.num_bytes for one in store.committed())
         return [one.step for one in store.committed()]
 
-    assert kept(Keeping()) == [2, 7]
-    assert kept(Keeping(num_recent=2)) == [2, 5, 6, 7]
-    assert kept(Keeping(), in_use=3) == [2, 3, 7]
+    store = CheckpointStore(str(tmp_path / "a new best"))
+    for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
+        store.save_checkpoint({"about": "x"}, store.place(step), facts(step, best))
+    store.prune(Keeping())
+    assert [one.step for one in store.committed()] == [2, 6, 8]  # 6 could not be gone on from without 2
+    Path(store.place(8), "checkpoint.ckpt").write_bytes(b"")
+    whole = store.newest_whole()
+    assert whole is not None
+    assert whole.step == 6
+    assert kept(Keeping()) == [2, 7, 8]
+    assert kept(Keeping(num_recent=2)) == [2, 5, 6, 7, 8]
+    assert kept(Keeping(), in_use=3) == [2, 3, 7, 8]
     store = CheckpointStore(str(tmp_path / "size"))
     store.save_checkpoint({"about": "x"}, store.place(1), facts(1))
     size = store.prune(Keeping())
-    assert kept(Keeping(num_recent=4, budget_bytes=3 * size)) == [2, 6, 7]
-    assert kept(Keeping(num_recent=4, budget_bytes=1)) == [2, 7]
+    assert kept(Keeping(num_recent=4, budget_bytes=4 * size)) == [2, 6, 7, 8]
+    assert kept(Keeping(num_recent=4, budget_bytes=1)) == [2, 7, 8]
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(small, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended in its third epoch, at step 20: checkpoints at steps 8 (the best) or 16, 18 and 20."""
+    folder = tmp_path_factory.mktemp("interrupted") / "small-seed0"
+    step, config = Classifier.training_step, config_of(SMALL, packed)
+
+    def dies(self, batch, batch_idx):
+        if self.global_step == 20:
+            raise KilledError
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "training_step", dies)
+        with pytest.raises(KilledError):
+            fit(config, data_url=str(packed), run_url=str(folder), world=World(), keeping=Keeping(every_n_steps=2))
+    assert [one.step for one in CheckpointStore(str(folder / "checkpoints")).committed()] == [16, 18, 20]
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["checkpoint.ckpt", "committed.json"])
+@pytest.mark.parametrize(("damaged", "goes_on_from"), [((20,), 18), ((18,), 20), ((18, 20), 16), ((16,), None)])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
+    small, interrupted: Path, packed: Path, tmp_path: Path, damage: str, file: str, damaged: tuple, goes_on_from: int | None
+):
+    """16 is the best epoch's: without it no later one can end with the same model.pt, and the run begins anew."""
+    folder = Path(shutil.copytree(interrupted, tmp_path / "small-seed0"))
+    for step in damaged:
+        DAMAGES[damage](folder / "checkpoints" / f"step-{step:08d}" / file)
+    before = len((folder / "log.txt").read_text().splitlines())
+    result = run(SMALL, packed, folder)
+    log = "\n".join((folder / "log.txt").read_text().splitlines()[before:])
+    assert (f"step {goes_on_from}" in log) if goes_on_from else ("goes on after" not in log)
+    if goes_on_from != 20 or file == "committed.json":
+        assert f"step-{damaged[-1]:08d}" in log
+    assert result.weights_sha256 == small[1].weights_sha256
+    assert (result.best_weights_sha256, result.test) == (small[1].best_weights_sha256, small[1].test)
+    assert (folder / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
 
 
 def test_what_a_kill_left_half_written_is_cleaned_away(tmp_path: Path):
@@ -196,7 +275,7 @@ def test_checkpoints_in_mid_epoch_change_no_bit_and_a_budget_that_is_too_small_i
     assert result.weights_sha256 == small[1].weights_sha256
     assert (tmp_path / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("the budget is 10: both are kept") == 1
+    assert log.count("over the budget of 10") == 1
 
 
 def test_a_node_that_is_about_to_be_taken_away_brings_a_checkpoint_at_once(small, packed: Path, tmp_path: Path):
@@ -215,6 +294,35 @@ def test_a_node_that_is_about_to_be_taken_away_brings_a_checkpoint_at_once(small
     assert seen[1].step == 6
     assert seen[2].step == 6  # once
     assert result.weights_sha256 == small[1].weights_sha256
+
+
+def test_a_rank_is_busy_in_its_own_step_and_waits_in_collectives_commits_and_reports(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever watches it ends a rank that is busy for too long, and none that waits for another, whatever it waits in."""
+    heartbeat, busy = Heartbeat(), dict[str, set[bool]]()
+
+    def note(what: str) -> None:
+        if heartbeat.state is not None:  # else between training and test: nobody watches there
+            busy.setdefault(what, set()).add(not heartbeat.state[0])
+
+    def noting(what: str, function):
+        def noted(*arguments, **named):
+            note(what)
+            return function(*arguments, **named)
+
+        return noted
+
+    monkeypatch.setattr(Classifier, "_forward", noting("step", Classifier._forward))
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", noting("collective", SingleDeviceStrategy.reduce))
+    monkeypatch.setattr(Totals, "compute", noting("sum", Totals.compute))
+    monkeypatch.setattr(CheckpointStore, "save_checkpoint", noting("commit", CheckpointStore.save_checkpoint))
+    world = World(heartbeat=heartbeat, report=lambda progress: note(f"report {bool(progress.row)}"))
+    keeping = Keeping(every_n_steps=3)
+    recipe = replace(SMALL, length=Length(epochs=1))
+    fit(config_of(recipe, packed), data_url=str(packed), run_url=str(tmp_path), world=world, keeping=keeping)
+    assert busy == {"step": {True}} | {what: {False} for what in busy if what != "step"}
+    assert {"collective", "sum", "commit", "report True"} <= busy.keys()
 
 
 def test_an_altered_checkpoint_is_refused(small, tmp_path: Path):

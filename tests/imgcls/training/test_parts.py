@@ -1,13 +1,18 @@
 """The small parts of training: schedule, totals, ledger."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.data.order import global_batches, rank_part
 from imgcls.recipe import Constant, OneCycle
+from imgcls.training import gradients
 from imgcls.training.ledger import Entry, Ledger, planned
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
@@ -80,3 +85,17 @@ def test_the_ledger_notices_a_sample_lost_doubled_or_at_another_step():
     assert of([3, 1, 2], [6, 5, 4]) == planned(batches)
     for wrong in (([1, 2], [4, 5, 6]), ([1, 2, 2], [4, 5, 6]), ([1, 2, 4], [3, 5, 6]), ([1, 2, 3], [4, 5, 7])):
         assert of(*wrong) != planned(batches)
+
+
+def test_a_sum_of_gradients_that_did_not_arrive_is_an_error_and_no_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        bucket = SimpleNamespace(buffer=lambda: torch.arange(5.0))
+        assert torch.equal(gradients._add_in_rank_order(None, bucket).wait(), torch.arange(5.0))  # pyright: ignore
+        lost = torch.futures.Future()
+        lost.set_exception(RuntimeError("gloo: a rank has gone"))
+        monkeypatch.setattr(dist, "all_gather", lambda *_, **__: SimpleNamespace(get_future=lambda: lost))
+        with pytest.raises(RuntimeError, match="a rank has gone"):
+            gradients._add_in_rank_order(None, bucket).wait()  # pyright: ignore
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""Gradients of all ranks, added in the order of the ranks: whatever a process has learned, the sum has the same bits.
+
+By itself DDP reduces its first step in one bucket and later steps in buckets that it has arranged anew, and an
+all-reduce adds in an order that depends on where an element lies in its bucket, on the algorithm that NCCL chose, and
+on which ranks share a node. From three ranks on the bits then differ between a process that goes on and a fresh one.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+
+def make_repeatable(model: DistributedDataParallel) -> None:
+    """`model` adds gradients in the order of the ranks, and leaves buffers to `share_buffers`. Before its first step."""
+    model.register_comm_hook(None, _add_in_rank_order)
+    model.broadcast_buffers = False
+
+
+def _add_in_rank_order(state: None, bucket: GradBucket) -> Future[Tensor]:
+    """A DDP communication hook: the bucket's sum over ranks. What a rank sends and receives is as much as in a ring."""
+    size, world_size = bucket.buffer().numel(), dist.get_world_size()
+    padded = nn.functional.pad(bucket.buffer(), (0, -size % world_size))
+    parts = torch.empty_like(padded)
+    dist.all_to_all_single(parts, padded)  # everyone's share of the elements that are this rank's to add
+    first, *others = parts.chunk(world_size)
+    for part in others:
+        first += part
+    gathered = dist.all_gather(list(padded.chunk(world_size)), first, async_op=True)
+    assert gathered is not None
+    return gathered.get_future().then(lambda done: (done.value(), padded[:size])[1])  # value() raises what failed
+
+
+@torch.no_grad()
+def share_buffers(network: nn.Module) -> None:
+    """Every rank has rank 0's running statistics."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+    dist.broadcast(flat, src=0)
+    for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
