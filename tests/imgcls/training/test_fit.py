@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES, quick
-from imgcls.data import shards
+from imgcls.data import cache, shards
 from imgcls.data.shards import read_manifest
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
@@ -376,6 +376,14 @@ def test_evaluation_on_other_data_than_it_was_trained_on_is_refused_but_for_the_
     assert evaluate(found, data_url=str(tmp_path), split="test", world=World()).num_samples == 80
     with pytest.raises(DataError, match="here its val split would be another"):
         evaluate(found, data_url=str(tmp_path), split="val", world=World())
+
+
+def test_of_the_workers_of_an_evaluation_one_checks_a_nodes_cache(small, packed: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, checked = cache._is_whole, []
+    monkeypatch.setattr(cache, "_is_whole", lambda folder, say: checked.append(folder) or whole(folder, say))
+    for _ in range(2):
+        evaluate(find_model(str(small[0])), data_url=str(packed), split="test", world=World(asked_by="an evaluation"))
+    assert len(checked) == 1
 
 
 def test_data_that_were_packed_again_are_refused(packed: Path, tmp_path: Path):
