@@ -100,23 +100,20 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
 
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from cluster.trainer import Report, Trainer, backend_config
 
     with storage.temporary_folder("train") as folder:
-        TorchTrainer(
+        Trainer(
             train_worker,
             train_loop_config=loop_config,
-            # NCCL refuses two ranks on one GPU; gloo does not.
-            torch_config=TorchConfig(
-                backend="gloo" if 0 < given.placement.gpus_per_worker < 1 else None, timeout_s=int(given.hang_timeout_s)
-            ),
+            backend_config=backend_config(given.placement, timeout_s=int(given.hang_timeout_s)),
             scaling_config=scaling_config(given.placement),
             run_config=ray.train.RunConfig(
                 name=given.config.name,
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
-                callbacks=[TuneReportCallback()],
+                callbacks=[Report()],
                 # Preemptions are counted apart, and not bounded; so often, for a minute each, workers may fail to start.
                 failure_config=ray.train.FailureConfig(max_failures=given.max_failures, controller_failure_limit=10),
                 logging_config=ray.train.LoggingConfig(log_level="INFO" if given.verbose else "CRITICAL"),

@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 
 from cluster.decide import Action, Asked, Ended, Event, Lost, Seen, Start, State, Status, Stop, Wait, decide
 from cluster.lease import Leases
+from cluster.trainer import remove_workers
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
 
@@ -68,6 +69,7 @@ class PlanSearcher(_NotKept, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         run = self.runs[trial_id]
+        remove_workers(run)
         self.ended_s[run] = time.monotonic()
         action = self._tell(Ended(run, self.look(run)))
         if isinstance(action, Stop):

@@ -264,12 +264,14 @@ def _local_options() -> dict[str, Any]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # The name is old: on any system Ray then keeps to the loopback interface, and looks for no other address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Nobody takes this node away, and Train starts its workers anew: those that wait would never be used.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
     }
     return {
         "address": "local",
         "num_cpus": usable_cpus(),
         "object_store_memory": OBJECT_STORE_BYTES,
-        # Without the dashboard Train cannot see that a stopped run's placement group is to be removed.
-        "include_dashboard": True,
-        "dashboard_host": LOOPBACK,
+        "include_dashboard": False,
     }

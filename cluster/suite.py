@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from cluster import attempts, session
@@ -68,6 +70,8 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
                 return placements.how_many_fit(placements.cluster_nodes(config), placement)
 
             searcher = _carry_out(request, plan, state, held, placement, room, view)
+            # Drawing needs seconds of imports, and Ray as many to end.
+            Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
     results = publish(request.suite_url, Work(time.monotonic() - began, command, predicted, took))
     if took:

@@ -45,7 +45,7 @@ EPOCHS, EPOCHS_WHEN_KILLED = 3, 24
 FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
 _STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
 _ATTEMPT = re.compile(r"^PUT .*/attempts/\d+/began\.json")
-_KILLED = ("ray::RayTrainWorker", "", "ray::TrainController")
+_KILLED = ("ray::RayTrainWorker", "", "ray::ImplicitFunc")
 """Titles of what is killed, in turn; the command itself has none."""
 _LIMIT_S = 900
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, stdev
 
-from scipy.special import stdtrit
+from mpmath import betainc, findroot
 
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -51,6 +51,12 @@ def _wilson(tested: Tested) -> tuple[float, float, float]:
     return p, (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
 
 
+def _student(freedom: int) -> float:
+    """Beyond plus and minus so much lies 1 - LEVEL of Student's distribution. Source: Abramowitz and Stegun 26.7.1."""
+    outside = lambda x: betainc(freedom / 2, 0.5, 0, x, regularized=True) - (1 - LEVEL)  # noqa: E731
+    return math.sqrt(freedom * (1 / float(findroot(outside, (0, 1), solver="illinois", tol=1e-12)) - 1))
+
+
 def _with_seeds(center: float, low: float, high: float, values: Sequence[float], *, least: float) -> Interval:
     """The test set's interval, widened by Student's over the seeds' values where there are several, within [least, 1].
 
@@ -58,6 +64,6 @@ def _with_seeds(center: float, low: float, high: float, values: Sequence[float],
     sampling, so that it is rather too wide.
     """
     count = len(values)
-    spread = stdev(values) / math.sqrt(count) * float(stdtrit(count - 1, (1 + LEVEL) / 2)) if count > 1 else 0.0
+    spread = stdev(values) / math.sqrt(count) * _student(count - 1) if count > 1 else 0.0
     low, high = center - math.hypot(center - low, spread), center + math.hypot(high - center, spread)
     return Interval(center, max(least, low), min(1.0, high), count)

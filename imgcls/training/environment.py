@@ -1,5 +1,6 @@
 """What a result says of where it came about: versions, hardware, commit."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -34,12 +35,20 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, str]:
     """CPU, its vector units, GPU: what decides speed and the last bits."""
-    import torch
+    found = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": _vectors()}
+    if has_cuda_driver():
+        import torch
 
-    found = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": torch.backends.cpu.get_cpu_capability()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def has_cuda_driver() -> bool:
+    """Without one there is no GPU, and torch need not be imported for seconds to say so."""
+    with suppress(OSError):
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    return False
 
 
 @contextmanager
@@ -82,6 +91,17 @@ def numerics_of_all(recipe: Recipe, *, world_size: int, accelerator: str) -> dic
         torch.distributed.all_gather_object(ranks, mine)
     found = {name: [one.get(name, "") for one in ranks] for one in ranks for name in one}
     return {name: values[0] if len(set(values)) == 1 else " | ".join(values) for name, values in found.items()}
+
+
+def _vectors() -> str:
+    """As `torch.backends.cpu.get_cpu_capability` names them; without torch where Linux lists an x86's."""
+    flags = set(_cpu_facts().get("flags", "").split())
+    if not flags or "ATEN_CPU_CAPABILITY" in os.environ:
+        import torch
+
+        return torch.backends.cpu.get_cpu_capability()
+    known = {"AVX512": {"avx512vl", "avx512bw", "avx512dq", "fma"}, "AVX2": {"avx2", "fma"}}
+    return next((name for name, needed in known.items() if needed <= flags), "DEFAULT")
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,95 @@
+"""Ray Train with fewer processes: each imports Ray again, one after another, before a run's first step.
+
+Train's controller runs in the trial's own process. There is no manager of Ray's datasets, no coordinator of requests to an
+autoscaler (the workers' pending placement group is one), and no cleaner, which asks Ray's dashboard every second: a
+placement group has its run's name, and whoever needs its place removes it. These are Train's own seams in Ray 2.60,
+`ray/train/v2/api/data_parallel_trainer.py` and `ray/train/v2/_internal/execution`, none of them public.
+"""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import ray.train
+import ray.tune
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+
+from imgcls.records import Placement
+
+
+class Trainer(DataParallelTrainer):
+    """Inside a trial of Ray Tune; its workers die with the trial's process."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        controller = _Controller(**arguments | {"scaling_policy": _Fixed(self.scaling_config)})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class Report(ray.train.UserCallback):
+    """What rank 0 reports goes to Tune."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        ray.tune.report(metrics[0])
+
+
+def backend_config(placement: Placement, *, timeout_s: int) -> BackendConfig:
+    """How the workers find each other; a worker alone needs no process group, and its trial no torch."""
+    if placement.num_workers == 1:
+        return _AloneConfig()
+    from ray.train.torch import TorchConfig
+
+    # NCCL refuses two ranks on one GPU; gloo does not.
+    return TorchConfig(backend="gloo" if 0 < placement.gpus_per_worker < 1 else None, timeout_s=timeout_s)
+
+
+def remove_workers(run: str) -> None:
+    """Of a run of this job whose trial is gone: Ray keeps their placement group until the whole job ends."""
+    with suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(run))
+
+
+class _Alone(Backend):
+    share_cuda_visible_devices = True
+
+
+class _AloneConfig(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Alone
+
+
+class _Fixed(FixedScalingPolicy):
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class _Workers(WorkerGroup):
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        run = self._train_run_context.run_config.name
+        remove_workers(run)
+        bundles = [worker_group_context.resources_per_worker] * worker_group_context.num_workers
+        return DefaultPlacementGroupHandle(
+            placement_group(
+                bundles,
+                strategy=worker_group_context.placement_strategy,
+                name=run,
+                bundle_label_selector=worker_group_context.label_selector,
+            )
+        )
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
