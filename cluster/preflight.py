@@ -187,7 +187,7 @@ def _asked_of(node: str | None, asked: Asked, nodes: Mapping[str, Any]) -> Asked
     context, dashboard = ray.get_runtime_context(), get_dashboard_url() or ""
     entry = nodes[node or context.get_node_id()]
     reached = placements.HEAD in entry["Resources"] or not dashboard.startswith(("127.", "localhost"))
-    found = {"GCS": context.gcs_address, **({"dashboard": dashboard} if reached else {})}
+    found = {"GCS": context.gcs_address, **({"dashboard": dashboard} if dashboard and reached else {})}
     for other in nodes.values() if node else ():
         if other is not entry:
             for name in ("NodeManagerPort", "ObjectManagerPort"):

@@ -253,14 +253,7 @@ def _has_room(temporary: str) -> bool:
 
 def _local_options() -> dict[str, Any]:
     """A head of our own, on the loopback interface alone, beside whatever other Ray is on this machine."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
     os.environ |= {
-        "RAY_GCS_SERVER_PORT": str(port),
-        # Ray's helper processes look for the cluster in their environment: beside another head on this machine they
-        # would find two, and never free a stopped run's resources.
-        "RAY_ADDRESS": f"{LOOPBACK}:{port}",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # The name is old: on any system Ray then keeps to the loopback interface, and looks for no other address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

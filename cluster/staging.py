@@ -19,7 +19,7 @@ from imgcls.errors import RecipeError
 from imgcls.training.environment import commit
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("jobs", "cluster", "imgcls", "infra")
+PACKAGES = ("jobs", "cluster", "imgcls")
 SUFFIXES = (".py", ".html", ".css")
 PAPERS = ("pyproject.toml", "requirements.txt")
 LIMIT_BYTES = 2_000_000

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray.train
 import ray.tune
-from ray.train.backend import Backend, BackendConfig
+from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -32,7 +32,8 @@ class Trainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        controller = _Controller(**arguments | {"scaling_policy": _Fixed(self.scaling_config)})
+        arguments["scaling_policy"] = _Fixed(self.scaling_config)
+        controller = _Controller(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -47,7 +48,7 @@ class Report(ray.train.UserCallback):
 def backend_config(placement: Placement, *, timeout_s: int) -> BackendConfig:
     """How the workers find each other; a worker alone needs no process group, and its trial no torch."""
     if placement.num_workers == 1:
-        return _AloneConfig()
+        return BackendConfig()
     from ray.train.torch import TorchConfig
 
     # NCCL refuses two ranks on one GPU; gloo does not.
@@ -60,16 +61,6 @@ def remove_workers(run: str) -> None:
         remove_placement_group(get_placement_group(run))
 
 
-class _Alone(Backend):
-    share_cuda_visible_devices = True
-
-
-class _AloneConfig(BackendConfig):
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _Alone
-
-
 class _Fixed(FixedScalingPolicy):
     def after_controller_start(self, train_run_context: Any) -> None: ...
 
@@ -78,7 +69,7 @@ class _Fixed(FixedScalingPolicy):
 
 class _Workers(WorkerGroup):
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
-        run = self._train_run_context.run_config.name
+        run = str(self._train_run_context.run_config.name)
         remove_workers(run)
         bundles = [worker_group_context.resources_per_worker] * worker_group_context.num_workers
         return DefaultPlacementGroupHandle(

@@ -31,8 +31,8 @@ from imgcls import records, storage
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.data.shards import manifest_url
 from imgcls.errors import ClusterError, DataError, ImgclsError
-from imgcls.records import Record, RunResult
-from imgcls.results.measurement import file_name, measure, newest, where_of
+from imgcls.records import RunResult
+from imgcls.results.measurement import Figures, measure, newest, where_of
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED
 
@@ -41,10 +41,9 @@ END_S = 15.0
 PR_SET_PDEATHSIG = 1
 
 
-class StepRecord(Record):
+class StepRecord(Figures):
     """What a step of `jobs.bench gpu` found on one card."""
 
-    subject: str
     status: Literal["done", "skipped", "failed", "open"]
     """open: it was stopped when its time was over."""
     why: str
@@ -55,14 +54,6 @@ class StepRecord(Record):
     synthetic: bool
     """Small sizes on drawings: that it runs, and no figure."""
     seconds: float
-    date: str
-    commit: str
-    versions: dict[str, str]
-    hardware: dict[str, str]
-
-    @property
-    def file_name(self) -> str:
-        return file_name(self.subject, self.hardware, self.date)
 
 
 class NotDoneError(Exception):

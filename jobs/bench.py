@@ -17,7 +17,7 @@ from imgcls.catalogue import suite_of
 from imgcls.errors import DataError, RecipeError
 from imgcls.rates import keep
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.measurement import FaultRecord, Measurement, check_commit, measure, table_of
+from imgcls.results.measurement import Figures, Measurement, check_commit, measure, table_of
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
@@ -70,7 +70,7 @@ def bench(
     if what == "numerics":
         return _write(_compare_numerics(data, repeats))
     if what == "faults":
-        from jobs._faults import measure_faults
+        from tests.proof.bench_faults import measure_faults
 
         check_commit({environment.commit() or "unknown"}, "bench faults")
         found = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
@@ -99,7 +99,7 @@ def _calibrate(catalogue: str, data: str) -> int:
     return DONE
 
 
-def _write(found: Measurement | FaultRecord) -> int:
+def _write(found: Measurement | Figures) -> int:
     path = MEASUREMENTS / found.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(found.to_bytes())
@@ -136,10 +136,11 @@ def _compare_numerics(data: str, repeats: int) -> Measurement:
 
 def with_tables(readme: str) -> str:
     """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it."""
+    from tests.proof.records import TABLES
 
     def table(match: re.Match[str]) -> str:
-        subject = match[1]
-        content = table_of(subject, ROOT / MEASUREMENTS)
+        subject, folder = match[1], ROOT / MEASUREMENTS
+        content = TABLES[subject](folder) if subject in TABLES else table_of(subject, folder)
         return f"<!-- table {subject} -->\n{content}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)

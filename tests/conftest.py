@@ -79,7 +79,9 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     from cluster.session import session
 
     with session(verbose=False):
-        yield dict(os.environ)
+        import ray  # it reads its environment when it is imported
+
+        yield {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def run_in(folder: Path, name: str, *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 300):

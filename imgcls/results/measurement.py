@@ -6,8 +6,6 @@ from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.errors import DataError
@@ -32,62 +30,14 @@ class Measurement(Record):
         return file_name(self.subject, self.runs[0].hardware, self.date)
 
 
-class Proved(Record):
-    what: str
-    n: int
-    """So often tried."""
-    equal: int
-    """So often as it has to be."""
-    detail: str
+class Figures(Record):
+    """What was found at one commit, on one machine."""
 
-
-class Proof(Record):
-    """What `make proof` tried, and whether it came out equal."""
-
-    subject: str = "proof"
-    claim: str = "a run that was killed, moved or cut otherwise ends with the bits of one that was not"
-    command: str = "make proof"
+    subject: str
     date: str
     commit: str
     versions: dict[str, str]
     hardware: dict[str, str]
-    tried: tuple[Proved, ...]
-
-    @property
-    def file_name(self) -> str:
-        return file_name(self.subject, self.hardware, self.date)
-
-
-class FaultyRun(Record):
-    """A run with one kind of fault."""
-
-    fault: str
-    injected: int
-    recovered: int
-    """After so many of them it went on to its end."""
-    seconds_to_step: tuple[float, ...]
-    """From each fault after the first step to the next one that was committed; those behind the last step, and of an
-    attempt that came to its end before it had died, have none."""
-    goodput: float
-    """Seconds from the first step to the last without faults, over the same with them."""
-    identical: bool
-    """Weights, history and model.pt are those of the run without faults."""
-
-
-class FaultRecord(Record):
-    """What `jobs.bench faults` found."""
-
-    subject: str = "faults"
-    claim: str = "a run on S3 ends with the same bits, whatever the storage or a kill does to it"
-    command: str
-    date: str
-    seconds: float
-    commit: str
-    versions: dict[str, str]
-    hardware: dict[str, str]
-    seconds_without_faults: float
-    """From the first of twelve steps to the last."""
-    runs: tuple[FaultyRun, ...]
 
     @property
     def file_name(self) -> str:
@@ -148,11 +98,7 @@ def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:
 
 
 def table_of(subject: str, folder: Path) -> str:
-    """Markdown of the newest record of a subject."""
-    if subject == "proof":
-        return _proof_table(newest(Proof, folder, subject))
-    if subject == "faults":
-        return _faults_table(newest(FaultRecord, folder, subject))
+    """Markdown of the newest measurement of a subject."""
     tables: dict[str, Callable[[tuple[Path, Measurement] | None], str]] = {"numerics": _numerics_table}
     return tables.get(subject, _suite_table)(newest(Measurement, folder, subject))
 
@@ -164,19 +110,20 @@ def _suite_table(found: tuple[Path, Measurement] | None) -> str:
     for recipe, published in PUBLISHED.items():
         measured = [table_row(run) for run in runs if run.recipe.name == recipe]
         rows += measured or [(recipe, "unmeasured", *[""] * len(MEASURED), f"{published.accuracy:.4f}")]
-    text = _rows(HEADER, rows)
+    text = rows_of(HEADER, rows)
     if found is None:
         return text
     seeds = len({run.seed for run in found[1].runs})
     num_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
-    return f"{text}\n\n{_source(found, f'{found[1].seconds / 60:.1f} min without packing; n = {num_seeds}')}"
+    about = f"{found[1].seconds / 60:.1f} min without packing; n = {num_seeds}"
+    return f"{text}\n\n{source(found[0], found[1].command, about, found[1].runs[0])}"
 
 
 def _numerics_table(found: tuple[Path, Measurement] | None) -> str:
     """Images/s of elastic numerics beside those of ddp, by the number of workers."""
     header = ("workers", "ddp, images/s", "elastic, images/s", "elastic / ddp", "n each")
     if found is None:
-        return _rows(header, [("1", "unmeasured", "unmeasured", "", "")])
+        return rows_of(header, [("1", "unmeasured", "unmeasured", "", "")])
     rates: dict[tuple[int, str], list[float]] = {}
     for run in found[1].runs:
         assert run.placement is not None
@@ -187,56 +134,18 @@ def _numerics_table(found: tuple[Path, Measurement] | None) -> str:
         ratio = statistics.median(e / d for e, d in zip(elastic, ddp, strict=True))
         medians = (f"{statistics.median(one):.0f}" for one in (ddp, elastic))
         rows.append((str(workers), *medians, f"{ratio:.2f}", str(len(ddp))))
-    return f"{_rows(header, rows)}\n\n{_source(found, f'recipe {found[1].runs[0].recipe.name}; medians')}"
+    about = f"recipe {found[1].runs[0].recipe.name}; medians"
+    return f"{rows_of(header, rows)}\n\n{source(found[0], found[1].command, about, found[1].runs[0])}"
 
 
-def _proof_table(found: tuple[Path, Proof] | None) -> str:
-    header = ("tried", "as it has to be")
-    if found is None:
-        return _rows(header, [("", "unmeasured")])
-    path, record = found
-    kinds = list(dict.fromkeys(one.what for one in record.tried))
-    counts = {kind: [one for one in record.tried if one.what == kind] for kind in kinds}
-    rows = [(kind, f"{sum(one.equal for one in some):,} of {sum(one.n for one in some):,}") for kind, some in counts.items()]
-    return f"{_rows(header, rows)}\n\n{_told(path, record.command, 'each row in the record', record.hardware, record)}"
-
-
-def _faults_table(found: tuple[Path, FaultRecord] | None) -> str:
-    header = ("fault", "times", "recovered", "to the next step, median", "p95", "goodput", "the same bits")
-    if found is None:
-        return _rows(header, [("", "unmeasured", "", "", "", "", "")])
-    path, record = found
-    groups: dict[str, list[FaultyRun]] = {}
-    for run in record.runs:
-        for group in (run.fault, "all kills") if run.fault.endswith(" killed") else (run.fault,):
-            groups.setdefault(group, []).append(run)
-    rows = []
-    for fault, some in sorted(groups.items(), key=lambda item: item[0] == "all kills"):
-        seconds = [value for one in some for value in one.seconds_to_step]
-        median, p95 = (f"{value:.1f} s" for value in np.percentile(seconds, (50, 95))) if seconds else ("", "")
-        same = f"{sum(one.identical for one in some)} of {len(some)} runs"
-        goodput = f"{statistics.median(one.goodput for one in some):.2f}"
-        counts = (str(sum(one.injected for one in some)), str(sum(one.recovered for one in some)))
-        rows.append((fault, *counts, median, p95, goodput, same))
-    about = f"each step committed, twelve together in {record.seconds_without_faults:.1f} s without faults"
-    return f"{_rows(header, rows)}\n\n{_told(path, record.command, about, record.hardware, record)}"
-
-
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
 
 
-def _source(found: tuple[Path, Measurement], about: str) -> str:
-    path, record = found
-    return _told(path, record.command, about, record.runs[0].hardware, record)
-
-
-def _told(
-    path: Path, command: str, about: str, hardware: dict[str, str], record: "Measurement | Proof | FaultRecord"
-) -> str:
-    of = record.runs[0] if isinstance(record, Measurement) else record
-    versions, commit = of.versions, of.commit
+def source(path: Path, command: str, about: str, at: RunResult | Figures) -> str:
+    """The line under a table. at: what has its commit and its hardware."""
+    hardware, day = ", ".join(f"{name} {value}" for name, value in at.hardware.items()), path.stem.rpartition("_")[2]
     return (
-        f"`{command}`: {about}; {', '.join(f'{name} {value}' for name, value in hardware.items())}; "
-        f"torch {versions['torch']}; commit {commit}; {record.date}. Record: [{path.name}](docs/measurements/{path.name})."
+        f"`{command}`: {about}; {hardware}; torch {at.versions['torch']}; commit {at.commit}; {day}. "
+        f"Record: [{path.name}](docs/measurements/{path.name})."
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.results.measurement import Proof, Proved
 from imgcls.training import environment
 from tests.conftest import ROOT
 from tests.proof.commands import flags_of, train
+from tests.proof.records import Proof, Proved
 
 tried: list[Proved] = []
 MEASUREMENTS = ROOT / "docs" / "measurements"

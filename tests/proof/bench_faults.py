@@ -27,11 +27,11 @@ from imgcls.data.shards import pack
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import ClusterError, StorageError
 from imgcls.records import RunResult
-from imgcls.results.measurement import FaultRecord, FaultyRun
 from imgcls.training import environment
 from infra.processes import descendants, title_of
 from infra.s3.proxy import FAULTS, Passed, Proxy, faulty
 from infra.s3.server import Server, serving
+from tests.proof.records import FaultRecord, FaultyRun
 
 RUN = "regularized-seed0"
 FOUR_STEPS = (
