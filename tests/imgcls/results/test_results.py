@@ -21,7 +21,7 @@ from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult,
 from imgcls.results.compare import HEADER, answers, most_confused, table_row
 from imgcls.results.measurement import Measurement, measure, table_of
 from imgcls.results.page import render
-from imgcls.results.statistics import accuracy_interval, difference_interval
+from imgcls.results.statistics import _student, accuracy_interval, difference_interval
 from tests.conftest import ROOT
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
@@ -101,6 +101,11 @@ def seeds_of(most: int = 5):
 def students(values: list[float]) -> float:
     """Half the width of Student's interval at 95%."""
     return stdev(values) / math.sqrt(len(values)) * QUANTILES[len(values) - 1] if len(values) > 1 else 0.0
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [*QUANTILES.items(), (30, 2.042272), (1000, 1.962339)])
+def test_students_quantile_is_that_of_a_printed_table(freedom: int, quantile: float):
+    assert _student(freedom) == pytest.approx(quantile, abs=1e-6)
 
 
 @given(seeds_of())

@@ -1,5 +1,8 @@
 """The small parts of training: schedule, totals, ledger."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from imgcls.training import gradients
 from imgcls.training.ledger import Entry, Ledger, planned
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
+from tests.conftest import ROOT
 
 
 def test_a_constant_schedule_is_constant():
@@ -99,3 +103,14 @@ def test_a_sum_of_gradients_that_did_not_arrive_is_an_error_and_no_sum(tmp_path:
             gradients._add_in_rank_order(None, bucket).wait()  # pyright: ignore
     finally:
         dist.destroy_process_group()
+
+
+def test_hardware_without_a_gpu_is_named_without_torch_and_as_torch_names_it():
+    """Importing torch takes seconds that a command would wait for."""
+    code = (
+        "import sys; from imgcls.training.environment import hardware; print(hardware()['vectors'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    x86 = platform.machine() == "x86_64" and platform.system() == "Linux"
+    imported = torch.cuda.is_available() or not x86
+    assert done.stdout.split() == [torch.backends.cpu.get_cpu_capability(), str(imported)]
