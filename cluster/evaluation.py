@@ -52,11 +52,13 @@ def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:
 
 def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
     import ray.train
-    from ray.train.torch import TorchTrainer
+
+    from cluster.trainer import LeanTrainer, backend_config
 
     with tempfile.TemporaryDirectory() as folder, _causes_raised():
-        result = TorchTrainer(
+        result = LeanTrainer(
             _worker,
+            backend_config=backend_config(placement),
             train_loop_config={"asked": asked, "placement": placement.model_dump_json()},
             scaling_config=placements.scaling_config(placement),
             run_config=ray.train.RunConfig(

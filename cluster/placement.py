@@ -11,7 +11,7 @@ from cluster.session import names_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
-from imgcls.training.environment import has_cuda_driver
+from imgcls.training.environment import gpus
 
 HEAD = "node:__internal_head__"
 """Ray's resource that the head alone has."""
@@ -34,11 +34,7 @@ class Node:
 
 def local_node() -> Node:
     """What local Ray will have. The processes of this machine's other users are not counted."""
-    if not has_cuda_driver():
-        return Node(float(usable_cpus()), 0.0)
-    import torch
-
-    return Node(float(usable_cpus()), float(torch.cuda.device_count()))
+    return Node(float(usable_cpus()), float(len(gpus())))
 
 
 def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:

@@ -73,7 +73,7 @@ def told(commit: str | None) -> dict[str, str]:
 def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     """Carries the chosen run out; what it came to lies in the run's folder, a failure too.
 
-    Whatever else is raised, as a controller that died, is for Tune to try again.
+    Whatever else is raised, and a death of this process, is for Tune to try again.
     """
     from ray.train import TrainingFailedError
 
@@ -101,10 +101,10 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
     import ray.train
 
-    from cluster.trainer import Report, Trainer, backend_config
+    from cluster.trainer import Report, TrialTrainer, backend_config
 
     with storage.temporary_folder("train") as folder:
-        Trainer(
+        TrialTrainer(
             train_worker,
             train_loop_config=loop_config,
             backend_config=backend_config(given.placement, timeout_s=int(given.hang_timeout_s)),

@@ -186,8 +186,9 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
         os.environ.update(before)
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 def _check_answers(address: str) -> None:

@@ -70,7 +70,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
                 return placements.how_many_fit(placements.cluster_nodes(config), placement)
 
             searcher = _carry_out(request, plan, state, held, placement, room, view)
-            # Drawing needs seconds of imports, and Ray as many to end.
+            # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
             Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
     results = publish(request.suite_url, Work(time.monotonic() - began, command, predicted, took))

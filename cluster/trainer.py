@@ -12,7 +12,8 @@ from typing import Any
 
 import ray.train
 import ray.tune
-from ray.train.backend import BackendConfig
+from ray.exceptions import RayError
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -24,12 +25,14 @@ from ray.util.placement_group import get_placement_group, placement_group, remov
 from imgcls.records import Placement
 
 
-class Trainer(DataParallelTrainer):
-    """Inside a trial of Ray Tune; its workers die with the trial's process."""
-
+class LeanTrainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
+class TrialTrainer(LeanTrainer):
+    """Inside a trial of Ray Tune; its workers die with the trial's process."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["scaling_policy"] = _Fixed(self.scaling_config)
@@ -45,10 +48,10 @@ class Report(ray.train.UserCallback):
         ray.tune.report(metrics[0])
 
 
-def backend_config(placement: Placement, *, timeout_s: int) -> BackendConfig:
+def backend_config(placement: Placement, *, timeout_s: int = 1800) -> BackendConfig:
     """How the workers find each other; a worker alone needs no process group, and its trial no torch."""
     if placement.num_workers == 1:
-        return BackendConfig()
+        return _Alone()
     from ray.train.torch import TorchConfig
 
     # NCCL refuses two ranks on one GPU; gloo does not.
@@ -57,8 +60,18 @@ def backend_config(placement: Placement, *, timeout_s: int) -> BackendConfig:
 
 def remove_workers(run: str) -> None:
     """Of a run of this job whose trial is gone: Ray keeps their placement group until the whole job ends."""
-    with suppress(ValueError):  # there is none
+    with suppress(ValueError, RayError):  # there is none; or Ray is on its way out
         remove_placement_group(get_placement_group(run))
+
+
+class _Devices(Backend):
+    share_cuda_visible_devices = True  # also where Ray is told to leave CUDA_VISIBLE_DEVICES alone
+
+
+class _Alone(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Devices
 
 
 class _Fixed(FixedScalingPolicy):
@@ -71,15 +84,13 @@ class _Workers(WorkerGroup):
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         run = str(self._train_run_context.run_config.name)
         remove_workers(run)
-        bundles = [worker_group_context.resources_per_worker] * worker_group_context.num_workers
-        return DefaultPlacementGroupHandle(
-            placement_group(
-                bundles,
-                strategy=worker_group_context.placement_strategy,
-                name=run,
-                bundle_label_selector=worker_group_context.label_selector,
-            )
+        group = placement_group(
+            [worker_group_context.resources_per_worker] * worker_group_context.num_workers,
+            strategy=worker_group_context.placement_strategy,
+            name=run,
+            bundle_label_selector=worker_group_context.label_selector,
         )
+        return DefaultPlacementGroupHandle(group)
 
 
 class _Controller(TrainController):

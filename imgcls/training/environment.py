@@ -36,19 +36,18 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, str]:
     """CPU, its vector units, GPU: what decides speed and the last bits."""
     found = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": _vectors()}
-    if has_cuda_driver():
-        import torch
-
-        if torch.cuda.is_available():
-            found["gpu"] = torch.cuda.get_device_name()
-    return found
+    return found | dict(zip(("gpu",), gpus(), strict=False))  # the first one's name, where there is one
 
 
-def has_cuda_driver() -> bool:
-    """Without one there is no GPU, and torch need not be imported for seconds to say so."""
-    with suppress(OSError):
-        return bool(ctypes.CDLL("libcuda.so.1"))
-    return False
+def gpus() -> list[str]:
+    """Names of the CUDA devices of this process. Where there is no driver torch is not imported to say so, for seconds."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def test_an_authority_of_ones_own_is_answered_with_the_variable_that_names_it(
     _, environment = secured
     unknown = {name: value for name, value in environment.items() if name != "AWS_CA_BUNDLE"}
     with monkeypatch.context() as soon, reached_by(unknown):
-        soon.setattr(storage, "PREFLIGHT_S", 1.0)
+        soon.setattr(storage, "PREFLIGHT_S", 4.0)
         with pytest.raises(StorageError, match=r"do: AWS_CA_BUNDLE"):
             storage.check_places(reads=[url])
     with reached_by(environment):

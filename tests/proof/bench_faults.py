@@ -45,8 +45,8 @@ EPOCHS, EPOCHS_WHEN_KILLED = 3, 24
 FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
 _STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
 _ATTEMPT = re.compile(r"^PUT .*/attempts/\d+/began\.json")
-_KILLED = ("ray::RayTrainWorker", "", "ray::ImplicitFunc")
-"""Titles of what is killed, in turn; the command itself has none."""
+_KILLED = {"RayTrainWorker": "ray::RayTrainWorker", "command": "", "TrainController": "ray::ImplicitFunc"}
+"""What is killed, in turn, and its title; the command itself has none. The controller is in Tune's trial."""
 _LIMIT_S = 900
 
 
@@ -185,7 +185,8 @@ def _with_fault(bench: _Bench, fault: str, whole: _Whole) -> FaultyRun:
 
 def _with_kill(bench: _Bench, number: int, whole: _Whole) -> FaultyRun:
     """A worker, the command or the controller is killed at a random step; the command is given again where it has to be."""
-    proxy, chance, title = bench.proxy, random.Random(number), _KILLED[number % len(_KILLED)]
+    what = list(_KILLED)[number % len(_KILLED)]
+    proxy, chance, title = bench.proxy, random.Random(number), _KILLED[what]
     proxy.passed.clear()
     proxy.faults, proxy.fail = tuple(fault for fault in FAULTS if fault != "stall"), FAIL_WHEN_KILLED
     name = f"kill-{number}"
@@ -203,7 +204,6 @@ def _with_kill(bench: _Bench, number: int, whole: _Whole) -> FaultyRun:
         process = bench.start(name, EPOCHS_WHEN_KILLED)
     result = bench.finish(process, name)
     proxy.fail = 0.0
-    what = title.removeprefix("ray::") or "command"
     # A worker that has not noticed yet may commit once more: the next step is one of the next attempt.
     again = next((at for at in _times(proxy.passed, _ATTEMPT) if at > killed_at), math.inf)
     return _measured(f"{what} killed", [killed_at], proxy.passed, result, whole, not_before=again)

@@ -97,8 +97,8 @@ def three_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
     # Ray is not imported here: it would keep the token mode of its first import, and this session's own needs another.
     here = _said_by("import ray; print(ray.util.get_node_ip_address())", dict(os.environ))
     port = 20_000 + os.getpid() % 10_000
-    env = {
-        **os.environ,
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = clean | {
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0" * 64,
