@@ -34,11 +34,13 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     asked["by"] = secrets.token_hex(8)  # so that its workers check a node's cache once
     if num_workers == 1 and not session.names_cluster():
         return _evaluate(asked, placement=None)
-    from imgcls.training.checkpoints import find_model
-    from imgcls.training.evaluate import manifest_for
+    from imgcls.training.weights import find_model
 
     # What is wrong with them is said before Ray starts.
-    manifest_for(find_model(checkpoint), data_url=data_url, split=split)
+    found = find_model(checkpoint)
+    from imgcls.training.evaluate import manifest_for
+
+    manifest_for(found, data_url=data_url, split=split)
     if not session.names_cluster():
         _choose([placements.local_node()], num_workers)
     with session.session(verbose=verbose):
@@ -84,12 +86,13 @@ def _worker(given: dict[str, Any]) -> str:
 
 
 def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluation:
-    from imgcls.training.checkpoints import find_model
+    from imgcls.training.weights import find_model
+
+    quiet(asked["verbose"])
+    found = find_model(asked["checkpoint"])  # Lightning, whose import takes seconds, is not needed to miss it
     from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
-    quiet(asked["verbose"])
-    found = find_model(asked["checkpoint"])
     manifest = manifest_for(found, data_url=asked["data_url"], split=asked["split"])
     world = world_of(placement, asked_by=asked["by"]) if placement else World(accelerator="auto")
     scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)

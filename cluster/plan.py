@@ -21,7 +21,7 @@ from imgcls.training.lineage import Seen, refuse_seen_images
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
 
 if TYPE_CHECKING:
-    from imgcls.training.checkpoints import FoundModel
+    from imgcls.training.weights import FoundModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +156,7 @@ def _checked_set(request: Request, dataset: str) -> Manifest:
 
 
 def _find_model(checkpoint: str) -> "FoundModel":
-    from imgcls.training.checkpoints import find_model  # torch: only where weights are named
+    from imgcls.training.weights import find_model  # torch: only where weights are named
 
     return find_model(storage.absolute(checkpoint))
 

@@ -29,8 +29,8 @@ def predict(
         json: Print one JSON object.
         verbose: Tracebacks too.
     """
-    from imgcls.training.checkpoints import find_model
     from imgcls.training.predict import Predictor
+    from imgcls.training.weights import find_model
 
     if not images:
         raise RecipeError("name an IMAGE, or several")

@@ -10,7 +10,6 @@ import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import records, storage
 from imgcls.errors import CheckpointError, DamagedError, DataError, MissingError, NumericsError, StorageError
-from imgcls.records import Keeping, Record
-from imgcls.training.weights import Model, load_model, load_tensors, model_of
-
-
-class Facts(Record):
-    """What the writer of a checkpoint knows of it."""
-
-    step: int
-    epoch: int
-    """Whole epochs behind it."""
-    best_step: int | None
-    """Of the best epoch's checkpoint, which is needed when training ends; None before an epoch has ended."""
-    finished: bool
-    """Nothing is left to train."""
-    run_digest: str
-    numerics: dict[str, str]
-    """What decides the last bits beside the request, see `environment.numerics`."""
-
-
-class Committed(Facts):
-    """The marker: what the checkpoint beside it is."""
-
-    num_bytes: int
-    sha256: str
+from imgcls.records import Keeping
+from imgcls.training.weights import Committed, Facts, checked_bytes, read_checkpoint
 
 
 class CheckpointStore(CheckpointIO):
@@ -84,7 +61,7 @@ class CheckpointStore(CheckpointIO):
         for one in reversed(self.committed()):
             try:
                 for step in {one.step, one.step if one.best_step is None else one.best_step}:
-                    _checked_bytes(self.place(step))
+                    checked_bytes(self.place(step))
                 return one
             except (CheckpointError, DamagedError, MissingError) as error:
                 self.say(f"{_first_line(error)}: step {one.step} is not used, an earlier checkpoint is")
@@ -168,58 +145,3 @@ def _put(url: str, data: bytes, facts: Facts) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def read_checkpoint(url: str) -> dict[str, Any]:
-    """Raises CheckpointError where it is not committed, or its bytes have another SHA-256."""
-    return load_tensors(_checked_bytes(url), where=storage.join(url, "checkpoint.ckpt"))
-
-
-def _checked_bytes(url: str) -> bytes:
-    marker = records.read_if_there(Committed, storage.join(url, "committed.json"))
-    if marker is None:
-        raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
-    target = storage.join(url, "checkpoint.ckpt")
-    try:
-        return storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
-    except DataError as error:
-        raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
-
-
-def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The network's state_dict out of a Lightning checkpoint of ours."""
-    prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-
-
-@dataclass(frozen=True, slots=True)
-class FoundModel:
-    url: str
-    model: Model
-
-
-def find_model(checkpoint: str) -> FoundModel:
-    """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a `model.pt`; a path or a URL.
-
-    Raises CheckpointError where it names none, or its bytes are not those that were written.
-    """
-    url = checkpoint.rstrip("/").removesuffix("/checkpoint.ckpt")
-    if storage.exists(storage.join(url, "committed.json")):
-        return FoundModel(url, _from_committed(url))
-    if storage.exists(storage.join(url, "model.pt")):
-        url = storage.join(url, "model.pt")
-    elif storage.exists(storage.join(url, "config.json")):
-        raise CheckpointError(
-            f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
-        )
-    elif not storage.exists(url):
-        raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
-    try:
-        return FoundModel(url, load_model(url))
-    except MissingError:
-        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
-
-
-def _from_committed(url: str) -> Model:
-    content = read_checkpoint(url)
-    return model_of(content, network_weights(content), where=url)

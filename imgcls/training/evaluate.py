@@ -9,10 +9,10 @@ from imgcls.data.shards import read_manifest
 from imgcls.data.splits import split_ids
 from imgcls.errors import DataError
 from imgcls.records import Manifest, Scores, Split
-from imgcls.training.checkpoints import FoundModel
 from imgcls.training.fit import check_counted
 from imgcls.training.module import Classifier
 from imgcls.training.predict import load_network
+from imgcls.training.weights import FoundModel
 from imgcls.training.world import World, make_trainer
 
 

@@ -27,12 +27,11 @@ from imgcls.errors import STORAGE_FAILED, CheckpointError, DataError, ImgclsErro
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
 from imgcls.records import Example, Keeping, LineageEntry, Manifest, RunConfig, RunResult, Scores
-from imgcls.training import environment
-from imgcls.training.checkpoints import CheckpointStore, Committed, FoundModel, find_model, network_weights
+from imgcls.training import environment, weights
+from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.recorder import HISTORY, Progress, Recorder, RunLog, Stopwatch, csv_bytes
-from imgcls.training.weights import Model, about, save_model, weights_sha256
 from imgcls.training.world import World, lost_a_rank, make_trainer
 
 NUM_EXAMPLES = 8
@@ -153,7 +152,7 @@ class _Fit:
             keeping=self.keeping,
             run_digest=self.config.digest(),
             numerics=self.numerics,
-            about=about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.config.synthetic),
+            about=weights.about(self.recipe, self.manifest.class_names, self.lineage, synthetic=self.config.synthetic),
             planned_batches=self.data.planned_batches,
             epochs=self.recipe.length.epochs,
             patience=self.recipe.length.patience,
@@ -204,7 +203,7 @@ class _Fit:
             self.log.line(f"{self.config.name}: goes on after epoch {last.epoch}, step {last.step}")
         if last is not None and last.finished:
             state = self.store.load_checkpoint(self.store.place(last.step))
-            self.module.network.load_state_dict(network_weights(state))
+            self.module.network.load_state_dict(weights.network_weights(state))
             self.recorder.load_state_dict(state["callbacks"][self.recorder.state_key])
             return
         with warnings.catch_warnings():
@@ -215,7 +214,7 @@ class _Fit:
         self.store.wait()
         self.world.agree(None)  # no rank reads what is not committed yet
 
-    def _check_resume(self, last: Committed) -> None:
+    def _check_resume(self, last: weights.Committed) -> None:
         """Of the same request; under the same numerics, unless that does not matter any more or was accepted."""
         if last.run_digest != self.config.digest():
             raise CheckpointError(
@@ -247,17 +246,17 @@ class _Fit:
 
     def _finish(self) -> RunResult:
         assert self.trainer is not None
-        last_sha256 = weights_sha256(self.module.network.state_dict())
+        last_sha256 = weights.weights_sha256(self.module.network.state_dict())
         best = self.recorder.best_row
         best_place = self.store.place(int(best["step"]))
         best_state = self.store.load_checkpoint(best_place)
-        self.module.network.load_state_dict(network_weights(best_state))
+        self.module.network.load_state_dict(weights.network_weights(best_state))
         self.world.report(Progress(phase="test", epoch=len(self.recorder.history), epochs=self.recipe.length.epochs))
         with self.clock.of("test"):
             self.trainer.test(self.module, datamodule=self.data, verbose=False)
         test, model_url = self.module.scores["test"], storage.join(self.run_url, "model.pt")
         check_counted(test, len(self.splits.test))
-        model = Model(
+        model = weights.Model(
             recipe=self.recipe,
             class_names=self.manifest.class_names,
             weights=self.module.network.state_dict(),
@@ -266,7 +265,7 @@ class _Fit:
         )
         # Before rank 0 is alone with storage: others would wait for it in a collective.
         others = self._traffic_of_others()
-        model_sha256 = save_model(model, model_url) if self.world.rank == 0 else None
+        model_sha256 = weights.save_model(model, model_url) if self.world.rank == 0 else None
         self.log.line(f"tested once, on the best checkpoint (epoch {best['epoch']}): accuracy {test.accuracy:.4f}")
         trained, seconds = sum(float(row["samples"]) for row in self.recorder.history), self.clock.seconds
         return RunResult.of(
@@ -328,12 +327,12 @@ class _Fit:
         return (*right, *wrong)
 
 
-def source_model(config: RunConfig, run_url: str) -> FoundModel:
+def source_model(config: RunConfig, run_url: str) -> weights.FoundModel:
     """The weights that this run starts from. Raises CheckpointError where they are not those that were named."""
     assert config.init is not None
     if config.source_run is not None:
-        return find_model(storage.join(run_url.rstrip("/").rpartition("/")[0], config.source_run))
-    found = find_model(config.init.run)
+        return weights.find_model(storage.join(run_url.rstrip("/").rpartition("/")[0], config.source_run))
+    found = weights.find_model(config.init.run)
     if found.model.weights_sha256 != config.init.identity:
         raise CheckpointError(
             f"{found.url} has other weights than when {config.name} was asked for\n"

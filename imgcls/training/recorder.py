@@ -24,10 +24,11 @@ from imgcls.data.batches import Batch
 from imgcls.data.order import Ids
 from imgcls.errors import TrainingError
 from imgcls.records import Keeping, Scores
-from imgcls.training.checkpoints import CheckpointStore, Facts
+from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.ledger import Entry, planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
+from imgcls.training.weights import Facts
 from imgcls.training.world import World
 
 HISTORY = (

@@ -1,4 +1,7 @@
-"""The portable `model.pt`, and digests of weights."""
+"""Models as they are stored: the portable `model.pt`, what a committed checkpoint holds, and digests of weights.
+
+Lightning, whose import takes seconds, is not needed to read them.
+"""
 
 import io
 import json
@@ -10,9 +13,9 @@ import torch
 from torch import Tensor
 
 from imgcls import records, storage
-from imgcls.errors import CheckpointError
+from imgcls.errors import CheckpointError, DataError, MissingError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
-from imgcls.records import LineageEntry, RunResult
+from imgcls.records import LineageEntry, Record, RunResult
 from imgcls.training.lineage import Seen
 
 FORMAT = 1
@@ -148,3 +151,80 @@ def _preprocessing(recipe: Recipe) -> dict[str, Any]:
         "mean": into.mean,
         "std": into.std,
     }
+
+
+class Facts(Record):
+    """What the writer of a checkpoint knows of it."""
+
+    step: int
+    epoch: int
+    """Whole epochs behind it."""
+    best_step: int | None
+    """Of the best epoch's checkpoint, which is needed when training ends; None before an epoch has ended."""
+    finished: bool
+    """Nothing is left to train."""
+    run_digest: str
+    numerics: dict[str, str]
+    """What decides the last bits beside the request, see `environment.numerics`."""
+
+
+class Committed(Facts):
+    """The marker: what the checkpoint beside it is."""
+
+    num_bytes: int
+    sha256: str
+
+
+def read_checkpoint(url: str) -> dict[str, Any]:
+    """Raises CheckpointError where it is not committed, or its bytes have another SHA-256."""
+    return load_tensors(checked_bytes(url), where=storage.join(url, "checkpoint.ckpt"))
+
+
+def checked_bytes(url: str) -> bytes:
+    marker = records.read_if_there(Committed, storage.join(url, "committed.json"))
+    if marker is None:
+        raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
+    target = storage.join(url, "checkpoint.ckpt")
+    try:
+        return storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+    except DataError as error:
+        raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
+
+
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The network's state_dict out of a Lightning checkpoint of ours."""
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    url: str
+    model: Model
+
+
+def find_model(checkpoint: str) -> FoundModel:
+    """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a `model.pt`; a path or a URL.
+
+    Raises CheckpointError where it names none, or its bytes are not those that were written.
+    """
+    url = checkpoint.rstrip("/").removesuffix("/checkpoint.ckpt")
+    if storage.exists(storage.join(url, "committed.json")):
+        return FoundModel(url, _from_committed(url))
+    if storage.exists(storage.join(url, "model.pt")):
+        url = storage.join(url, "model.pt")
+    elif storage.exists(storage.join(url, "config.json")):
+        raise CheckpointError(
+            f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
+        )
+    elif not storage.exists(url):
+        raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
+    try:
+        return FoundModel(url, load_model(url))
+    except MissingError:
+        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
+
+
+def _from_committed(url: str) -> Model:
+    content = read_checkpoint(url)
+    return model_of(content, network_weights(content), where=url)

@@ -17,7 +17,8 @@ from imgcls import storage
 from imgcls.errors import MissingError, StorageError
 from imgcls.remedies import remedy_for
 from imgcls.s3 import S3
-from imgcls.training.checkpoints import CheckpointStore, Facts
+from imgcls.training.checkpoints import CheckpointStore
+from imgcls.training.weights import Facts
 from infra.processes import until
 from infra.s3.proxy import FAULTS, Proxy, faulty
 from infra.s3.server import READER, Server

@@ -16,9 +16,8 @@ from imgcls.data.cache import open_cache
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Length
 from imgcls.records import Manifest, SuiteRecord
-from imgcls.training.checkpoints import read_checkpoint
 from imgcls.training.fit import fit
-from imgcls.training.weights import load_model
+from imgcls.training.weights import load_model, read_checkpoint
 from imgcls.training.world import World
 from tests.proof.alone import TWELVE, config_of
 

@@ -100,8 +100,8 @@ def test_a_checkpoint_is_evaluated_alike_at_one_two_and_three_ranks(
 
 
 def _evaluate(rank: int, world_size: int, meeting: str, run: str, packed: str, split: Split, to: str) -> None:
-    from imgcls.training.checkpoints import find_model
     from imgcls.training.evaluate import evaluate
+    from imgcls.training.weights import find_model
 
     torch.set_num_threads(1)
     scores = evaluate(find_model(run), data_url=packed, split=split, world=world_of(rank, world_size, meeting))

@@ -19,7 +19,7 @@ from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
 from imgcls.records import InitSource, Keeping, RunConfig, RunResult
 from imgcls.training import fit as fitting
-from imgcls.training.checkpoints import CheckpointStore, Facts, find_model, read_checkpoint
+from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
 from imgcls.training.module import Classifier
@@ -27,7 +27,7 @@ from imgcls.training.predict import Predictor
 from imgcls.training.progress import Progress
 from imgcls.training.recorder import Recorder
 from imgcls.training.totals import Totals
-from imgcls.training.weights import load_model
+from imgcls.training.weights import Facts, find_model, load_model, read_checkpoint
 from imgcls.training.world import Heartbeat, World
 
 SMALL = replace(

@@ -114,3 +114,12 @@ def test_hardware_without_a_gpu_is_named_without_torch_and_as_torch_names_it():
     x86 = platform.machine() == "x86_64" and platform.system() == "Linux"
     imported = torch.cuda.is_available() or not x86
     assert done.stdout.split() == [torch.backends.cpu.get_cpu_capability(), str(imported)]
+
+
+def test_a_model_is_found_and_asked_without_lightning():
+    """Importing it takes seconds that who asks for a prediction would wait for."""
+    code = (
+        "import sys, imgcls.training.predict, imgcls.training.weights as w; print('lightning' in sys.modules, w.find_model)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False")
