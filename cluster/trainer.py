@@ -26,6 +26,8 @@ from imgcls.records import Placement
 
 
 class LeanTrainer(DataParallelTrainer):
+    """Raises `ray.train.TrainingFailedError` where its workers fail too often, as Train's own does."""
+
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]

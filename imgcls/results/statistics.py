@@ -51,10 +51,13 @@ def _wilson(tested: Tested) -> tuple[float, float, float]:
     return p, (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
 
 
-def _student(freedom: int) -> float:
-    """Beyond plus and minus so much lies 1 - LEVEL of Student's distribution. Source: Abramowitz and Stegun 26.7.1."""
-    outside = lambda x: betainc(freedom / 2, 0.5, 0, x, regularized=True) - (1 - LEVEL)  # noqa: E731
-    return math.sqrt(freedom * (1 / float(findroot(outside, (0, 1), solver="illinois", tol=1e-12)) - 1))
+def _student(df: int) -> float:
+    """Beyond plus and minus so much lies 1 - LEVEL of Student's distribution. Source: Abramowitz and Stegun 26.7.1.
+
+    df: degrees of freedom.
+    """
+    x = findroot(lambda x: betainc(df / 2, 0.5, 0, x, regularized=True) - 1 + LEVEL, (0, 1), solver="illinois", tol=1e-12)
+    return math.sqrt(df * (1 / float(x) - 1))
 
 
 def _with_seeds(center: float, low: float, high: float, values: Sequence[float], *, least: float) -> Interval:
