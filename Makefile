@@ -34,9 +34,11 @@ setup: $(VENV)/installed
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is another: make PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "set-up: installs about 6 GB of packages (PyTorch with CUDA is most of it) into $(VENV); once, some 4 minutes"
+	@quiet=$$(test -t 1 || echo --quiet); install() { $(BIN)/python -m pip install $$quiet --disable-pip-version-check "$$@"; }; \
+	  $(PYTHON) -m venv $(VENV) && install --require-hashes -r requirements.txt && install --no-deps --no-build-isolation -e . \
+	  || { echo "error: set-up did not finish, pip's or venv's reason stands above"; \
+	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 12 GB of disk, then the same command again"; exit 3; }
 	@touch $@
 
 # Two weeks old at the least: an index may know a release before it can serve it.

@@ -198,7 +198,7 @@ def _check_answers(address: str) -> None:
     if address.startswith("http"):
         raise ClusterError(
             f"RAY_ADDRESS={address} is a dashboard's URL; a command joins by HOST:PORT of the head, as 10.0.0.1:6379\n"
-            f"  do: that, or send the command there: python -m jobs.submit --address {address} -- ..."
+            f"  do: that, or send the command there: python -m jobs.submit run --address {address} -- ..."
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:

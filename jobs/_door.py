@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tyro
+from tyro.extras import subcommand_cli_from_dict
 
 from imgcls.errors import ImgclsError, PlacementError, RecipeError
 from jobs import GOES_ON, INTERRUPTED, end
@@ -17,16 +17,12 @@ from jobs import GOES_ON, INTERRUPTED, end
 DONE, SOME_FAILED, WRONG_COMMAND, MISSING_OR_BROKEN = 0, 1, 2, 3
 
 
-def enter(command: Callable[..., int], *, words: bool = False) -> None:
-    """Runs `command` with the command line's arguments and exits with its code.
+def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> None:
+    """Runs `command`, or the one of several that the first argument names, with the arguments; exits with its code.
 
-    words: what follows `--` is another command's, and comes as the first argument.
     An ImgclsError is printed as it is; Ctrl-C and SIGTERM end with how to go on.
     """
     arguments = sys.argv[1:]
-    if words:
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        arguments, command = arguments[:at], partial(command, tuple(arguments[at + 1 :]))
     arguments = _repeated(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -35,9 +31,11 @@ def enter(command: Callable[..., int], *, words: bool = False) -> None:
     try:
         if signal.getsignal(signal.SIGINT) is end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = tyro.cli(
-            command, prog=f"python -m jobs.{Path(sys.argv[0]).stem}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-        )
+        prog, config = f"python -m jobs.{Path(sys.argv[0]).stem}", (tyro.conf.FlagCreatePairsOff,)
+        if isinstance(command, Mapping):
+            code = subcommand_cli_from_dict(dict(command), prog=prog, args=arguments, config=config)
+        else:
+            code = tyro.cli(command, prog=prog, args=arguments, config=config)
     except ImgclsError as error:
         print(f"error: {error}", file=sys.stderr)
         if "--verbose" in arguments:

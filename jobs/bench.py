@@ -8,13 +8,13 @@ import time
 from datetime import date
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from imgcls import records, storage
 from imgcls.catalogue import suite_of
-from imgcls.errors import DataError, RecipeError
+from imgcls.errors import DataError
 from imgcls.rates import keep
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.measurement import Figures, Measurement, check_commit, measure, table_of
@@ -27,75 +27,81 @@ MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
 
 
-def bench(
-    what: Annotated[
-        tyro.conf.Positional[Literal["calibrate", "record", "numerics", "faults", "gpu", "readme"]],
-        tyro.conf.arg(metavar="WHAT"),
-    ],
-    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")] = "",
-    storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
-    data: str = "data/packed",
-    catalogue: str = "quick",
-    repeats: int = 3,
-    kills: int = 3,
-    seconds: float = 540.0,
-    to: Path = Path("runs/gpu"),
-    small: bool = False,
-    verbose: bool = False,
-) -> int:
-    """Measure: this machine's rates, a record under docs/measurements/, or the README's tables from the records.
+def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
+    """Measure how fast this machine trains a catalogue's recipes, for --dry-run.
 
     Args:
-        what: `calibrate`: how fast this machine trains a catalogue's recipes, for --dry-run. `record ID`: a suite's
-            figures. `numerics`: images/s of elastic numerics beside ddp. `faults`: runs on S3 whose storage fails, and
-            that are killed. `gpu`: what is to be measured on a GPU machine, most wanted first. `readme`: the tables.
-        id: Name of the suite, as `quick`.
-        storage_url: Folder or URL where runs leave what they found.
-        data: Folder or URL of packed sets, for `calibrate` and `numerics`.
-        catalogue: quick, paper or tuned, for `calibrate`.
-        repeats: Of each measurement, for `numerics`.
-        kills: So many runs are killed, for `faults`.
-        seconds: Of this call, for `gpu`; what does not fit is left to the same command another time.
-        to: Folder of records and runs, for `gpu`.
-        small: Few steps on synthetic images, for `gpu`; so too where there is no GPU.
-        verbose: Tracebacks too.
+        catalogue: quick, paper or tuned.
+        data: Folder or URL of packed sets.
     """
-    if what == "calibrate":
-        return _calibrate(catalogue, data)
-    if what == "record":
-        if not id:
-            raise RecipeError("bench record needs the ID of a suite, as quick")
-        storage.check_places(reads=[storage_url])
-        return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
-    if what == "numerics":
-        return _write(_compare_numerics(data, repeats))
-    if what == "faults":
-        from tests.proof.bench_faults import measure_faults
-
-        check_commit({environment.commit() or "unknown"}, "bench faults")
-        found = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
-        _write(found)
-        return DONE if all(run.identical for run in found.runs) else SOME_FAILED
-    if what == "gpu":
-        from jobs._gpu import measure_gpu
-
-        return measure_gpu(to, seconds, small=small, say=Lines().say)
-    readme = Path("README.md")
-    readme.write_text(with_tables(readme.read_text()))
-    Lines().say(f"wrote {readme}")
-    return DONE
-
-
-def _calibrate(catalogue: str, data: str) -> int:
-    from jobs._calibrate import calibrate
+    from jobs import _calibrate
 
     recipes, lines = suite_of(catalogue), Lines()
     storage.check_places(reads=[storage.absolute(data)], writes=[str(storage.cache_root())])
-    found = calibrate(recipes, storage.absolute(data))
-    lines.say(f"rates of {found[0].hardware}:")
+    rates = _calibrate.calibrate(recipes, storage.absolute(data))
+    lines.say(f"rates of {rates[0].hardware}:")
     unit = {"overhead": "s a run", "session": "s a command"}
-    say_table(lines, [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}") for rate in found])
-    lines.say(f"kept in {keep(found)}")
+    say_table(lines, [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}") for rate in rates])
+    lines.say(f"kept in {keep(rates)}")
+    return DONE
+
+
+def record(
+    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")],
+    storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
+) -> int:
+    """Write a suite's figures as a record under docs/measurements/.
+
+    Args:
+        id: Name of the suite, as `quick`.
+        storage_url: Folder or URL where its runs left what they found.
+    """
+    storage.check_places(reads=[storage_url])
+    return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
+
+
+def numerics(data: str = "data/packed", repeats: int = 3) -> int:
+    """Write a record of images/s under elastic numerics beside ddp.
+
+    Args:
+        data: Folder or URL of packed sets.
+        repeats: Of each measurement.
+    """
+    return _write(_compare_numerics(data, repeats))
+
+
+def faults(kills: int = 3) -> int:
+    """Write a record of runs on S3 whose storage fails, and that are killed.
+
+    Args:
+        kills: So many runs are killed.
+    """
+    from tests.proof.bench_faults import measure_faults
+
+    check_commit({environment.commit() or "unknown"}, "bench faults")
+    measured = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
+    _write(measured)
+    return DONE if all(run.identical for run in measured.runs) else SOME_FAILED
+
+
+def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False) -> int:
+    """Measure what is wanted of a GPU machine, most wanted first.
+
+    Args:
+        seconds: Of this call; what does not fit is left to the same command another time.
+        to: Folder of records and runs.
+        small: Few steps on synthetic images; so too where there is no GPU.
+    """
+    from jobs._gpu import measure_gpu
+
+    return measure_gpu(to, seconds, small=small, say=Lines().say)
+
+
+def readme() -> int:
+    """Write the README's tables from the newest records."""
+    file = Path("README.md")
+    file.write_text(with_tables(file.read_text()))
+    Lines().say(f"wrote {file}")
     return DONE
 
 
@@ -134,7 +140,7 @@ def _compare_numerics(data: str, repeats: int) -> Measurement:
     )
 
 
-def with_tables(readme: str) -> str:
+def with_tables(text: str) -> str:
     """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it."""
     from tests.proof.records import TABLES
 
@@ -143,8 +149,8 @@ def with_tables(readme: str) -> str:
         content = TABLES[subject](folder) if subject in TABLES else table_of(subject, folder)
         return f"<!-- table {subject} -->\n{content}\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    enter(bench)
+    enter({"calibrate": calibrate, "record": record, "numerics": numerics, "faults": faults, "gpu": gpu, "readme": readme})

@@ -60,6 +60,10 @@ def test_an_unknown_flag_ends_with_2(run_command: Command):
     refused(run_command, "train", "scratch", "--colour", "red", code=2, says="--colour")
 
 
+def test_a_flag_of_another_subcommand_ends_with_2(run_command: Command):
+    refused(run_command, "bench", "record", "quick", "--kills", "9", code=2, says="--kills")
+
+
 def test_data_without_a_manifest_are_named_with_the_remedy(run_command: Command, tmp_path: Path):
     says = "python -m jobs.pack cifar10"
     refused(run_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)

@@ -45,12 +45,14 @@ def entry_points(head: Head) -> None:
     ],
 )
 def test_the_exit_code_is_the_entry_points(head: Head, run_command: Command, name: str, code: int, says: str):
-    here = ("submit", "--address", head.url)
+    def submit(verb: str) -> subprocess.CompletedProcess[str]:
+        return run_command("submit", verb, name, "--address", head.url, env=head.env)
+
     if name == "stopped":
         head.wait_for(name, "RUNNING")
-        assert "running" in run_command(*here, "--status", name, env=head.env).stdout
-        assert run_command(*here, "--stop", name, env=head.env).returncode == 0
-    done = run_command(*here, "--follow", name, env=head.env)
+        assert "running" in submit("status").stdout
+        assert submit("stop").returncode == 0
+    done = submit("follow")
     assert done.returncode == code, done.stderr
     assert f"{name} begins" in done.stdout
     assert says in done.stderr
@@ -67,7 +69,7 @@ def test_a_log_goes_on_without_loss_when_the_connection_was_cut(
     with relayed(int(head.url.rpartition(":")[2])) as relay, (tmp_path / "said").open("wb") as said:
         address = f"http://127.0.0.1:{relay.port}"
         following = subprocess.Popen(
-            [sys.executable, "-m", "jobs.submit", "--address", address, "--follow", name],
+            [sys.executable, "-m", "jobs.submit", "follow", name, "--address", address],
             env={**os.environ, **head.env, "PYTHONPATH": str(ROOT)},
             stdout=said,
             stderr=subprocess.PIPE,
@@ -88,7 +90,7 @@ def test_a_log_goes_on_without_loss_when_the_connection_was_cut(
 @pytest.mark.parametrize("token", [None, "another"])
 def test_a_client_without_the_token_is_refused(head: Head, run_command: Command, token: str | None, tmp_path: Path):
     env = {"RAY_ADDRESS": "", "HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token * 8} if token else {})
-    done = run_command("submit", "--address", head.url, "--", "report", "quick", "--storage", tmp_path, env=env)
+    done = run_command("submit", "run", "--address", head.url, "--", "report", "quick", "--storage", tmp_path, env=env)
     assert done.returncode == 3
     assert "wants its token" in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,9 +104,12 @@ def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command,
     small = [word for change in SMALL for word in ("--set", change)]
     model = ("--set", 'model={"kind": "basic-cnn", "dropout": 0.3}')
     words = ("train", "scratch", "--data", packed, "--storage", tmp_path / "runs", "--id", "sent", *small, *model)
-    done = run_command("submit", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env | MINE)
+    done = run_command("submit", "run", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env | MINE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--id sent" in run_command("submit", "--address", head.url, "--job-id", "again", "--dry-run", "--", *words).stdout
+    assert (
+        "--id sent"
+        in run_command("submit", "run", "--address", head.url, "--job-id", "again", "--dry-run", "--", *words).stdout
+    )
     result = json.loads((tmp_path / "runs" / "sent" / "scratch-seed0" / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["commit"] not in (None, "unknown")  # though there is no git where it ran
@@ -118,7 +123,7 @@ def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command,
     for secret in (*PLANTED.values(), *MINE.values(), TOKEN):
         where = [name for name, text in seen.items() if (secret.encode() if isinstance(text, bytes) else secret) in text]  # type: ignore[operator]
         assert not where, f"{secret} in {where}"
-    again = run_command("submit", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env)
+    again = run_command("submit", "run", "--address", head.url, "--job-id", "sent", "--", *words, env=head.env)
     assert again.returncode == 2
     assert "has seen a job of this id" in again.stderr
 
@@ -126,14 +131,14 @@ def test_no_secret_is_anywhere_that_others_see(head: Head, run_command: Command,
 def test_a_job_refuses_a_place_that_goes_away_with_it(head: Head, run_command: Command):
     """Whoever sends it: here Ray's own command, from a checkout."""
     head.begin("plain", f"cd {ROOT} && {sys.executable} -m jobs.suite --data /none")
-    done = run_command("submit", "--address", head.url, "--follow", "plain", env=head.env)
+    done = run_command("submit", "follow", "plain", "--address", head.url, env=head.env)
     assert done.returncode == 2
     assert "--storage runs is relative" in done.stdout
 
 
 def test_a_driver_resource_that_no_node_has_is_refused(head: Head, run_command: Command):
     words = ("--driver-resource", "driver", "--", "report", "quick", "--storage", "/tmp")
-    done = run_command("submit", "--address", head.url, *words, env=head.env)
+    done = run_command("submit", "run", "--address", head.url, *words, env=head.env)
     assert done.returncode == 2
     assert "no node has it" in done.stderr
     assert "CPU" in done.stderr
@@ -143,7 +148,7 @@ def test_the_request_is_the_golden_one(run_command: Command, tmp_path: Path):
     (tmp_path / "mine.toml").write_text("")
     words = ("suite", "--catalogue", "paper", "--data", "s3://b/packed", "--storage", "s3://b/runs", "--recipe", "mine.toml")
     asked = ("--address", "http://head:8265", "--job-id", "a-job", "--env", "NCCL_DEBUG=WARN", "--driver-resource", "driver")
-    done = run_command("submit", *asked, "--dry-run", "--", *words, env={"IMGCLS_COMMIT": "0123456789ab"})
+    done = run_command("submit", "run", *asked, "--dry-run", "--", *words, env={"IMGCLS_COMMIT": "0123456789ab"})
     request: dict[str, Any] = json.loads(done.stdout)
     assert request.pop("files") > 50
     assert request.pop("bytes") < 2_000_000
