@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test proof check setup lock readme clean
+.PHONY: run test test-all proof check setup lock readme clean
 
 # Real images where there are any, the five runs, one page: runs/quick/report.html
 run: setup
 	@$(BIN)/python -m jobs.suite --pack
 
-# Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
+# What can be run before each commit: the suite of five under Ray once, on S3, its workers killed; no other slow tests.
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=
+
+# And the slow ones. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
+test-all: test
+	$(BIN)/python -m pytest --all -m slow --cov --cov-append --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
 
@@ -38,7 +42,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@quiet=$$(test -t 1 || echo --quiet); install() { $(BIN)/python -m pip install $$quiet --disable-pip-version-check "$$@"; }; \
 	  $(PYTHON) -m venv $(VENV) && install --require-hashes -r requirements.txt && install --no-deps --no-build-isolation -e . \
 	  || { echo "error: set-up did not finish, pip's or venv's reason stands above"; \
-	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 12 GB of disk, then the same command again"; exit 3; }
+	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 10 GB of disk, then the same command again"; exit 3; }
 	@touch $@
 
 # Two weeks old at the least: an index may know a release before it can serve it.

@@ -69,7 +69,7 @@ class Facts(Record):
     open_files: int
     auth_mode: str
     dashboard_status: int | None
-    """What the dashboard answers who has no token."""
+    """The HTTP status that the dashboard returns for a request without a token."""
     num_ports: int
     closed: tuple[str, ...]
     gpus: tuple[str, ...]

@@ -114,7 +114,7 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
                 callbacks=[Report()],
-                # Preemptions are counted apart, and not bounded; so often, for a minute each, workers may fail to start.
+                # Train counts preemptions apart, without a bound. Workers may fail to start ten times, each after a minute.
                 failure_config=ray.train.FailureConfig(max_failures=given.max_failures, controller_failure_limit=10),
                 logging_config=ray.train.LoggingConfig(log_level="INFO" if given.verbose else "CRITICAL"),
                 worker_runtime_env={"env_vars": given.environment},

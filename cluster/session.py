@@ -69,7 +69,7 @@ def in_job() -> bool:
 
 
 def open_environment() -> dict[str, str] | None:
-    """The environment of a process that joins a cluster whose authentication is off; None where this process's is one."""
+    """This process's environment with Ray's authentication off; None where it is off already."""
     return None if os.environ.get("RAY_AUTH_MODE") == "disabled" else os.environ | {"RAY_AUTH_MODE": "disabled"}
 
 

@@ -39,7 +39,7 @@ for scheme in SCHEMES:
 DEADLINE_S = 60.0
 """For an operation over a network, all its requests together; and a second more for every MiB that it carries."""
 REQUEST_S = 20.0
-"""For one request, and as much more; then it is made again."""
+"""A request that takes longer, and a second more for every MiB, is cancelled and made again."""
 PREFLIGHT_S, PREFLIGHT_REQUEST_S = 10.0, 2.0
 """The same for all places that a command looks at before it begins."""
 DEFINITE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -114,7 +114,7 @@ def _do(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int = 0,
         return getattr(fs, operation)(path, *arguments, **options)
     began, until = time.monotonic(), _until.get()
     limit = max(0.0, until - began) if until is not None else deadline_s(num_bytes)
-    # The third has all the time that is left: what is slow by itself comes through too.
+    # The third try may take all the time that is left, so that a request that is slow but sound succeeds.
     limits_s = chain([_request_s.get() + num_bytes / (1 << 20)] * 2, repeat(math.inf))
     tries, answer = count(), None
 
@@ -344,17 +344,17 @@ def _check_place(url: str, *, writes: bool) -> None:
 
 
 def _check_writes(probe: str) -> None:
-    """Any write comes first: then what fails is the condition that the object is not there."""
+    """A plain write comes first, so that a failure of the second is one of the conditional write."""
     fs, path = _split(probe)
     write_bytes(probe, b"one")
     try:
-        told = f"{probe}: an object that is there can be created again" if create_bytes(probe, b"two") else ""
+        told = f"{probe}: the store replaces an object although told not to" if create_bytes(probe, b"two") else ""
     except StorageError as error:
         told = str(error)
     with suppress(Exception) if told else _told("deleted", probe):
         _do(fs, "rm_file", path)
     if told:
-        raise StorageError(f"{told}: leases would not hold")
+        raise StorageError(f"{told}: two commands could work on one run at once")
 
 
 @contextmanager

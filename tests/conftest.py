@@ -1,6 +1,8 @@
 """What tests share: packed sets, made once a session, and one local Ray for all commands that need it."""
 
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +24,17 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="slow tests too: make test-all")
     parser.addoption("--proof", action="store_true", help="full counts of tests/proof")
     parser.addoption("--record", action="store_true", help="with --proof: a record under docs/measurements")
     parser.addoption("--kills", type=int, default=0, help="so many kills of each kind under Ray, in tests/proof")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.option.all or config.option.proof or config.option.kills
+    for item in () if asked else items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="make test-all"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,6 +65,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
 
     with serving(tmp_path_factory.mktemp("s3") / "server", buckets=("data", "runs")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def in_bucket(packed: Path, s3: "Server") -> str:
+    """The packed sets in the bucket data, byte for byte: their URL."""
+    from imgcls import storage
+
+    with reached_by(s3.env()):
+        for path in packed.rglob("*"):
+            if path.is_file():
+                storage.write_bytes(f"s3://data/packed/{path.relative_to(packed)}", path.read_bytes())
+    return "s3://data/packed"
 
 
 @contextmanager
@@ -101,6 +123,30 @@ def run_in(folder: Path, name: str, *arguments: str | Path, env: dict[str, str] 
 def run_command(tmp_path: Path) -> Command:
     """`run_in` a fresh folder."""
     return partial(run_in, tmp_path)
+
+
+@pytest.fixture
+def enter_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """As `run_command`, but in this process and so without its imports: for a command that ends before Ray begins."""
+
+    def enter(name: str, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        for key, value in {"COLUMNS": "200", **(env or {})}.items():
+            monkeypatch.setenv(key, value)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
+
+    return enter
 
 
 def image(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:

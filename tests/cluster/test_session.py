@@ -38,6 +38,7 @@ def without_network(setup: str) -> tuple[str, ...]:
     return ("unshare", "-n", "sh", "-c", f'{setup} exec "$@"', "sh")
 
 
+@pytest.mark.slow
 def test_local_ray_starts_without_any_network_and_where_its_sockets_have_no_room_and_says_nothing_of_it(tmp_path: Path):
     long = tmp_path / ("x" * 100)
     long.mkdir()

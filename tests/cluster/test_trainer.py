@@ -2,7 +2,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 A_RUN_WHOSE_TRIAL_IS_GONE = """
 import time

@@ -41,7 +41,7 @@ FOUR_STEPS = (
 )
 """An epoch of `regularized` on 270 images, each step committed."""
 EPOCHS, EPOCHS_WHEN_KILLED = 3, 24
-"""Workers live on for seconds after their command is killed: what they shall leave undone takes longer."""
+"""Workers outlive a killed command by seconds; a killed run is long enough not to end in that time."""
 FAIL, FAIL_WHEN_KILLED = 0.2, 0.05
 _STEP = re.compile(r"^PUT .*/step-\d+/committed\.json")
 _ATTEMPT = re.compile(r"^PUT .*/attempts/\d+/began\.json")

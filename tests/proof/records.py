@@ -12,9 +12,9 @@ from imgcls.results.measurement import Figures, newest, rows_of, source
 class Proved(Record):
     what: str
     n: int
-    """So often tried."""
+    """Number of tries."""
     equal: int
-    """So often as it has to be."""
+    """Number of tries whose result was the expected one."""
     detail: str
 
 

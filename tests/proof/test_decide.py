@@ -375,6 +375,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_of_decide_is_found(mutation: str, num_schedules: int, proved):
     old, new = MUTATIONS[mutation]

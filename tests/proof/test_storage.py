@@ -30,17 +30,8 @@ SMALL = (*TINY, "--set", 'model={"kind": "basic-cnn"}', "--checkpoint-every-n-st
 BUCKETS = ("--data", "s3://data/packed", "--storage", "s3://runs")
 
 
-@pytest.fixture(scope="module")
-def in_bucket(packed: Path, s3: Server) -> None:
-    """The packed sets, byte for byte."""
-    with reached_by(s3.env()):
-        for path in packed.rglob("*"):
-            if path.is_file():
-                storage.write_bytes(f"s3://data/packed/{path.relative_to(packed)}", path.read_bytes())
-
-
 @pytest.fixture
-def proxy(s3: Server, in_bucket: None) -> Iterator[Proxy]:
+def proxy(s3: Server, in_bucket: str) -> Iterator[Proxy]:
     with faulty(s3.host, s3.port) as found:
         yield found
 
@@ -55,7 +46,7 @@ def weights(name: str, s3: Server) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def whole(s3: Server, in_bucket: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def whole(s3: Server, in_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Weights of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     env = {**s3.env(), "RAY_ADDRESS": "", "IMGCLS_CACHE": str(folder)}
@@ -263,7 +254,7 @@ WRONG = ("endpoint", "silent endpoint", "key", "secret", "data bucket", "bucket"
 
 @pytest.mark.parametrize("what", [*WRONG, "read-only cache", "read-only mount"])
 def test_a_place_that_cannot_serve_is_refused_in_time_and_nothing_is_lost(
-    what: str, only_in_full: None, s3: Server, in_bucket: None, tmp_path: Path, proved
+    what: str, only_in_full: None, s3: Server, in_bucket: str, tmp_path: Path, proved
 ):
     with reached_by(s3.env()):
         before = {name: storage.read_bytes(name) for name in _all("s3://runs")}

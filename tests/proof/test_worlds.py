@@ -30,6 +30,7 @@ def elastic(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [4, 2])
 def test_elastic_numerics_give_the_same_bits_at_any_number_of_workers(
     world_size: int, elastic: Path, packed: Path, tmp_path: Path, proved, full: bool
@@ -41,6 +42,7 @@ def test_elastic_numerics_give_the_same_bits_at_any_number_of_workers(
     proved("elastic numerics, without Ray", f"{world_size} workers as 1")
 
 
+@pytest.mark.slow
 def test_an_elastic_run_begins_with_four_goes_on_with_one_and_ends_with_two(
     elastic: Path, packed: Path, tmp_path: Path, proved
 ):
@@ -86,6 +88,7 @@ def test_adding_gradients_in_rank_order_costs_little_beside_ddps_own_sum(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val", "train"])
 def test_a_checkpoint_is_evaluated_alike_at_one_two_and_three_ranks(
     split: str, elastic: Path, packed: Path, tmp_path: Path, proved

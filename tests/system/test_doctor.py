@@ -7,6 +7,8 @@ import pytest
 from tests.conftest import Command
 from tests.system.heads import serving
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_healthy_cluster_has_no_fault_and_is_looked_at_in_time(run_command: Command, ray_cluster: dict[str, str], packed):
     done = run_command("doctor", "--data", packed, "--storage", "runs", "--json", env=ray_cluster)

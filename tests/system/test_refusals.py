@@ -17,11 +17,9 @@ from tests.conftest import ROOT, Command, image_folder
 NO_RAY = {"RAY_ADDRESS": ""}
 
 
-def refused(
-    run_command: Command, name: str, *arguments: str | Path, code: int, says: str, env: dict[str, str] | None = None
-):
+def refused(run: Command, name: str, *arguments: str | Path, code: int, says: str, env: dict[str, str] | None = None):
     began = time.monotonic()
-    done = run_command(name, *arguments, env=NO_RAY | (env or {}))
+    done = run(name, *arguments, env=NO_RAY | (env or {}))
     assert done.returncode == code, done.stderr
     assert says in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
@@ -52,25 +50,25 @@ def refused(
         (("--recipe", "none.toml"), "none.toml cannot be read"),
     ],
 )
-def test_a_wrong_command_ends_with_2(run_command: Command, packed: Path, arguments: tuple[str, ...], says: str):
-    refused(run_command, "train", *arguments, "--data", packed, code=2, says=says)
+def test_a_wrong_command_ends_with_2(enter_command: Command, packed: Path, arguments: tuple[str, ...], says: str):
+    refused(enter_command, "train", *arguments, "--data", packed, code=2, says=says)
 
 
 def test_an_unknown_flag_ends_with_2(run_command: Command):
     refused(run_command, "train", "scratch", "--colour", "red", code=2, says="--colour")
 
 
-def test_a_flag_of_another_subcommand_ends_with_2(run_command: Command):
-    refused(run_command, "bench", "record", "quick", "--kills", "9", code=2, says="--kills")
+def test_a_flag_of_another_subcommand_ends_with_2(enter_command: Command):
+    refused(enter_command, "bench", "record", "quick", "--kills", "9", code=2, says="--kills")
 
 
-def test_data_without_a_manifest_are_named_with_the_remedy(run_command: Command, tmp_path: Path):
+def test_data_without_a_manifest_are_named_with_the_remedy(enter_command: Command, tmp_path: Path):
     says = "python -m jobs.pack cifar10"
-    refused(run_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)
+    refused(enter_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)
 
 
 @pytest.mark.parametrize("harm", ["missing", "altered", "manifest"])
-def test_damaged_data_are_named(run_command: Command, packed: Path, tmp_path: Path, harm: str):
+def test_damaged_data_are_named(enter_command: Command, packed: Path, tmp_path: Path, harm: str):
     copy = shutil.copytree(packed / "cifar10", tmp_path / "data" / "cifar10")
     shard = copy / "train-00000.tar"
     if harm == "missing":
@@ -80,27 +78,27 @@ def test_damaged_data_are_named(run_command: Command, packed: Path, tmp_path: Pa
     else:
         (copy / "manifest.json").write_text(json.dumps({"format": 1}))
     says = "manifest.json is damaged" if harm == "manifest" else "train-00000.tar"
-    refused(run_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
+    refused(enter_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
 
 
-def test_an_unknown_field_of_a_recipe_file_is_answered_with_the_known(run_command: Command, packed: Path, tmp_path: Path):
+def test_an_unknown_field_of_a_recipe_file_is_answered_with_the_known(enter_command: Command, packed: Path, tmp_path: Path):
     (tmp_path / "mine.toml").write_text('name = "mine"\ncolour = "red"\n')
     says = "unknown field colour; known here: name, dataset, input"
-    refused(run_command, "train", "--recipe", tmp_path / "mine.toml", "--data", packed, code=2, says=says)
+    refused(enter_command, "train", "--recipe", tmp_path / "mine.toml", "--data", packed, code=2, says=says)
 
 
-def test_storage_that_cannot_be_written_is_named(run_command: Command, packed: Path, tmp_path: Path):
+def test_storage_that_cannot_be_written_is_named(enter_command: Command, packed: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     places = ("--data", packed, "--storage", tmp_path / "file")
     small = ("--set", "global_batch_size=16")
-    refused(run_command, "train", "scratch", *places, *small, code=3, says="cannot be written")
+    refused(enter_command, "train", "scratch", *places, *small, code=3, says="cannot be written")
 
 
 @pytest.mark.parametrize("flag", ["--data", "--storage"])
-def test_a_scheme_that_is_not_ours_is_named(run_command: Command, packed: Path, flag: str):
+def test_a_scheme_that_is_not_ours_is_named(enter_command: Command, packed: Path, flag: str):
     places = {"--data": str(packed)} | {flag: "ftp://nowhere.invalid/x"}
     words = [word for pair in places.items() for word in pair]
-    refused(run_command, "train", "scratch", *words, code=3, says="ftp://nowhere.invalid/x is not a place")
+    refused(enter_command, "train", "scratch", *words, code=3, says="ftp://nowhere.invalid/x is not a place")
 
 
 @pytest.mark.parametrize("modules", [0, 40, 400])
@@ -120,7 +118,7 @@ def test_ctrl_c_while_modules_are_imported_is_said_in_a_line(modules: int, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["one class", "broken", "empty split", "missing", "nothing"])
-def test_what_cannot_be_packed_is_named(run_command: Command, tmp_path: Path, kind: str):
+def test_what_cannot_be_packed_is_named(enter_command: Command, tmp_path: Path, kind: str):
     pets = tmp_path / "pets"
     if kind == "one class":
         image_folder(pets, ("cat",))
@@ -137,23 +135,24 @@ def test_what_cannot_be_packed_is_named(run_command: Command, tmp_path: Path, ki
         "missing": "there is no such folder, tar or zip",
         "nothing": "holds no images",
     }[kind]
-    refused(run_command, "pack", "pets", "--source", pets, "--to", tmp_path / "packed", code=3, says=says)
+    refused(enter_command, "pack", "pets", "--source", pets, "--to", tmp_path / "packed", code=3, says=says)
 
 
-def test_a_dataset_without_a_source_is_answered_with_the_remedies(run_command: Command):
-    done = refused(run_command, "pack", "pets", code=3, says="no source for pets", env={"IMGCLS_SOURCES": ""})
+def test_a_dataset_without_a_source_is_answered_with_the_remedies(enter_command: Command):
+    done = refused(enter_command, "pack", "pets", code=3, says="no source for pets", env={"IMGCLS_SOURCES": ""})
     for remedy in ("--source PATH", "data/sources/", "IMGCLS_SOURCES", "--source synthetic"):
         assert remedy in done.stderr
 
 
-def test_verify_names_the_damaged_set_and_passes_the_whole_one(run_command: Command, packed: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_verify_names_the_damaged_set_and_passes_the_whole_one(enter_command: Command, packed: Path, tmp_path: Path):
     copy = shutil.copytree(packed, tmp_path / "data")
-    whole = run_command("pack", "--verify", copy)
+    whole = enter_command("pack", "--verify", copy)
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.count("whole") == 2
     shard = copy / "cifar10" / "test-00000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    refused(run_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar has")
+    refused(enter_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar has")
 
 
 def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: Path, tmp_path: Path):
@@ -166,19 +165,19 @@ def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: P
     assert not (tmp_path / "runs" / "quick" / "suite.json").exists()  # nothing was begun
 
 
-def test_a_suite_or_checkpoint_that_is_not_there_is_named(run_command: Command, tmp_path: Path):
+def test_a_suite_or_checkpoint_that_is_not_there_is_named(enter_command: Command, tmp_path: Path):
     os.makedirs(tmp_path / "runs" / "mine")
-    refused(run_command, "report", "quick", "--storage", tmp_path / "runs", code=3, says="name one of what is there: mine")
-    refused(run_command, "evaluate", tmp_path / "none", code=3, says="there is no such run")
-    refused(run_command, "predict", tmp_path / "none", "a.png", code=3, says="there is no such run")
-    refused(run_command, "predict", tmp_path / "none", code=2, says="name an IMAGE")
+    refused(enter_command, "report", "quick", "--storage", tmp_path / "runs", code=3, says="name one of what is there: mine")
+    refused(enter_command, "evaluate", tmp_path / "none", code=3, says="there is no such run")
+    refused(enter_command, "predict", tmp_path / "none", "a.png", code=3, says="there is no such run")
+    refused(enter_command, "predict", tmp_path / "none", code=2, says="name an IMAGE")
     (tmp_path / "empty.pt").write_bytes(b"")
-    refused(run_command, "predict", tmp_path / "empty.pt", "a.png", code=3, says="is no checkpoint of this system")
-    refused(run_command, "evaluate", tmp_path / "none", "--num-workers", "0", code=3, says="there is no such run")
+    refused(enter_command, "predict", tmp_path / "empty.pt", "a.png", code=3, says="is no checkpoint of this system")
+    refused(enter_command, "evaluate", tmp_path / "none", "--num-workers", "0", code=3, says="there is no such run")
 
 
-def test_no_data_and_no_network_is_refused_by_pack_and_said(run_command: Command, tmp_path: Path):
+def test_no_data_and_no_network_is_refused_by_pack_and_said(enter_command: Command, tmp_path: Path):
     # A proxy that does not answer stands for a network that is not there.
     nowhere = {"https_proxy": "http://127.0.0.1:9", "IMGCLS_SOURCES": ""}
     says = "cifar-10-python.tar.gz cannot be fetched"
-    refused(run_command, "pack", "cifar10", "--to", tmp_path / "packed", code=3, says=says, env=nowhere)
+    refused(enter_command, "pack", "cifar10", "--to", tmp_path / "packed", code=3, says=says, env=nowhere)

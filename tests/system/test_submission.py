@@ -15,6 +15,8 @@ from tests.conftest import ROOT, Command
 from tests.system.heads import TOKEN, Head, serving
 from tests.system.relay import relayed
 
+pytestmark = pytest.mark.slow
+
 PLANTED = {"AWS_SECRET_ACCESS_KEY": "planted-on-the-nodes", "AWS_ACCESS_KEY_ID": "planted-key-id"}
 MINE = {"AWS_SECRET_ACCESS_KEY": "planted-here", "OTHER_TOKEN": "planted-here-too"}
 

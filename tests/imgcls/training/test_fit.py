@@ -374,7 +374,7 @@ def test_evaluation_on_other_data_than_it_was_trained_on_is_refused_but_for_the_
     shards.pack(synthetic_source("cifar10", 400), str(tmp_path / "cifar10"), name="cifar10")
     found = find_model(str(small[0]))
     assert evaluate(found, data_url=str(tmp_path), split="test", world=World()).num_samples == 80
-    with pytest.raises(DataError, match="here its val split would be another"):
+    with pytest.raises(DataError, match="its val split would hold other images"):
         evaluate(found, data_url=str(tmp_path), split="val", world=World())
 
 
@@ -453,6 +453,7 @@ def test_predictions_are_the_evaluations(small, packed: Path):
     assert all(sum(p for _, p in top) <= 1.0001 and top == sorted(top, key=lambda x: -x[1]) for top in tops)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_starts_from_its_source_and_remembers_it(packed: Path, tmp_path: Path):
     tiny = {"length.epochs": 1, "train_fraction": 1.0, "global_batch_size": 64}
     run(derive(quick.RESNET18, tiny), packed, tmp_path / "resnet18-seed0")
@@ -475,7 +476,10 @@ def test_a_fine_tuned_run_starts_from_its_source_and_remembers_it(packed: Path, 
         run(replace(derive(quick.FINETUNED, tiny), dataset="imagenette"), packed, tmp_path / "back", init=back)
 
 
-@pytest.mark.parametrize("name", CATALOGUES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CATALOGUES if name != "quick"]
+
+
+@pytest.mark.parametrize("name", ["quick", *SLOW])
 def test_every_catalogued_recipe_takes_a_step(name: str, packed: Path, tmp_path: Path):
     for recipe in CATALOGUES[name]:
         if recipe.name == "finetuned":
