@@ -1,4 +1,4 @@
-"""How much is proved: by `make test` and `make test-all` a little of everything, by `make proof` the full counts, with a record."""
+"""How much is proved: a little of everything by `make test-all`, the full counts by `make proof`, with a record."""
 
 from collections.abc import Callable
 from datetime import date
