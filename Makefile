@@ -11,11 +11,11 @@ run: setup
 
 # What can be run before each commit: the suite of five under Ray once, on S3, its workers killed; no other slow tests.
 test: check
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest
 
-# And the slow ones. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
-test-all: test
-	$(BIN)/python -m pytest --all -m slow --cov --cov-append --cov-report=
+# The slow ones too. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
+test-all: check
+	$(BIN)/python -m pytest --all --cov --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
 
@@ -39,7 +39,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "error: Python 3.11 to 3.13 is needed, $(PYTHON) is another: make PYTHON=python3.11"; exit 2; }
 	@echo "set-up: installs about 6 GB of packages (PyTorch with CUDA is most of it) into $(VENV); once, some 4 minutes"
-	@quiet=$$(test -t 1 || echo --quiet); install() { $(BIN)/python -m pip install $$quiet --disable-pip-version-check "$$@"; }; \
+	@if test -t 1; then quiet=; else quiet=--quiet; fi; install() { $(BIN)/python -m pip install $$quiet --disable-pip-version-check "$$@"; }; \
 	  $(PYTHON) -m venv $(VENV) && install --require-hashes -r requirements.txt && install --no-deps --no-build-isolation -e . \
 	  || { echo "error: set-up did not finish, pip's or venv's reason stands above"; \
 	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 10 GB of disk, then the same command again"; exit 3; }

@@ -33,7 +33,8 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prog, config = f"python -m jobs.{Path(sys.argv[0]).stem}", (tyro.conf.FlagCreatePairsOff,)
         if isinstance(command, Mapping):
-            code = subcommand_cli_from_dict(dict(command), prog=prog, args=arguments, config=config)
+            words, about = [word for word in arguments if word != "--verbose"], "--verbose: tracebacks too."
+            code = subcommand_cli_from_dict(dict(command), prog=prog, description=about, args=words, config=config)
         else:
             code = tyro.cli(command, prog=prog, args=arguments, config=config)
     except ImgclsError as error:

@@ -131,17 +131,21 @@ class Bench:
         try:
             code = process.wait(max(0.0, self.until - time.monotonic()))
         except BaseException as reason:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            self.stop(process)
             over = NotDoneError("open", "its time is over: the same command goes on")
             raise over if isinstance(reason, subprocess.TimeoutExpired) else reason from None
         if code != 0:
             tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
             command = shlex.join(map(str, process.args[1:])) if isinstance(process.args, list) else process.args
             raise DataError("\n".join([f"exit code {code}: {command}", *tail]))
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends the command, where it still runs."""
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, *words: str) -> None:
         self.finish(self.start(*words))
@@ -274,8 +278,9 @@ def _killed(bench: Bench, *, num_workers: int, gpus: float) -> None:
         with suppress(DataError):  # it was killed
             bench.finish(process)
         bench.run(*killed)
-    finally:
         bench.finish(left_alone)
+    finally:
+        bench.stop(left_alone)
     one, two = map(_result, runs)
     same = (one.weights_sha256, one.history_sha256) == (two.weights_sha256, two.history_sha256)
     bench.found |= {"steps": float(one.steps), "weights and history": "the same bits" if same else "OTHER BITS"}

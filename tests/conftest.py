@@ -130,21 +130,22 @@ def enter_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """As `run_command`, but in this process and so without its imports: for a command that ends before Ray begins."""
 
     def enter(name: str, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        for key, value in {"COLUMNS": "200", **(env or {})}.items():
-            monkeypatch.setenv(key, value)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        words, handlers = list(map(str, arguments)), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", [f"{name}.py", *words])
+            for key, value in {"COLUMNS": "200", **(env or {})}.items():
+                patch.setenv(key, value)
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         said = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
+        return subprocess.CompletedProcess(words, ended.value.code, said.out, said.err)
 
     return enter
 

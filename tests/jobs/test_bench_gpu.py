@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from imgcls.errors import DataError
 from imgcls.results.measurement import newest
 from infra.processes import alive, descendants, title_of, until
 from jobs._door import DONE, SOME_FAILED
-from jobs._gpu import SMALL, Bench, NotDoneError, Step, StepRecord, carry_out
+from jobs._gpu import SMALL, STEPS, Bench, NotDoneError, Step, StepRecord, carry_out
 from tests.conftest import ROOT
 
 HARDWARE = {"cpu": "x", "cpus": "2", "vectors": "AVX2"}
@@ -114,6 +115,21 @@ def test_a_command_whose_time_is_over_ends_and_its_step_goes_on_another_time(tmp
     )
     assert status(tmp_path, "a") == "done"
     assert runs.exists()
+
+
+def test_a_killed_run_that_does_not_go_on_fails_its_step_and_the_one_left_alone_is_not_waited_for(tmp_path: Path):
+    class Fake(Bench):
+        def training(self, job: str, id: str, *words: str, gpus: float, changes: Sequence[str] = ()) -> list[str]:
+            return list(FOR_EVER) if id.endswith("whole") else ["json.tool", "/no/such/file"]
+
+    began, here = time.monotonic(), Fake(tmp_path, SMALL, HARDWARE, time.monotonic() + 60, print)
+    step = next(step for step in STEPS if step.name == "killed-1")
+    assert carry_out(here, [step]) == SOME_FAILED
+    record = recorded(tmp_path, "killed-1")
+    assert record is not None
+    assert "json.tool /no/such/file" in record.why
+    assert time.monotonic() - began < 40
+    assert not [pid for pid in descendants(os.getpid()) if "http.server 0" in title_of(pid)]
 
 
 KILLED = """

@@ -62,9 +62,9 @@ def test_a_flag_of_another_subcommand_ends_with_2(enter_command: Command):
     refused(enter_command, "bench", "record", "quick", "--kills", "9", code=2, says="--kills")
 
 
-def test_data_without_a_manifest_are_named_with_the_remedy(enter_command: Command, tmp_path: Path):
+def test_data_without_a_manifest_are_named_with_the_remedy(run_command: Command, tmp_path: Path):
     says = "python -m jobs.pack cifar10"
-    refused(enter_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)
+    refused(run_command, "train", "scratch", "--data", tmp_path / "none", code=3, says=says)
 
 
 @pytest.mark.parametrize("harm", ["missing", "altered", "manifest"])
