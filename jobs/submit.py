@@ -103,18 +103,21 @@ def _follow(jobs: "Jobs", job_id: str, address: str) -> int:
         ended = jobs.follow(job_id, _write, stderr)
     except KeyboardInterrupt:
         stderr(f"\ndetached: {job_id} goes on")
-        stderr(f"  follow it: python -m jobs.submit follow {job_id} --address {address}")
-        stderr(f"  stop it:   python -m jobs.submit stop {job_id} --address {address}")
+        stderr(_ways_back(job_id, address))
         return INTERRUPTED
     stderr(ended.told)
     return ended.code
 
 
+def _ways_back(job_id: str, address: str) -> str:
+    here = "python -m jobs.submit"
+    return f"  follow it: {here} follow {job_id} --address {address}\n  stop it:   {here} stop {job_id} --address {address}"
+
+
 def _say_next(lines: Lines, address: str, job: "Job") -> None:
     from cluster.staging import value_of
 
-    for name, label in (("follow", "follow it:"), ("stop", "stop it:  ")):
-        lines.say(f"  {label} python -m jobs.submit {name} {job.id} --address {address}")
+    lines.say(_ways_back(job.id, address))
     storage = value_of("--storage", job.words)
     if storage is not None and job.words[0] in ("suite", "train"):
         suite = value_of("--id", job.words) or value_of("--catalogue", job.words) or "quick"

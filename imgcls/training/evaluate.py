@@ -44,7 +44,7 @@ def manifest_for(found: FoundModel, *, data_url: str, split: Split) -> Manifest:
     if split != "test" and manifest.digest != found.model.data_digest:
         raise DataError(
             f"{set_url} has digest {manifest.digest[:12]}, {found.url} was trained on {found.model.data_digest[:12]}: "
-            f"its {split} split would hold other images, some of which the model was trained on{do}, or --split test"
+            f"its {split} split would hold other images, perhaps some that the model was trained on{do}, or --split test"
         )
     return manifest
 
