@@ -9,7 +9,7 @@ from typing import Any
 from cluster import placement as placements
 from cluster import session
 from cluster.preflight import check_seen_by_nodes
-from cluster.run import cause_of, quiet, world_of
+from cluster.run import cause_of, silence_libraries, world_of
 from imgcls.records import Placement, Record, Scores, Split
 
 
@@ -88,13 +88,13 @@ def _worker(given: dict[str, Any]) -> str:
 def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluation:
     from imgcls.training.weights import find_model
 
-    quiet(asked["verbose"])
+    silence_libraries(asked["verbose"])
     found = find_model(asked["checkpoint"])  # Lightning, whose import takes seconds, is not needed to miss it
     from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
     manifest = manifest_for(found, data_url=asked["data_url"], split=asked["split"])
-    world = world_of(placement, asked_by=asked["by"]) if placement else World(accelerator="auto")
+    world = world_of(placement, command=asked["by"]) if placement else World(accelerator="auto")
     scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)
     return Evaluation(
         checkpoint=found.url,

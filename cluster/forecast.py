@@ -8,13 +8,14 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.decide import Asked, Ended, Seen, Start, State, Status, Wait, decide
+from cluster.decide import Start, Status, SuiteState, Wait, after_end, next_start
 from cluster.placement import Node, workers_on
 from cluster.plan import Plan
 from imgcls.data.order import num_steps
 from imgcls.data.splits import split_ids
 from imgcls.rates import Rates, decoding_of, hardware_name, overhead_of, work_of
 from imgcls.records import Manifest, Placement, RunConfig
+from imgcls.runs import RunState
 from imgcls.training import environment
 
 
@@ -48,7 +49,14 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan, state: State, *, placement: Placement, room: int, rates: Rates, hardware: str, cached: Collection[str] = ()
+    plan: Plan,
+    state: SuiteState,
+    *,
+    placement: Placement,
+    room: int,
+    rates: Rates,
+    hardware: str,
+    cached: Collection[str] = (),
 ) -> Forecast:
     """cached: decoded sets (`rates.decoding_of`) that lie on the nodes already."""
     there, runs = set(cached), dict[str, RunForecast]()
@@ -112,14 +120,14 @@ class Span:
     slot: int
 
 
-def schedule(state: State, seconds: Mapping[str, float | None], room: int) -> dict[str, Span] | None:
+def schedule(state: SuiteState, seconds: Mapping[str, float | None], room: int) -> dict[str, Span] | None:
     """When each open run is under way, as `decide` starts them; None where one's seconds are unknown."""
     if None in seconds.values():
         return None
     spans, ends = dict[str, Span](), list[tuple[float, int, str]]()
     now, free = 0.0, list(range(room))
     while True:
-        state, action = decide(state, Asked(room))
+        state, action = next_start(state, room=room)
         if isinstance(action, Start):
             slot = heapq.heappop(free)
             spans[action.run] = Span(now, now + (seconds[action.run] or 0.0), slot)
@@ -127,7 +135,7 @@ def schedule(state: State, seconds: Mapping[str, float | None], room: int) -> di
         elif ends:
             now, slot, run = heapq.heappop(ends)
             heapq.heappush(free, slot)
-            state, _ = decide(state, Ended(run, Seen(result=Status.FINISHED)))
+            state, _ = after_end(state, run, RunState(result="finished"), command="", max_failures=0)
         else:
             assert not isinstance(action, Wait)
             return spans

@@ -1,6 +1,4 @@
-"""One command at a run: a lease in the run's folder, renewed while the command lives.
-
-<run>/leases/00001.json     written by its command alone; the command of the newest number holds the run
+"""One command at a run: a lease in the run's folder (`imgcls.runs`), renewed while the command lives.
 
 A new command that finds a lease watches it: renewed, it belongs to a living command, and the run is refused; else it has
 lapsed, and is taken over by creating the next number, which succeeds for one command only. Nobody writes what another
@@ -11,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,8 +19,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from imgcls import records, storage
 from imgcls.errors import ImgclsError, LeaseError, StorageError
-from imgcls.records import Record
+from imgcls.runs import Lease, RunFolder
 
+NumberedLease = tuple[int, Lease]
 T = TypeVar("T")
 
 RENEW_S = 5.0
@@ -40,20 +39,11 @@ def when_answered(read: Callable[[], T]) -> T:
     return trying(read)
 
 
-class Lease(Record):
-    command: str
-    host: str
-    pid: int
-    renewals: int
-    released: bool = False
-    """Nobody holds the run; the file stays, so that its number is not used again."""
-
-
 class Leases:
     """The leases that a command holds. `lost`: runs that another command has taken over since."""
 
-    def __init__(self, run_urls: dict[str, str], command: str, say: Callable[[str], None]) -> None:
-        self.run_urls, self.command, self.say = run_urls, command, say
+    def __init__(self, runs: Sequence[RunFolder], command: str, say: Callable[[str], None]) -> None:
+        self.runs, self.command, self.say = {run.name: run for run in runs}, command, say
         self.lost: set[str] = set()
         self.numbers: dict[str, int] = {}
         """Of the leases that were taken, by run."""
@@ -63,9 +53,9 @@ class Leases:
     def renew(self) -> None:
         """Each lease by itself: one that cannot be read or written leaves the others alone."""
         self._renewals += 1
-        mine = [run for run in self.run_urls if run not in self.lost]
+        mine = [run for name, run in self.runs.items() if name not in self.lost]
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
-            errors = list(pool.map(lambda run: self._renew(run, self.run_urls[run]), mine))
+            errors = list(pool.map(self._renew, mine))
         if errors and all(errors):
             if not self._error:
                 self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
@@ -75,13 +65,13 @@ class Leases:
             self.say("storage answers again")
         self._answered_s, self._error = time.monotonic(), ""
 
-    def _renew(self, run: str, run_url: str) -> ImgclsError | None:
+    def _renew(self, run: RunFolder) -> ImgclsError | None:
         try:
             with storage.within(LAPSE_S / 3):
-                if holder_of(run_url) == self.command:
-                    records.write(_lease(self.command, self._renewals), _url(run_url, self.numbers[run]))
+                if run.holder() == self.command:
+                    records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
                 else:
-                    self.lost.add(run)
+                    self.lost.add(run.name)
         except ImgclsError as error:
             return error
         return None
@@ -96,31 +86,46 @@ class Leases:
 
     def take(self) -> None:
         """Raises LeaseError where another command is at one of the runs, or was quicker."""
-        found = {run: _newest(run_url) for run, run_url in self.run_urls.items()}
-        _watch({run: newest for run, newest in found.items() if newest is not None}, self.run_urls, self.say)
-        for run, run_url in self.run_urls.items():
-            now = _newest(run_url)
+        before = {name: run.newest_lease() for name, run in self.runs.items()}
+        self._wait_for(before)
+        for name, run in self.runs.items():
+            now = run.newest_lease()
             number = 1 if now is None else now[0] + 1
-            renewed = now is not None and now != found[run] and not now[1].released
-            if renewed or not storage.create_bytes(_url(run_url, number), records.sealed(_lease(self.command, 0))):
-                raise LeaseError(_taken(run, _newest(run_url)))
-            self.numbers[run] = number
-            for older in _numbers(run_url):
+            renewed = now is not None and now != before[name] and not now[1].released
+            if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(_lease(self.command, 0))):
+                raise LeaseError(_taken(run))
+            self.numbers[name] = number
+            for older in run.lease_numbers():
                 if older < number:
-                    storage.delete(_url(run_url, older))
+                    storage.delete(run.lease_url(older))
+
+    def _wait_for(self, before: Mapping[str, NumberedLease | None]) -> None:
+        """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
+        held = {name: lease for name, lease in before.items() if lease is not None and not _is_over(lease[1])}
+        if held:
+            names = ", ".join(held)
+            self.say(f"another command was at {names}: waiting up to {LAPSE_S:.0f} s for it to answer or to lapse")
+        until = time.monotonic() + LAPSE_S
+        while held and time.monotonic() < until:
+            time.sleep(0.5)
+            now = {name: self.runs[name].newest_lease() for name in held}
+            held = {name: lease for name, lease in now.items() if lease is not None and not lease[1].released}
+            for name, lease in held.items():
+                if lease != before[name]:
+                    raise LeaseError(_taken(self.runs[name]))
 
     def release(self) -> None:
         with storage.within(LAPSE_S / 2):
-            for run in self.numbers.keys() - self.lost:
+            for name in self.numbers.keys() - self.lost:
                 with suppress(ImgclsError):  # then it lapses
-                    given_back = _lease(self.command, self._renewals).model_copy(update={"released": True})
-                    records.write(given_back, _url(self.run_urls[run], self.numbers[run]))
+                    released = _lease(self.command, self._renewals).model_copy(update={"released": True})
+                    records.write(released, self.runs[name].lease_url(self.numbers[name]))
 
 
 @contextmanager
-def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
+def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
     """The runs are this command's inside. Raises LeaseError where another command is at one of them."""
-    held = Leases(run_urls, command, say)
+    held = Leases(runs, command, say)
     stop = threading.Event()
 
     def renewing() -> None:
@@ -139,38 +144,10 @@ def leases(run_urls: dict[str, str], *, command: str, say: Callable[[str], None]
         held.release()
 
 
-def holder_of(run_url: str) -> str | None:
-    """The command whose lease lies there, renewed or not, and was not given back."""
-    newest = _newest(run_url)
-    return newest[1].command if newest and not newest[1].released else None
-
-
-def _newest(run_url: str) -> tuple[int, Lease] | None:
-    for number in reversed(_numbers(run_url)):
-        lease = records.read_if_there(Lease, _url(run_url, number))
-        if lease is not None:
-            return number, lease
-    return None
-
-
-def _watch(found: dict[str, tuple[int, Lease]], run_urls: dict[str, str], say: Callable[[str], None]) -> None:
-    """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
-    watched = {run: newest for run, newest in found.items() if not _is_over(newest[1])}
-    if watched:
-        say(f"another command was at {', '.join(watched)}: waiting up to {LAPSE_S:.0f} s for it to answer or to lapse")
-    until = time.monotonic() + LAPSE_S
-    while watched and time.monotonic() < until:
-        time.sleep(0.5)
-        now = {run: _newest(run_urls[run]) for run in watched}
-        for run, newest in now.items():
-            if newest is not None and newest != watched[run] and not newest[1].released:
-                raise LeaseError(_taken(run, newest))
-        watched = {run: newest for run, newest in now.items() if newest is not None and not newest[1].released}
-
-
-def _taken(run: str, by_whom: tuple[int, Lease] | None) -> str:
-    by = f" (process {by_whom[1].pid} on {by_whom[1].host.partition('/')[0]})" if by_whom else ""
-    return f"another command is at {run}{by}\n  do: wait until it is done, stop it, or take another --id"
+def _taken(run: RunFolder) -> str:
+    newest = run.newest_lease()
+    holder = f" (process {newest[1].pid} on {newest[1].host.partition('/')[0]})" if newest else ""
+    return f"another command is at {run.name}{holder}\n  do: wait until it is done, stop it, or take another --id"
 
 
 def _is_over(lease: Lease) -> bool:
@@ -199,12 +176,3 @@ def _here() -> str:
         return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
-
-
-def _numbers(run_url: str) -> list[int]:
-    names = [name.removesuffix(".json") for name in storage.files(storage.join(run_url, "leases"))]
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _url(run_url: str, number: int) -> str:
-    return storage.join(run_url, "leases", f"{number:05d}.json")

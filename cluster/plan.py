@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.data.shards import check_shards, read_manifest, read_pixel_digests
 from imgcls.data.splits import check_parts, fraction_note, split_ids
 from imgcls.errors import CheckpointError, RecipeError
 from imgcls.recipe import FromRun, Recipe, differing_fields
-from imgcls.records import InitSource, Keeping, LineageEntry, Manifest, RunConfig
+from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, RunOptions
+from imgcls.runs import SuiteFolder
 from imgcls.training.lineage import Seen, refuse_seen_images
 
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
@@ -35,22 +36,12 @@ class Request:
     data_url: str
     storage_url: str
     init_from: str | None = None
-    num_workers: int = 1
-    cpus_per_worker: float | None = None
-    gpus_per_worker: float | None = None
-    keeping: Keeping = Keeping()  # noqa: RUF009
-    accept_different_numerics: bool = False
-    max_failures: int = 3
-    hang_timeout_s: float = 120.0
+    options: RunOptions = RunOptions()  # noqa: RUF009
     retry_failed: bool = False
-    verbose: bool = False
 
     @property
-    def suite_url(self) -> str:
-        return storage.join(self.storage_url, self.id)
-
-    def run_url(self, run: str) -> str:
-        return storage.join(self.suite_url, run)
+    def suite(self) -> SuiteFolder:
+        return SuiteFolder(storage.join(self.storage_url, self.id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +67,7 @@ def make_plan(request: Request) -> Plan:
     manifests = {dataset: _checked_set(request, dataset) for dataset in dict.fromkeys(r.dataset for r in recipes)}
     for recipe in recipes:
         splits = split_ids(recipe, manifests[recipe.dataset])
-        check_parts(recipe, len(splits.train), world_size=request.num_workers)
+        check_parts(recipe, len(splits.train), world_size=request.options.num_workers)
         notes += filter(None, [fraction_note(recipe, splits)])
     given = _find_model(request.init_from) if request.init_from else None
     configs: dict[str, RunConfig] = {}
@@ -113,9 +104,7 @@ def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
     for recipe in recipes:  # grows while it is walked: a source may have a source
         if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:
             name = recipe.init.recipe
-            before = records.read_if_there(
-                RunConfig, storage.join(request.run_url(f"{name}-seed{request.seeds[0]}"), "config.json")
-            )
+            before = request.suite.run(f"{name}-seed{request.seeds[0]}").config()
             if before is None:
                 notes.append(f"{recipe.name} starts from {name}, which is added")
             recipes.append(before.recipe if before else _catalogued(request.catalogue, name, needed_by=recipe.name))
@@ -219,10 +208,10 @@ def check_alike(there: Mapping[str, RunConfig], request: Request, plan: Plan) ->
     for name, config in plan.configs.items():
         for other in there.values():
             if other.name == name and other.digest() != config.digest():
-                raise CheckpointError(_not_alike(request.run_url(name), other, config, "is a run of another request"))
+                raise CheckpointError(_not_alike(request.suite.run(name).url, other, config, "is a run of another request"))
             if other.recipe.name == config.recipe.name and other.settings() != config.settings():
                 what = f"has other settings than {name}: under one id, runs of a recipe may differ only in their seed"
-                raise CheckpointError(_not_alike(request.run_url(other.name), other, config, what))
+                raise CheckpointError(_not_alike(request.suite.run(other.name).url, other, config, what))
 
 
 def _not_alike(url: str, there: RunConfig, here: RunConfig, what: str) -> str:

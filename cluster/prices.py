@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cluster.decide import State
+from cluster.decide import SuiteState
 from cluster.forecast import Forecast, Span, forecast, schedule
 from cluster.placement import Node, choose, workers_on
 from cluster.plan import Plan, Request
@@ -88,7 +88,7 @@ class Cost:
 
 
 def costs(
-    table: PriceTable, request: Request, plan: Plan, state: State, found: Forecast, rates: Rates, *, cpus_here: float
+    table: PriceTable, request: Request, plan: Plan, state: SuiteState, found: Forecast, rates: Rates, *, cpus_here: float
 ) -> list[Cost]:
     """By node type; of the head, where the table has one, for as long as `found` says."""
     some = [
@@ -110,22 +110,22 @@ def _node_of(name: str, price: NodePrice, cpus_here: float) -> Node:
 
 
 def _forecast_on(
-    node: Node, price: NodePrice, request: Request, plan: Plan, state: State, found: Forecast, rates: Rates
+    node: Node, price: NodePrice, request: Request, plan: Plan, state: SuiteState, found: Forecast, rates: Rates
 ) -> Forecast | None:
     """None where no worker fits on such a node."""
-    fewer = (request.cpus_per_worker, request.gpus_per_worker)
+    fewer = (request.options.cpus_per_worker, request.options.gpus_per_worker)
     try:
         placement = choose([node], num_workers=1, cpus_per_worker=fewer[0], gpus_per_worker=fewer[1])
     except PlacementError:
         return None
-    placement = placement.model_copy(update={"num_workers": request.num_workers})
+    placement = placement.model_copy(update={"num_workers": request.options.num_workers})
     if price.hardware is None:
         return replace(found, placement=placement)
     room = len(found.runs)
     return forecast(plan, state, placement=placement, room=room, rates=rates, hardware=price.hardware)
 
 
-def _cost(name: str, price: NodePrice, table: PriceTable, state: State, found: Forecast | None, node: Node) -> Cost:
+def _cost(name: str, price: NodePrice, table: PriceTable, state: SuiteState, found: Forecast | None, node: Node) -> Cost:
     """As many nodes as the runs can use at once, each from its first run to its last, and until it is idle long enough."""
     if found is None:
         return Cost(name, price)

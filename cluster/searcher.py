@@ -8,9 +8,10 @@ from typing import Any, Protocol
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from cluster.decide import Action, Asked, Ended, Event, Lost, Seen, Start, State, Status, Stop, Wait, decide
+from cluster.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
 from cluster.lease import Leases
 from cluster.trainer import remove_workers
+from imgcls.runs import RunState
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
 
@@ -42,15 +43,19 @@ class PlanSearcher(_NotKept, Searcher):
 
     def __init__(
         self,
-        state: State,
+        state: SuiteState,
         *,
+        command: str,
+        max_failures: int,
         room: Callable[[], int],
-        look: Callable[[str], Seen],
-        failed: Callable[[str, str], None],
+        committed: Callable[[str], RunState],
+        fail: Callable[[str, str], None],
         view: View,
     ) -> None:
+        """command, max_failures: as `decide.verdict` takes them. fail: puts a run's failure, with its reason, on record."""
         super().__init__()
-        self.state, self.room, self.look, self.failed, self.view = state, room, look, failed, view
+        self.state, self.command, self.max_failures = state, command, max_failures
+        self.room, self.committed, self.fail, self.view = room, committed, fail, view
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
         self._no_room_s: float | None = None
@@ -59,7 +64,7 @@ class PlanSearcher(_NotKept, Searcher):
         """By run, by `time.monotonic`."""
 
     def suggest(self, trial_id: str) -> Any:
-        action = self._tell(Asked(self._room()))
+        self.state, action = next_start(self.state, room=self._room())
         if isinstance(action, Start):
             self.runs[trial_id] = action.run
             self.began_s[action.run] = time.monotonic()
@@ -71,9 +76,11 @@ class PlanSearcher(_NotKept, Searcher):
         run = self.runs[trial_id]
         remove_workers(run)
         self.ended_s[run] = time.monotonic()
-        action = self._tell(Ended(run, self.look(run)))
-        if isinstance(action, Stop):
-            self.failed(run, action.reason)
+        self.state, stop = after_end(
+            self.state, run, self.committed(run), command=self.command, max_failures=self.max_failures
+        )
+        if stop is not None:
+            self.fail(run, stop.reason)
         self.view.ended(run, self.state.statuses[run])
 
     def _room(self) -> int:
@@ -97,11 +104,7 @@ class PlanSearcher(_NotKept, Searcher):
     def lose(self, runs: Collection[str]) -> None:
         """Other commands hold the leases of these runs."""
         for run in tuple(runs):  # another thread adds to them
-            self._tell(Lost(run))
-
-    def _tell(self, event: Event) -> Action:
-        self.state, action = decide(self.state, event)
-        return action
+            self.state = after_loss(self.state, run)
 
     # Tune asks for these; the state of a suite is its storage, and a fresh Tuner runs what is left.
     def save(self, checkpoint_path: str) -> None: ...

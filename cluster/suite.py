@@ -8,24 +8,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from cluster import attempts, session
 from cluster import placement as placements
-from cluster.decide import Asked, Done, End, State, Status, blocked_by, decide, start_order
+from cluster import session
+from cluster.decide import Done, Status, SuiteState, next_start, start_order
 from cluster.forecast import Forecast, forecast, hardware_of
 from cluster.lease import Leases, leases, when_answered
 from cluster.plan import Plan, Request, check_alike
 from cluster.preflight import check_seen_by_nodes
-from cluster.run import Assignment, record_failure, told, trial
+from cluster.run import BACKSTOP, Assignment, trial, worker_environment
 from imgcls import rates, records, storage
-from imgcls.catalogue import CATALOGUES
 from imgcls.data.cache import check_room, is_cached
-from imgcls.errors import CheckpointError, DataError, StorageError
-from imgcls.records import Manifest, Placement, RunConfig, RunResult, SuiteRecord, SuiteResults, sealed
+from imgcls.errors import CheckpointError, StorageError
+from imgcls.records import Manifest, Placement, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
@@ -39,32 +37,31 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     PlacementError where the workers can never run: all before anything is written.
     """
     began = time.monotonic()
-    state = state_of(request, plan)
+    suite, state = request.suite, state_of(request, plan)
     for run, status in state.statuses.items():
         if status is not Status.OPEN:
             view.already(run, status)
-    check_alike(configs_of(request.suite_url), request, plan)
-    if isinstance(decide(state, Asked(room=1))[1], Done):
+    check_alike(suite.configs(), request, plan)
+    if isinstance(next_start(state, room=1)[1], Done):
         write_down(request, plan)
-        return publish(request.suite_url)
+        return suite.publish()
     caches, cached = list(_caches(request, plan, state)), cached_sets(plan)
     if not session.names_cluster():
         # Refused before Ray starts, where it will be.
         choose(request, [placements.local_node()])
         check_room(caches)
-    mine = {run: request.run_url(run) for run, status in state.statuses.items() if status is Status.OPEN}
-    with leases(mine, command=state.command, say=view.say) as held:
-        for run_url in mine.values():
-            storage.clean_temporary(run_url)
-        with session.session(verbose=request.verbose):
+    mine = [suite.run(run) for run, status in state.statuses.items() if status is Status.OPEN]
+    with leases(mine, command=secrets.token_hex(8), say=view.say) as held:
+        for run in mine:
+            storage.clean_temporary(run.url)
+        with session.session(verbose=request.options.verbose):
             config = placements.autoscaling_config()
             nodes = placements.cluster_nodes(config)
             placement = choose(request, nodes)
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
-            # As it is now that nobody else is at it.
-            state = replace(state_of(request, plan), command=state.command)
+            state = state_of(request, plan)  # as it is now that nobody else is at it
 
             def room() -> int:
                 return placements.how_many_fit(placements.cluster_nodes(config), placement)
@@ -73,7 +70,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
             # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
             Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
-    results = publish(request.suite_url, Work(time.monotonic() - began, command, predicted, took))
+    results = suite.publish(**_work_of(time.monotonic() - began, command, predicted, took))
     if took:
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
         _keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
@@ -90,7 +87,7 @@ def cached_sets(plan: Plan) -> list[str]:
     ]
 
 
-def forecast_of(plan: Plan, state: State, nodes: list[placements.Node], placement: Placement) -> Forecast:
+def forecast_of(plan: Plan, state: SuiteState, nodes: list[placements.Node], placement: Placement) -> Forecast:
     """By what is known of the hardware at hand."""
     known = rates.known()
     return forecast(
@@ -110,7 +107,7 @@ def _keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: lis
     found = [
         rate
         for run in done
-        for once in [len(attempts.look(request.run_url(run.name)).attempts) == 1]
+        for once in [len(request.suite.run(run.name).attempts()) == 1]
         for rate in rates.rates_of(run, took_s=results.took[run.name] if once else None)
     ]
     decoding_s: dict[tuple[str, str], tuple[int, float]] = {}
@@ -127,7 +124,7 @@ def _keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: lis
         rates.keep(found)
 
 
-def _caches(request: Request, plan: Plan, state: State) -> Iterator[tuple[str, Manifest, int, int]]:
+def _caches(request: Request, plan: Plan, state: SuiteState) -> Iterator[tuple[str, Manifest, int, int]]:
     """What the open runs train on."""
     for name, config in plan.configs.items():
         if state.statuses[name] is Status.OPEN:
@@ -139,20 +136,19 @@ def _caches(request: Request, plan: Plan, state: State) -> Iterator[tuple[str, M
 def choose(request: Request, nodes: list[placements.Node]) -> Placement:
     return placements.choose(
         nodes,
-        num_workers=request.num_workers,
-        cpus_per_worker=request.cpus_per_worker,
-        gpus_per_worker=request.gpus_per_worker,
+        num_workers=request.options.num_workers,
+        cpus_per_worker=request.options.cpus_per_worker,
+        gpus_per_worker=request.options.gpus_per_worker,
     )
 
 
-def state_of(request: Request, plan: Plan) -> State:
-    """What each run came to so far, in the order in which they start; for a command of its own."""
-    found = {name: status_of(request.run_url(name)) for name in start_order(plan.sources)}
+def state_of(request: Request, plan: Plan) -> SuiteState:
+    """What each run came to so far, in the order in which they start."""
+    results = {name: request.suite.run(name).result() for name in start_order(plan.sources)}
+    statuses = {name: Status(result.status) if result else Status.OPEN for name, result in results.items()}
     if request.retry_failed:
-        found = {name: Status.OPEN if status is Status.FAILED else status for name, status in found.items()}
-    return State(
-        command=secrets.token_hex(8), max_failures=request.max_failures, statuses=found, sources=plan.sources
-    )  # fmt: skip
+        statuses = {name: Status.OPEN if status is Status.FAILED else status for name, status in statuses.items()}
+    return SuiteState(statuses, plan.sources)
 
 
 def write_down(request: Request, plan: Plan) -> None:
@@ -160,61 +156,47 @@ def write_down(request: Request, plan: Plan) -> None:
 
     Raises CheckpointError where another command, at the same time, has asked for something else under these names.
     """
-    urls = {name: storage.join(request.run_url(name), "config.json") for name in plan.configs}
-    new = [name for name in plan.configs if not storage.exists(urls[name])]
-    created = [name for name in new if storage.create_bytes(urls[name], sealed(plan.configs[name]))]
+    suite = request.suite
+    created = [name for name, config in plan.configs.items() if suite.run(name).create_config(config)]
     try:
-        check_alike(configs_of(request.suite_url), request, plan)
+        check_alike(suite.configs(), request, plan)
     except CheckpointError:
         for name in created:
-            storage.delete(urls[name])
+            storage.delete(suite.run(name).config_url)
         raise
     for name, config in plan.configs.items():
-        if name not in created and storage.read_bytes_if_there(urls[name]) != sealed(config):
-            records.write(config, urls[name])  # the same request, from weights that lie elsewhere now
-    records.write(SuiteRecord(id=request.id, data=request.data_url), storage.join(request.suite_url, "suite.json"))
-    if request.retry_failed:
-        for name in plan.configs:
-            if status_of(request.run_url(name)) is Status.FAILED:
-                storage.delete(storage.join(request.run_url(name), "result.json"))
-
-
-def configs_of(suite_url: str) -> dict[str, RunConfig]:
-    """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
-    found = []
-    for name in storage.folders(suite_url):
-        config = records.read_if_there(RunConfig, storage.join(suite_url, name, "config.json"))
-        if config is not None:
-            found.append(config)
-    return {config.name: config for config in sorted(found, key=_place)}
-
-
-def _place(config: RunConfig) -> tuple[str, int, str, int]:
-    names = [recipe.name for recipe in CATALOGUES.get(config.catalogue, ())]
-    name = config.recipe.name
-    return config.catalogue, names.index(name) if name in names else len(names), name, config.seed
-
-
-def status_of(run_url: str) -> Status:
-    return _status(result_of(run_url))
+        if name not in created:
+            suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
+        if request.retry_failed:
+            suite.run(name).forget_failure()
+    records.write(SuiteRecord(id=request.id, data=request.data_url), suite.record_url)
 
 
 def _carry_out(
-    request: Request, plan: Plan, state: State, held: Leases, placement: Placement, room: Callable[[], int], view: "View"
+    request: Request,
+    plan: Plan,
+    state: SuiteState,
+    held: Leases,
+    placement: Placement,
+    room: Callable[[], int],
+    view: "View",
 ) -> "PlanSearcher":
     from ray import tune
 
     from cluster.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
+    options = request.options
     searcher = PlanSearcher(
         state,
+        command=held.command,
+        max_failures=options.max_failures,
         room=room,
-        look=lambda run: when_answered(lambda: attempts.look(request.run_url(run))),
-        failed=lambda run, reason: record_failure(plan.configs[run], request.run_url(run), reason),
+        committed=lambda run: when_answered(request.suite.run(run).state),
+        fail=lambda run, reason: request.suite.run(run).fail(plan.configs[run], reason),
         view=view,
     )
     session.keep_credentials_here()
-    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, state.command, placement))
+    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement))
     with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
@@ -225,8 +207,7 @@ def _carry_out(
                 verbose=0,
                 stop=LeaseStopper(searcher, held),
                 callbacks=[ProgressCallback(view)],
-                # The bound on Train's restarts and these together is `decide`'s.
-                failure_config=tune.FailureConfig(max_failures=request.max_failures),
+                failure_config=tune.FailureConfig(max_failures=options.max_failures + BACKSTOP),
             ),
         ).fit()
     return searcher
@@ -243,117 +224,28 @@ def _storage_named(held: Leases) -> Iterator[None]:
 
 
 def _assignments(request: Request, plan: Plan, command: str, placement: Placement) -> dict[str, str]:
-    environment = told(commit())
+    environment = worker_environment(commit())
     return {
         name: Assignment(
             command=command,
             config=config,
             data_url=request.data_url,
-            run_url=request.run_url(name),
+            run_url=request.suite.run(name).url,
             placement=placement,
-            keeping=request.keeping,
-            accept_different_numerics=request.accept_different_numerics,
-            max_failures=request.max_failures,
-            hang_timeout_s=request.hang_timeout_s,
-            verbose=request.verbose,
+            options=request.options,
             environment=environment,
         ).model_dump_json()
         for name, config in plan.configs.items()
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+def _work_of(seconds: float, command: str, predicted: Forecast, took: dict[str, float]) -> dict[str, Any]:
     """What a command did: seconds of its own and of its runs, beside what was predicted."""
-
-    seconds: float
-    command: str
-    predicted: Forecast
-    took: dict[str, float]
-
-    def told(self) -> dict[str, Any]:
-        runs = {name: run.seconds for name, run in self.predicted.runs.items()}
-        return {
-            "seconds": round(self.seconds, 1),
-            "command": self.command,
-            "predicted_s": self.predicted.seconds and round(self.predicted.seconds, 1),
-            "predicted": {name: round(seconds, 1) for name, seconds in runs.items() if seconds is not None},
-            "took": {name: round(seconds, 1) for name, seconds in self.took.items()},
-        }
-
-
-WORK = ("seconds", "command", "predicted_s", "predicted", "took")
-
-
-def publish(suite_url: str, work: Work | None = None) -> SuiteResults:
-    """The suite's results from its runs' records; `results.json` and `report.html` lie beside them.
-
-    work: that was just done; where there was none, what the results said before stays. Other commands may be at work
-    under the same id: whoever writes last has looked once more after it wrote.
-    """
-    from imgcls.results.page import render
-
-    url = storage.join(suite_url, "results.json")
-    told = work.told() if work else {"seconds": 0.0, "command": ""}
-    if work is None and (before := records.read_if_there(SuiteResults, url)):
-        told = before.model_dump(include=set(WORK))
-    results = read_results(suite_url, **told)
-    while True:
-        records.write(results, url)
-        page = render(results, histories(suite_url, results)).encode()
-        storage.write_bytes(storage.join(suite_url, "report.html"), page)
-        written, results = results, read_results(suite_url, **told)
-        if results == written:
-            return results
-
-
-def histories(suite_url: str, results: SuiteResults) -> dict[str, bytes]:
-    """Each run's history.csv, where it has one. Raises DataError where a finished run's is another than was written."""
-    found = {}
-    for run in results.runs:
-        url = storage.join(suite_url, run.name, "history.csv")
-        data = storage.read_bytes_if_there(url)
-        if data is None:
-            continue
-        if run.history_sha256 not in (None, storage.sha256(data)):
-            raise DataError(f"{url} was altered: its SHA-256 is not the one in result.json\n  do: bring it back")
-        found[run.name] = data
-    return found
-
-
-def read_results(suite_url: str, **work: Any) -> SuiteResults:
-    suite = records.read(SuiteRecord, storage.join(suite_url, "suite.json"))
-    configs = configs_of(suite_url)
-    found = {name: result_of(storage.join(suite_url, name)) for name in configs}
-    statuses = {name: _status(result) for name, result in found.items()}
-    blocked = blocked_by(statuses, {name: config.source_run for name, config in configs.items()})
-    return SuiteResults(
-        id=suite.id,
-        catalogue=", ".join(dict.fromkeys(config.catalogue for config in configs.values())),
-        synthetic=any(config.synthetic for config in configs.values()),
-        url=storage.shown(suite_url),
-        data=storage.shown(suite.data),
-        runs=tuple(
-            result or _unfinished(configs[name], storage.join(suite_url, name), blocked.get(name))
-            for name, result in found.items()
-        ),
-        **work,
-    )
-
-
-def _unfinished(config: RunConfig, run_url: str, failed_source: str | None) -> RunResult:
-    if failed_source:
-        return RunResult.of(config, status="blocked", error=f"its source {failed_source} failed")
-    before = attempts.look(run_url).attempts
-    refused = before[-1].error if before and before[-1].end is End.REFUSED else None
-    return RunResult.of(config, status="open", error=refused or "not finished yet: the same command goes on")
-
-
-def result_of(run_url: str) -> RunResult | None:
-    return records.read_if_there(RunResult, storage.join(run_url, "result.json"))
-
-
-def _status(result: RunResult | None) -> Status:
-    if result is None:
-        return Status.OPEN
-    return Status.FINISHED if result.status == "finished" else Status.FAILED
+    runs = {name: run.seconds for name, run in predicted.runs.items()}
+    return {
+        "seconds": round(seconds, 1),
+        "command": command,
+        "predicted_s": predicted.seconds and round(predicted.seconds, 1),
+        "predicted": {name: round(seconds, 1) for name, seconds in runs.items() if seconds is not None},
+        "took": {name: round(seconds, 1) for name, seconds in took.items()},
+    }

@@ -19,8 +19,8 @@ Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Strict:
-    """Fields are checked strictly where a recipe comes in from outside (`--set`, TOML, JSON)."""
+class Strict:
+    """Fields are checked strictly where a value comes in from outside (flags, `--set`, TOML, JSON)."""
 
     __slots__ = ()
     # Instances too, so that a recipe is the same value from Python and from JSON: 10 and 10.0 would have two digests.
@@ -30,7 +30,7 @@ class _Strict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Input(_Strict):
+class Input(Strict):
     px: Count
     """Side of the network's square input, pixels."""
     channels: Literal[1, 3]
@@ -44,25 +44,25 @@ class Input(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BasicCNN(_Strict):
+class BasicCNN(Strict):
     kind: Literal["basic-cnn"] = "basic-cnn"
     dropout: Probability = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ResNet18(_Strict):
+class ResNet18(Strict):
     kind: Literal["resnet18"] = "resnet18"
     dropout: Probability = 0.0
     """Before the classifier."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scratch(_Strict):
+class Scratch(Strict):
     kind: Literal["scratch"] = "scratch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FromRun(_Strict):
+class FromRun(Strict):
     """Weights of the best checkpoint of the source recipe's run with the same seed, under the same id."""
 
     kind: Literal["from-run"] = "from-run"
@@ -70,7 +70,7 @@ class FromRun(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Augment(_Strict):
+class Augment(Strict):
     """How a training sample is changed; every number is drawn from (seed, epoch, sample), see `data.augment`."""
 
     flip: bool = False
@@ -88,25 +88,25 @@ class Augment(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Adam(_Strict):
+class Adam(Strict):
     kind: Literal["adam"] = "adam"
     lr: Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdamW(_Strict):
+class AdamW(Strict):
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Amount = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Constant(_Strict):
+class Constant(Strict):
     kind: Literal["constant"] = "constant"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OneCycle(_Strict):
+class OneCycle(Strict):
     """Linear from 0 to the optimizer's rate over `warmup`, then linear to 0 at the last planned step."""
 
     kind: Literal["one-cycle"] = "one-cycle"
@@ -115,7 +115,7 @@ class OneCycle(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Length(_Strict):
+class Length(Strict):
     epochs: Count
     """At most this many."""
     patience: Count | None = None
@@ -123,7 +123,7 @@ class Length(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cut(_Strict):
+class Cut(Strict):
     """Validation where the data set brings none beside its test set: cut from the training split, stratified."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -131,7 +131,7 @@ class Cut(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe(_Strict):
+class Recipe(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     dataset: Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
     """Name of a packed set, `<data>/<dataset>/`."""

@@ -4,13 +4,14 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.suite`; read by whoever needs a fact that another process found.
 """
 
-from typing import Any, Literal, Self, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from imgcls import storage
-from imgcls.errors import DamagedError, DataError
-from imgcls.recipe import FromRun, Recipe, digest_of
+from imgcls.errors import DamagedError, DataError, RecipeError
+from imgcls.recipe import Amount, Count, FromRun, Recipe, Strict, digest_of
 
 Split = Literal["train", "val", "test"]
 
@@ -198,15 +199,40 @@ class Placement(Record):
     gpus_per_worker: float
 
 
-class Keeping(Record):
-    """Which checkpoints a run writes and keeps; changes no bit of its result."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions(Strict):
+    """How a run is carried out: flags of `train` and `suite` that change no bit of its result."""
 
-    every_n_steps: int | None = None
-    """Beside those at every epoch's end."""
-    num_recent: int = 0
-    """Kept beside the best and the last two, which always stay."""
-    budget_bytes: int | None = None
-    """Of all checkpoints of the run; recent ones go until it holds."""
+    num_workers: Count = 1
+    """Workers of each run; two or more is DDP."""
+    cpus_per_worker: Amount | None = None
+    """One unless given."""
+    gpus_per_worker: Amount | None = None
+    """One where there are GPUs, else none."""
+    checkpoint_every_n_steps: Count | None = None
+    """Beside the checkpoint at every epoch's end; a kill loses at most this many steps."""
+    checkpoint_keep: Annotated[int, Field(ge=0)] = 0
+    """So many recent checkpoints stay beside the best and the last two."""
+    checkpoint_budget_mb: Amount | None = None
+    """Of one run's checkpoints; recent ones go until it holds, the best and the last two always stay."""
+    accept_different_numerics: bool = False
+    """Go on with runs that stopped under other library versions, hardware, threads or number of workers."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a run is begun again after a worker or its controller died; preempted nodes do not count."""
+    hang_timeout_s: Annotated[float, Field(ge=1)] = 120.0
+    """A worker that does not answer, or a collective that does not end, is a failure after so many seconds."""
+    verbose: bool = False
+    """Ray's and Lightning's own lines too, and tracebacks."""
+
+
+def check_flags(flags: Any) -> None:
+    """Raises RecipeError, by the name of the flag, where a field of this strict dataclass is out of its type's range."""
+    try:
+        TypeAdapter(type(flags)).validate_python(flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][-1]).replace("_", "-")
+        raise RecipeError(f"--{flag} {first['input']}: {first['msg'].removeprefix('Input ')}") from None
 
 
 class RunResult(Record):

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from cluster import placement as placements
-from cluster.run import quiet
+from cluster.run import silence_libraries
 from imgcls import rates, storage
 from imgcls.cpus import usable_cpus
 from imgcls.data.shards import manifest_url, read_manifest
@@ -45,7 +45,7 @@ def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, sid
     began = time.perf_counter()
     from jobs._training_rates import decoding_rate, training_rates
 
-    quiet(False)
+    silence_libraries(False)
     import_s = time.perf_counter() - began
     found: Found = {
         ("overhead", rates.overhead_of(placement)): import_s * IMPORTS_OF_A_RUN,

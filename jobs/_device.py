@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cluster.run import quiet
+from cluster.run import silence_libraries
 from imgcls.catalogue import recipe_of
 from imgcls.data import order
 from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs
@@ -167,7 +167,7 @@ def _host_syncs(recipe: Recipe, seconds: float) -> Figures:
 
 
 if __name__ == "__main__":
-    quiet(False)
+    silence_libraries(False)
     what, *words = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # Lightning leaves a checkpoint where it runs
         if what == "speed":

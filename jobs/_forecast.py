@@ -20,7 +20,7 @@ UNKNOWN = "unknown"
 def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None) -> int:
     """The exit code. Raises PlacementError where the workers can never run, RecipeError for what is no price table."""
     state, joins = state_of(request, plan), session.names_cluster()
-    with session.session(verbose=request.verbose) if joins else nullcontext():
+    with session.session(verbose=request.options.verbose) if joins else nullcontext():
         nodes = placements.cluster_nodes(placements.autoscaling_config()) if joins else [placements.local_node()]
     table = read_prices(prices, {node.type for node in nodes} if joins else ()) if prices else None
     found = forecast_of(plan, state, nodes, choose(request, nodes))

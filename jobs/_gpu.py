@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.session import names_cluster
-from cluster.suite import publish
 from imgcls import records, storage
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.data.shards import manifest_url
 from imgcls.errors import ClusterError, DataError, ImgclsError
 from imgcls.records import RunResult
 from imgcls.results.measurement import Figures, measure, newest, where_of
+from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED
 
@@ -296,7 +296,7 @@ def _suite(bench: Bench, *, catalogue: str, seeds: bool = False, changes: Sequen
         bench.run(*bench.training("suite", id, *words, "--checkpoint-every-n-steps", "200", gpus=0.2, changes=changes))
     finally:
         try:
-            results = publish(str(bench.runs / id))
+            results = SuiteFolder(str(bench.runs / id)).publish()
             bench.found |= {one.name: one.test.accuracy for one in results.finished if one.test}
             told = {"command": bench.commands[-1], "seconds": round(time.monotonic() - began, 1)}
             record = measure(results.model_copy(update=told))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from cluster import session
 from cluster.staging import is_lasting, relative
@@ -16,8 +17,9 @@ from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.data.archives import printable
 from imgcls.errors import RecipeError
-from imgcls.recipe import Recipe, derive, digest_of, parse_changes, recipe_from_json
-from imgcls.records import Keeping
+from imgcls.recipe import Recipe, Strict, derive, digest_of, parse_changes, recipe_from_json
+from imgcls.records import RunOptions, check_flags
+from imgcls.runs import RunFolder, SuiteFolder
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results, say_work
 
@@ -26,7 +28,7 @@ NO_NAME = r'/\:*?"<>|[]{}%#'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(Strict):
     catalogue: str = "quick"
     """quick, paper or tuned."""
     data: str = "data/packed"
@@ -38,37 +40,19 @@ class Flags:
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE"), tyro.conf.UseAppendAction] = ()
     """Change a field of the recipe by its path, as optimizer.lr=0.01."""
     recipe: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
-    """A recipe from a TOML file, or a run's config.json, in place of one from the catalogue."""
-    seed: int = 0
+    """A recipe from a TOML file, or the configuration in a run's folder, in place of one from the catalogue."""
+    seed: Annotated[int, Field(ge=0)] = 0
     """The first seed."""
+    num_seeds: tyro.conf.Suppress[Annotated[int, Field(ge=1)]] = 1
     init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    """Start from these weights: a run's folder, a checkpoint or a model.pt."""
-    num_workers: int = 1
-    """Workers of each run; two or more is DDP."""
-    cpus_per_worker: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
-    """One unless said."""
-    gpus_per_worker: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
-    """One where there are GPUs, else none."""
-    checkpoint_every_n_steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Beside the checkpoint at every epoch's end; what is lost to a kill is at most this many steps."""
-    checkpoint_keep: int = 0
-    """So many recent checkpoints stay beside the best and the last."""
-    checkpoint_budget_mb: Annotated[float | None, tyro.conf.arg(metavar="MB")] = None
-    """Of one run's checkpoints; recent ones go until it holds, the best and the last always stay."""
-    accept_different_numerics: bool = False
-    """Go on with runs that stopped under other library versions, hardware, threads or number of workers."""
-    max_failures: int = 3
-    """How often a run is begun again after a worker or its controller died; preempted nodes do not count."""
-    hang_timeout_s: float = 120.0
-    """A worker that does not answer, or a collective that does not end, is a failure after so many seconds."""
+    """Start from these weights: a run's folder, a checkpoint or a model file."""
+    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions()  # noqa: RUF009
     retry_failed: bool = False
     """Try runs again that failed."""
     dry_run: bool = False
     """Say what would be done, fetched, taken and paid; nothing is started."""
     prices: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """With --dry-run: what a node of each type costs, as YAML."""
-    verbose: bool = False
-    """Ray's and Lightning's own lines too, and tracebacks."""
 
 
 def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Recipe, ...]]:
@@ -95,7 +79,7 @@ def _from_file(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's config.json: {error}") from None
+        raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's {RunFolder.CONFIG}: {error}") from None
     return recipe_from_json(value, where=str(path))
 
 
@@ -109,45 +93,23 @@ def place(url: str, flag: str) -> str:
     return found
 
 
-def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> int:
+def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
     """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them."""
     from cluster.plan import Request, make_plan
     from cluster.suite import run_suite
 
     assert flags.id is not None
-    for flag, value, least in (
-        ("--num-seeds", num_seeds, 1),
-        ("--num-workers", flags.num_workers, 1),
-        ("--seed", flags.seed, 0),
-        ("--max-failures", flags.max_failures, 0),
-        ("--checkpoint-every-n-steps", flags.checkpoint_every_n_steps, 1),
-        ("--checkpoint-keep", flags.checkpoint_keep, 0),
-        ("--checkpoint-budget-mb", flags.checkpoint_budget_mb, 0),
-        ("--hang-timeout-s", flags.hang_timeout_s, 1),
-    ):
-        if value is not None and not value >= least:
-            raise RecipeError(f"{flag} {value}: {'one' if least else 'zero'} or more")
+    check_flags(flags)
     request = Request(
         catalogue=flags.catalogue,
         recipes=recipes,
-        seeds=tuple(range(flags.seed, flags.seed + num_seeds)),
+        seeds=tuple(range(flags.seed, flags.seed + flags.num_seeds)),
         id=flags.id,
         data_url=place(flags.data, "--data"),
         storage_url=place(flags.storage, "--storage"),
         init_from=flags.init_from,
-        num_workers=flags.num_workers,
-        cpus_per_worker=flags.cpus_per_worker,
-        gpus_per_worker=flags.gpus_per_worker,
-        keeping=Keeping(
-            every_n_steps=flags.checkpoint_every_n_steps,
-            num_recent=flags.checkpoint_keep,
-            budget_bytes=None if flags.checkpoint_budget_mb is None else int(flags.checkpoint_budget_mb * 1e6),
-        ),
-        accept_different_numerics=flags.accept_different_numerics,
-        max_failures=flags.max_failures,
-        hang_timeout_s=flags.hang_timeout_s,
+        options=flags.options,
         retry_failed=flags.retry_failed,
-        verbose=flags.verbose,
     )
     source = [place(flags.init_from, "--init-from")] if flags.init_from else []
     reads, writes = [request.data_url, *source], [request.storage_url]
@@ -167,7 +129,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], *, num_seeds: int) -> i
     say_results(lines, results)
     if results.took:
         say_work(lines, results)
-    lines.say(f"page: {storage.join(results.url, 'report.html')}")
+    lines.say(f"page: {SuiteFolder(results.url).page_url}")
     return DONE if plan.configs.keys() <= {run.name for run in results.finished} else SOME_FAILED
 
 

@@ -6,6 +6,7 @@ import tyro
 
 from imgcls import storage
 from imgcls.errors import StorageError
+from imgcls.runs import SuiteFolder
 from jobs._door import DONE, enter
 from jobs._request import checked_name, place
 from jobs._terminal import Lines, say_results
@@ -23,17 +24,17 @@ def report(
         storage_url: Folder or URL where runs leave what they found.
         verbose: Tracebacks too.
     """
-    from cluster.suite import publish
-
-    suite_url = storage.join(place(storage_url, "--storage"), checked_name(id, "ID"))
+    suite = SuiteFolder(storage.join(place(storage_url, "--storage"), checked_name(id, "ID")))
     storage.check_places(writes=[storage_url])
-    if not storage.exists(storage.join(suite_url, "suite.json")):
+    if not storage.exists(suite.record_url):
         there = ", ".join(storage.folders(storage_url)) or "nothing"
-        raise StorageError(f"{suite_url} holds no suite: no suite.json\n  do: name one of what is there: {there}")
-    results = publish(suite_url)
+        raise StorageError(
+            f"{suite.url} holds no suite: no {storage.name_of(suite.record_url)}\n  do: name one of what is there: {there}"
+        )
+    results = suite.publish()
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
-    lines.say(f"page: {storage.shown(storage.join(suite_url, 'report.html'))}")
+    lines.say(f"page: {storage.shown(suite.page_url)}")
     return DONE
 
 

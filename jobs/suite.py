@@ -1,5 +1,6 @@
 """Train the runs of a catalogue, recipes times seeds, in parallel on the cluster; leaves one page of answers."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -29,7 +30,7 @@ def suite(
     if pack and not flags.dry_run:
         storage.check_places(writes=[place(flags.data, "--data")])
         flags = pack_what_is_missing(flags, changed)
-    return carry_out(flags, changed, num_seeds=num_seeds)
+    return carry_out(replace(flags, num_seeds=num_seeds), changed)
 
 
 if __name__ == "__main__":

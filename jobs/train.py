@@ -22,7 +22,7 @@ def train(
     """
     if recipe_name is None and len(flags.recipe) != 1:
         raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
-    return carry_out(*chosen(flags, None if recipe_name is None else (recipe_name,)), num_seeds=1)
+    return carry_out(*chosen(flags, None if recipe_name is None else (recipe_name,)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Checkpoints of one run: written, read back, committed by a marker, kept or deleted. Behind Lightning's `CheckpointIO`.
 
-    <run>/checkpoints/step-00000268/checkpoint.ckpt     what Lightning resumes from
-                                    committed.json      the marker, written last: a folder without it is never read
-
-The same store with and without Ray; rank 0 writes, all ranks read.
+The same store with and without Ray; rank 0 writes, all ranks read. The names in a checkpoint's folder: `imgcls.runs`.
 """
 
 import io
@@ -16,10 +13,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.errors import CheckpointError, DamagedError, DataError, MissingError, NumericsError, StorageError
-from imgcls.records import Keeping
-from imgcls.training.weights import Committed, Facts, checked_bytes, read_checkpoint
+from imgcls.records import RunOptions
+from imgcls.runs import CheckpointFacts, CheckpointFolder, Committed
+from imgcls.training.weights import checked_bytes, read_checkpoint
 
 
 class CheckpointStore(CheckpointIO):
@@ -36,78 +34,79 @@ class CheckpointStore(CheckpointIO):
 
     def committed(self) -> list[Committed]:
         """By step, ascending. A marker that cannot be read is none."""
-        found = []
-        for folder in storage.folders(self.url):
+        markers = []
+        for name in storage.folders(self.url):
             try:
-                marker = records.read_if_there(Committed, storage.join(self.url, folder, "committed.json"))
+                marker = CheckpointFolder(storage.join(self.url, name)).marker()
             except DamagedError as error:
                 self.say(f"{_first_line(error)}: this checkpoint does not count")
                 continue
             except DataError as error:  # whole, and of another version: no reason to lose it
                 raise NumericsError(f"{error}\n  do: go on with the version that wrote it, or take another --id") from None
             if marker is not None:
-                found.append(marker)
-        return sorted(found, key=lambda one: one.step)
+                markers.append(marker)
+        return sorted(markers, key=lambda marker: marker.step)
 
     def last(self) -> Committed | None:
-        found = self.committed()
-        return found[-1] if found else None
+        return next(reversed(self.committed()), None)
 
     def newest_whole(self) -> Committed | None:
         """The newest checkpoint whose bytes are those that were written, and its best epoch's too; nothing is loaded.
 
         Newer ones are gone: a run that goes on from here makes them again, to the same bits.
         """
-        for one in reversed(self.committed()):
+        for marker in reversed(self.committed()):
             try:
-                for step in {one.step, one.step if one.best_step is None else one.best_step}:
+                for step in {marker.step, marker.step if marker.best_step is None else marker.best_step}:
                     checked_bytes(self.place(step))
-                return one
+                return marker
             except (CheckpointError, DamagedError, MissingError) as error:
-                self.say(f"{_first_line(error)}: step {one.step} is not used, an earlier checkpoint is")
-                self.remove_checkpoint(self.place(one.step))
+                self.say(f"{_first_line(error)}: step {marker.step} is not used, an earlier checkpoint is")
+                self.remove_checkpoint(self.place(marker.step))
         return None
 
-    def prune(self, keeping: Keeping, *, in_use: int | None = None) -> int:
-        """The best, the last two, the one in use and the newest others stay, as `keeping` says. Returns the bytes kept.
+    def prune(self, options: RunOptions, *, in_use: int | None = None) -> int:
+        """The best, the last two, the one in use and the newest others stay, as `options` say. Returns the bytes kept.
 
         Two, as nothing that goes on from the last has shown yet that it can be read.
 
         in_use: the step that this attempt goes on from.
         """
-        found = self.committed()
-        kept = [one for one in found if one in found[-2:] or one.step == in_use]
-        bests = {one.best_step for one in kept}  # without its best epoch's none of them could be gone on from
-        kept = [one for one in found if one in kept or one.step in bests]
-        others = [one for one in reversed(found) if one not in kept]
-        size = sum(one.num_bytes for one in kept)
-        for rank, one in enumerate(others):
-            fits = keeping.budget_bytes is None or size + one.num_bytes <= keeping.budget_bytes
-            if rank < keeping.num_recent and fits:
-                size += one.num_bytes
+        markers = self.committed()
+        kept = [marker for marker in markers if marker in markers[-2:] or marker.step == in_use]
+        bests = {marker.best_step for marker in kept}  # without its best epoch's none of them could be gone on from
+        kept = [marker for marker in markers if marker in kept or marker.step in bests]
+        size, budget_mb = sum(marker.num_bytes for marker in kept), options.checkpoint_budget_mb
+        for rank, marker in enumerate(marker for marker in reversed(markers) if marker not in kept):
+            fits = budget_mb is None or size + marker.num_bytes <= budget_mb * 1e6
+            if rank < options.checkpoint_keep and fits:
+                size += marker.num_bytes
             else:
-                self.remove_checkpoint(self.place(one.step))
+                self.remove_checkpoint(self.place(marker.step))
         return size
 
     def clean(self) -> None:
         """What a kill left half-written is gone."""
-        committed = {storage.name_of(self.place(one.step)) for one in self.committed()}
-        for folder in storage.folders(self.url):
-            if folder not in committed:
-                self.say(f"{folder} was never committed: removed")
-                storage.delete(storage.join(self.url, folder))
+        committed = {storage.name_of(self.place(marker.step)) for marker in self.committed()}
+        for name in storage.folders(self.url):
+            if name not in committed:
+                self.say(f"{name} was never committed: removed")
+                storage.delete(storage.join(self.url, name))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Committed at `path`: the data are there and were read back before the marker is. `storage_options`: Facts."""
-        assert isinstance(storage_options, Facts)
+        """Committed at `path`: the data are there and were read back before the marker is.
+
+        storage_options: the CheckpointFacts.
+        """
+        assert isinstance(storage_options, CheckpointFacts)
         file = io.BytesIO()
         torch.save(checkpoint, file)
         data = file.getvalue()
         self.wait()
         if self._uploads is None:
-            _put(str(path), data, storage_options)
+            _put(CheckpointFolder(str(path)), data, storage_options)
         else:
-            self._under_way = self._uploads.submit(_put, str(path), data, storage_options)
+            self._under_way = self._uploads.submit(_put, CheckpointFolder(str(path)), data, storage_options)
 
     def wait(self) -> None:
         """Raises StorageError where the last write failed."""
@@ -116,7 +115,7 @@ class CheckpointStore(CheckpointIO):
             under_way.result()
 
     def teardown(self) -> None:
-        with suppress(StorageError):  # told by `wait` before, or hiding what ended the training
+        with suppress(StorageError):  # `wait` has said it before, or it would hide what ended the training
             self.wait()
 
     def load_checkpoint(
@@ -126,21 +125,18 @@ class CheckpointStore(CheckpointIO):
         return read_checkpoint(str(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        # The marker goes first: a kill in between leaves a folder that nobody reads.
-        storage.delete(storage.join(str(path), "committed.json"))
-        storage.delete(str(path))
+        CheckpointFolder(str(path)).delete()
 
 
-def _put(url: str, data: bytes, facts: Facts) -> None:
-    target = storage.join(url, "checkpoint.ckpt")
+def _put(folder: CheckpointFolder, data: bytes, facts: CheckpointFacts) -> None:
     marker = Committed(num_bytes=len(data), sha256=storage.sha256(data), **facts.model_dump())
     with storage.within(storage.deadline_s(2 * len(data))):  # there and back
-        storage.write_bytes(target, data)
+        storage.write_bytes(folder.data_url, data)
         try:
-            storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+            storage.read_checked(folder.data_url, num_bytes=marker.num_bytes, digest=marker.sha256)
         except DataError as error:
             raise StorageError(f"{error}\n  do: look at the disk or bucket") from None
-        records.write(marker, storage.join(url, "committed.json"))
+        folder.commit(marker)
 
 
 def _first_line(error: Exception) -> str:

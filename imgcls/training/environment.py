@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from imgcls.cpus import usable_cpus
 from imgcls.recipe import Recipe, digest_of
@@ -31,6 +32,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def origin() -> dict[str, Any]:
+    """Fields of a result."""
+    return {"versions": versions(), "hardware": hardware(), "commit": commit()}
 
 
 def hardware() -> dict[str, str]:

@@ -23,7 +23,7 @@ def evaluate(found: FoundModel, *, data_url: str, split: Split, world: World) ->
     manifest = manifest_for(found, data_url=data_url, split=split)
     splits = split_ids(model.recipe, manifest)
     into = model.recipe.input
-    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, asked_by=world.asked_by)
+    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, asked_by=world.command)
     num_classes = len(manifest.class_names)
     network = load_network(model, num_classes=num_classes)
     module = Classifier(network, model.recipe, num_classes=num_classes, world=world)

@@ -58,7 +58,7 @@ class Classifier(pl.LightningModule):
             self._elastic_step(batch)
             return None
         loss, finite = self._forward(batch, slice(None), self.rank)
-        self._agree(finite, batch)
+        self._share_flags(finite, batch)
         return loss  # gradients are added over ranks: to those of the mean over the global batch
 
     def on_after_backward(self) -> None:
@@ -90,7 +90,7 @@ class Classifier(pl.LightningModule):
             return loss
 
         def gather(mine: Tensor) -> Sequence[Tensor]:
-            self._agree(torch.stack(all_finite).all(), batch)
+            self._share_flags(torch.stack(all_finite).all(), batch)
             if self.world_size == 1:
                 return [mine]
             everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -108,7 +108,7 @@ class Classifier(pl.LightningModule):
         optimizer.zero_grad()
         scheduler.step()
 
-    def _agree(self, finite: Tensor, batch: Batch) -> None:
+    def _share_flags(self, finite: Tensor, batch: Batch) -> None:
         """Every rank knows of every other's loss and node, in step with the gradients: nobody is left in a collective.
 
         Raises, on every rank, TrainingError where a loss is not finite, LeaseError where somebody else is at this run.

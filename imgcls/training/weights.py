@@ -1,4 +1,4 @@
-"""Models as they are stored: the portable `model.pt`, what a committed checkpoint holds, and digests of weights.
+"""Models as they are stored: the portable model file, what a committed checkpoint holds, and digests of weights.
 
 Lightning, whose import takes seconds, is not needed to read them.
 """
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.errors import CheckpointError, DataError, MissingError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
-from imgcls.records import LineageEntry, Record, RunResult
+from imgcls.records import LineageEntry, RunConfig
+from imgcls.runs import CheckpointFolder, RunFolder
 from imgcls.training.lineage import Seen
 
 FORMAT = 1
@@ -23,7 +24,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What `model.pt` holds: enough to predict, and to know where it comes from."""
+    """What a model file holds: enough to predict, and to know where it comes from."""
 
     recipe: Recipe
     class_names: tuple[str, ...]
@@ -67,7 +68,7 @@ def save_model(model: Model, url: str) -> str:
 
 
 def load_model(url: str) -> Model:
-    """A checked `model.pt`. Raises CheckpointError where it is none, or is another than was written."""
+    """A checked model file. Raises CheckpointError where it is none, or is another than was written."""
     num_bytes = 0 if storage.is_local(url) else storage.num_bytes_of(url)
     try:
         return _loaded(storage.read_bytes(url, num_bytes=num_bytes), url)
@@ -82,12 +83,12 @@ def _loaded(data: bytes, url: str) -> Model:
         (model.weights_sha256, content.get("weights_sha256"), "it"),
         (_about_sha256(content), content.get("about_sha256"), "it"),
     ]
-    result = records.read_if_there(RunResult, storage.join(url.rpartition("/")[0], "result.json"))
+    result = RunFolder.of_model(url).result()
     if result is not None and result.model_sha256:
-        digests.append((storage.sha256(data), result.model_sha256, "the result.json beside it"))
-    for found, expected, who in digests:
-        if found != expected:
-            raise CheckpointError(f"{url} was altered: SHA-256 is {found[:12]}.., {who} says {str(expected)[:12]}..")
+        digests.append((storage.sha256(data), result.model_sha256, f"the {RunFolder.RESULT} beside it"))
+    for actual, expected, who in digests:
+        if actual != expected:
+            raise CheckpointError(f"{url} was altered: SHA-256 is {actual[:12]}.., {who} says {str(expected)[:12]}..")
     return model
 
 
@@ -97,7 +98,7 @@ def _about_sha256(content: dict[str, Any]) -> str:
 
 
 def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool) -> dict[str, Any]:
-    """All of a model but its weights: what `model.pt` and every checkpoint carry."""
+    """All of a model but its weights: what a model file and every checkpoint carry."""
     facts = {
         "format": FORMAT,
         "recipe": recipe.to_json(),
@@ -135,7 +136,7 @@ def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "about" not in content:
         raise CheckpointError(
             f"{where} is no checkpoint of this system, or damaged\n"
-            "  do: name a run's folder, a folder of its checkpoints, or a model.pt"
+            f"  do: name a run's folder, a folder of its checkpoints, or a {RunFolder.MODEL}"
         )
     return content
 
@@ -153,40 +154,18 @@ def _preprocessing(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-class Facts(Record):
-    """What the writer of a checkpoint knows of it."""
-
-    step: int
-    epoch: int
-    """Whole epochs behind it."""
-    best_step: int | None
-    """Of the best epoch's checkpoint, which is needed when training ends; None before an epoch has ended."""
-    finished: bool
-    """Nothing is left to train."""
-    run_digest: str
-    numerics: dict[str, str]
-    """What decides the last bits beside the request, see `environment.numerics`."""
-
-
-class Committed(Facts):
-    """The marker: what the checkpoint beside it is."""
-
-    num_bytes: int
-    sha256: str
-
-
 def read_checkpoint(url: str) -> dict[str, Any]:
     """Raises CheckpointError where it is not committed, or its bytes have another SHA-256."""
-    return load_tensors(checked_bytes(url), where=storage.join(url, "checkpoint.ckpt"))
+    return load_tensors(checked_bytes(url), where=CheckpointFolder(url).data_url)
 
 
 def checked_bytes(url: str) -> bytes:
-    marker = records.read_if_there(Committed, storage.join(url, "committed.json"))
+    folder = CheckpointFolder(url)
+    marker = folder.marker()
     if marker is None:
-        raise CheckpointError(f"{url} is not a committed checkpoint: it has no committed.json")
-    target = storage.join(url, "checkpoint.ckpt")
+        raise CheckpointError(f"{url} is not a committed checkpoint: it has no marker")
     try:
-        return storage.read_checked(target, num_bytes=marker.num_bytes, digest=marker.sha256)
+        return storage.read_checked(folder.data_url, num_bytes=marker.num_bytes, digest=marker.sha256)
     except DataError as error:
         raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
 
@@ -204,27 +183,38 @@ class FoundModel:
 
 
 def find_model(checkpoint: str) -> FoundModel:
-    """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a `model.pt`; a path or a URL.
+    """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a model file; a path or a URL.
 
     Raises CheckpointError where it names none, or its bytes are not those that were written.
     """
-    url = checkpoint.rstrip("/").removesuffix("/checkpoint.ckpt")
-    if storage.exists(storage.join(url, "committed.json")):
-        return FoundModel(url, _from_committed(url))
-    if storage.exists(storage.join(url, "model.pt")):
-        url = storage.join(url, "model.pt")
-    elif storage.exists(storage.join(url, "config.json")):
+    url = checkpoint.rstrip("/").removesuffix(f"/{CheckpointFolder.DATA}")
+    if CheckpointFolder(url).marker() is not None:
+        content = read_checkpoint(url)
+        return FoundModel(url, model_of(content, network_weights(content), where=url))
+    run = RunFolder(url)
+    if storage.exists(run.model_url):
+        url = run.model_url
+    elif storage.exists(run.config_url):
         raise CheckpointError(
-            f"{url} is a run that has left no model.pt yet\n  do: let it finish, or name a checkpoint of it"
+            f"{url} is a run that has left no {run.MODEL} yet\n  do: let it finish, or name a checkpoint of it"
         )
     elif not storage.exists(url):
-        raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or model.pt")
+        raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or {run.MODEL}")
     try:
         return FoundModel(url, load_model(url))
     except MissingError:
-        raise CheckpointError(f"{checkpoint} is a folder without a model.pt or a committed checkpoint") from None
+        raise CheckpointError(f"{checkpoint} is a folder without a {run.MODEL} or a committed checkpoint") from None
 
 
-def _from_committed(url: str) -> Model:
-    content = read_checkpoint(url)
-    return model_of(content, network_weights(content), where=url)
+def source_model(config: RunConfig, run: RunFolder) -> FoundModel:
+    """The weights that this run starts from. Raises CheckpointError where they are not those that were named."""
+    assert config.init is not None
+    if config.source_run is not None:
+        return find_model(run.suite.run(config.source_run).url)
+    source = find_model(config.init.run)
+    if source.model.weights_sha256 != config.init.identity:
+        raise CheckpointError(
+            f"{source.url} has other weights than when {config.name} was asked for\n"
+            "  do: bring them back, or take another --id"
+        )
+    return source

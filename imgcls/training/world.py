@@ -73,7 +73,7 @@ class World:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     report: Callable[[Progress], None] = _no_report
     """Called by every rank, equally often."""
-    agree: Callable[[Any], Any] = _as_it_is
+    broadcast: Callable[[Any], Any] = _as_it_is
     """Rank 0's value on every rank."""
     leaving: Callable[[], bool] = lambda: False
     """Whether this rank's node is about to be taken away. Asked in every step: it may not wait for anybody."""
@@ -82,8 +82,8 @@ class World:
     crashed: Callable[[str, int, str], None] = lambda error, step, trace: None
     """Told of an error of this rank's own that another try may not meet, the step at which it was, and its traceback."""
     placement: Placement | None = None
-    asked_by: str | None = None
-    """The command: its runs check a node's cache once."""
+    command: str | None = None
+    """Whose run this is: its runs check a node's cache once."""
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
 

@@ -2,40 +2,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.decide import (
-    Asked,
-    Attempt,
-    Begins,
     Done,
-    End,
-    Ended,
     GoOn,
     Leave,
-    Lost,
-    Seen,
     Start,
-    State,
     Status,
     Stop,
+    SuiteState,
     Wait,
-    blocked_by,
-    decide,
+    after_end,
+    after_loss,
+    next_start,
     start_order,
+    verdict,
 )
+from imgcls.runs import Attempt, End, RunState
 
 OPEN, STARTED, FINISHED, FAILED = Status.OPEN, Status.STARTED, Status.FINISHED, Status.FAILED
 PAIR = {"finetuned": "resnet18", "resnet18": None}
 
 
-def state(statuses=None, sources=PAIR, *, max_failures: int = 3) -> State:
-    return State(command="me", max_failures=max_failures, statuses=statuses or {"run": STARTED}, sources=sources)
-
-
 def next_action(statuses, sources, *, room: int):
-    return decide(state(statuses, sources), Asked(room))[1]
+    return next_start(SuiteState(statuses, sources), room=room)[1]
 
 
-def at_begin(*attempts: Attempt, max_failures: int = 3, result: Status | None = None, holder: str = "me"):
-    return decide(state(max_failures=max_failures), Begins("run", Seen(result, attempts, holder)))[1]
+def at_begin(*attempts: Attempt, max_failures: int = 3, result=None, holder: str = "me"):
+    return verdict(RunState(result, attempts, holder), command="me", max_failures=max_failures)
 
 
 DIED = Attempt("me")
@@ -54,7 +46,6 @@ def test_a_run_waits_for_its_source_and_starts_when_it_is_finished():
 def test_a_failed_source_blocks_all_below_it_and_leaves_the_others():
     sources = {"a": None, "b": "a", "c": "b", "d": None}
     statuses = {"a": FAILED, "b": OPEN, "c": OPEN, "d": OPEN}
-    assert blocked_by(statuses, sources) == {"b": "a", "c": "a"}
     assert next_action(statuses, sources, room=1) == Start("d")
     assert next_action(statuses | {"d": FINISHED}, sources, room=1) == Done()
 
@@ -93,33 +84,37 @@ def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time():
 
 
 def test_nobody_begins_a_run_that_is_over_refused_or_anothers():
-    assert at_begin(result=FINISHED) == Leave()
-    assert at_begin(result=FAILED) == Leave()
+    assert at_begin(result="finished") == Leave()
+    assert at_begin(result="failed") == Leave()
     assert at_begin(holder="other") == Leave()
     assert at_begin(Attempt("me", End.REFUSED)) == Leave()
     assert at_begin(Attempt("before", End.REFUSED)) == GoOn()  # another command may accept it
 
 
 def test_a_run_that_ended_is_what_its_records_say():
-    def status_after(seen: Seen, before: Status = STARTED):
-        after, action = decide(state({"run": before}), Ended("run", seen))
-        return after.statuses["run"], action
+    def status_after(committed: RunState, before: Status = STARTED):
+        state = SuiteState({"run": before})
+        after, stop = after_end(state, "run", committed, command="me", max_failures=3)
+        return after.statuses["run"], stop
 
-    assert status_after(Seen(FINISHED, holder="me")) == (FINISHED, Wait())
-    assert status_after(Seen(FAILED, holder="me")) == (FAILED, Wait())
-    assert status_after(Seen(holder="other")) == (Status.ELSEWHERE, Wait())
-    assert status_after(Seen(None, (Attempt("me", End.REFUSED),), "me")) == (Status.REFUSED, Wait())
-    status, stop = status_after(Seen(None, (DIED,), "me"))
+    assert status_after(RunState("finished", holder="me")) == (FINISHED, None)
+    assert status_after(RunState("failed", holder="me")) == (FAILED, None)
+    assert status_after(RunState(holder="other")) == (Status.ELSEWHERE, None)
+    assert status_after(RunState(None, (Attempt("me", End.REFUSED),), "me")) == (Status.REFUSED, None)
+    status, stop = status_after(RunState(None, (DIED,), "me"))
     assert status is FAILED
     assert isinstance(stop, Stop)
-    assert status_after(Seen(None, (), "me"), FINISHED) == (FINISHED, Wait())  # a late word changes nothing
-    assert status_after(Seen(None, (), "me"), OPEN) == (OPEN, Wait())
+    assert status_after(RunState(None, (), "me"), FINISHED) == (FINISHED, None)  # a late word changes nothing
+    assert status_after(RunState(None, (), "me"), OPEN) == (OPEN, None)
 
 
 def test_a_run_whose_lease_is_lost_is_not_started_here():
-    assert decide(state({"run": OPEN}), Lost("run"))[0].statuses["run"] is Status.ELSEWHERE
-    assert decide(state({"run": STARTED}), Lost("run"))[0].statuses["run"] is STARTED  # until it has ended
-    assert decide(state({"run": FINISHED}), Lost("run"))[0].statuses["run"] is FINISHED
+    def after(status: Status) -> Status:
+        return after_loss(SuiteState({"run": status}), "run").statuses["run"]
+
+    assert after(OPEN) is Status.ELSEWHERE
+    assert after(STARTED) is STARTED  # until it has ended
+    assert after(FINISHED) is FINISHED
 
 
 @given(parents=st.lists(st.integers(-1, 8), min_size=1, max_size=9))

@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.decide import State, Status
+from cluster.decide import Status, SuiteState
 from cluster.forecast import schedule
 from cluster.prices import read_prices
 from imgcls.errors import RecipeError
 from imgcls.rates import Rates, keep, known, new
 
 RUNS = {"source": None, "other": None, "dependent": "source"}
-STATE = State(command="c", max_failures=0, statuses=dict.fromkeys(RUNS, Status.OPEN), sources=RUNS)
+STATE = SuiteState(dict.fromkeys(RUNS, Status.OPEN), RUNS)
 PRICES = """
 currency: USD
 as_of: 2026-11-01

@@ -5,13 +5,21 @@ from pathlib import Path
 import pytest
 
 from cluster import lease
-from cluster.lease import Lease, Leases, holder_of, leases
+from cluster.lease import Leases, leases
 from imgcls import records, storage
 from imgcls.errors import LeaseError, StorageError
+from imgcls.runs import Lease, RunFolder
 from infra.processes import until
 from infra.s3.proxy import faulty
 from infra.s3.server import Server
 from tests.conftest import reached_by
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """A run's folder."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
 
 
 @pytest.fixture(autouse=True)
@@ -26,47 +34,47 @@ def left_behind(run: Path, *, pid: int, host: str = "elsewhere", number: int = 1
 
 
 def test_a_lease_is_held_renewed_and_given_back(tmp_path: Path):
-    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
-        assert holder_of(str(tmp_path)) == "me"
+    with leases([RunFolder(str(tmp_path))], command="me", say=print) as held:
+        assert RunFolder(str(tmp_path)).holder() == "me"
         before = (tmp_path / "leases" / "00001.json").read_bytes()
         threading.Event().wait(0.6)
         assert (tmp_path / "leases" / "00001.json").read_bytes() != before
         assert not held.lost
-    assert holder_of(str(tmp_path)) is None
+    assert RunFolder(str(tmp_path)).holder() is None
 
 
 def test_a_lease_that_is_renewed_is_refused(tmp_path: Path):
     said: list[str] = []
-    with leases({"run": str(tmp_path)}, command="first", say=print):
+    with leases([RunFolder(str(tmp_path))], command="first", say=print):
         with (
             pytest.raises(LeaseError, match=r"another command is at run \(process \d+ on "),
-            leases({"run": str(tmp_path)}, command="second", say=said.append),
+            leases([RunFolder(str(tmp_path))], command="second", say=said.append),
         ):
             pass
-        assert holder_of(str(tmp_path)) == "first"
+        assert RunFolder(str(tmp_path)).holder() == "first"
     assert said == ["another command was at run: waiting up to 2 s for it to answer or to lapse"]
 
 
 def test_a_lease_that_nobody_renews_lapses_and_is_taken_over(tmp_path: Path):
     left_behind(tmp_path, pid=1)
-    with leases({"run": str(tmp_path)}, command="me", say=print):
-        assert holder_of(str(tmp_path)) == "me"
+    with leases([RunFolder(str(tmp_path))], command="me", say=print):
+        assert RunFolder(str(tmp_path)).holder() == "me"
 
 
 def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path):
     said: list[str] = []
     left_behind(tmp_path, pid=2**22 + 1, host=lease._here())
-    with leases({"run": str(tmp_path)}, command="me", say=said.append):
-        assert holder_of(str(tmp_path)) == "me"
+    with leases([RunFolder(str(tmp_path))], command="me", say=said.append):
+        assert RunFolder(str(tmp_path)).holder() == "me"
     assert said == []
 
 
 def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path: Path):
-    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
+    with leases([RunFolder(str(tmp_path))], command="me", say=print) as held:
         left_behind(tmp_path, pid=1, number=2)
         threading.Event().wait(0.6)
         assert held.lost == {"run"}
-    assert holder_of(str(tmp_path)) == "before"
+    assert RunFolder(str(tmp_path)).holder() == "before"
 
 
 def test_of_two_that_take_over_one_lapsed_lease_at_once_one_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,8 +90,8 @@ def test_of_two_that_take_over_one_lapsed_lease_at_once_one_holds_the_run(tmp_pa
 
     def take(command: str) -> None:
         try:
-            with leases({"run": str(tmp_path)}, command=command, say=print):
-                came_to.append(holder_of(str(tmp_path)))
+            with leases([RunFolder(str(tmp_path))], command=command, say=print):
+                came_to.append(RunFolder(str(tmp_path)).holder())
                 threading.Event().wait(1)
         except LeaseError:
             came_to.append(None)
@@ -97,25 +105,25 @@ def test_of_two_that_take_over_one_lapsed_lease_at_once_one_holds_the_run(tmp_pa
 
 
 def test_a_holder_that_was_away_does_not_take_back_what_was_taken_over(tmp_path: Path):
-    with leases({"run": str(tmp_path)}, command="me", say=print) as held:
+    with leases([RunFolder(str(tmp_path))], command="me", say=print) as held:
         records.write(held_by("other"), str(tmp_path / "leases" / "00002.json"))
         # Between its look and its write another command took over: what it writes is its own number.
         records.write(held_by("me"), str(tmp_path / "leases" / "00001.json"))
-        assert holder_of(str(tmp_path)) == "other"
+        assert RunFolder(str(tmp_path)).holder() == "other"
         held.renew()
         assert held.lost == {"run"}
 
 
 def test_a_number_is_not_used_again_and_who_lost_a_lease_gives_nothing_back(tmp_path: Path):
-    away = Leases({"run": str(tmp_path)}, "away", print)
+    away = Leases([RunFolder(str(tmp_path))], "away", print)
     away.take()
     records.write(held_by("taker"), str(tmp_path / "leases" / "00002.json"))
     away.renew()
     records.write(held_by("taker").model_copy(update={"released": True}), str(tmp_path / "leases" / "00002.json"))
-    with leases({"run": str(tmp_path)}, command="third", say=print) as held:
+    with leases([RunFolder(str(tmp_path))], command="third", say=print) as held:
         assert held.numbers == {"run": 3}
         away.release()
-        assert holder_of(str(tmp_path)) == "third"
+        assert RunFolder(str(tmp_path)).holder() == "third"
 
 
 def held_by(command: str) -> Lease:
@@ -144,7 +152,7 @@ def test_storage_that_answers_no_more_is_told_once_and_gives_up_in_time(s3: Serv
     with (
         faulty(s3.host, s3.port, faults=("hang",)) as proxy,
         reached_by(s3.env(port=proxy.port)),
-        leases({"run": "s3://runs/gone"}, command="me", say=said.append) as held,
+        leases([RunFolder("s3://runs/gone")], command="me", say=said.append) as held,
     ):
         proxy.fail = 1.0
         until(lambda: bool(said), 10, "word of it")
@@ -177,10 +185,10 @@ def test_what_storage_does_not_answer_at_once_is_asked_again(tmp_path: Path):
 
 def test_a_lease_that_cannot_be_read_leaves_the_others_alone(tmp_path: Path):
     said: list[str] = []
-    with leases({"bad": str(tmp_path / "bad"), "good": str(tmp_path / "good")}, command="me", say=said.append) as held:
+    with leases([RunFolder(str(tmp_path / name)) for name in ("bad", "good")], command="me", say=said.append) as held:
         (tmp_path / "bad" / "leases" / "00001.json").write_text("{")
         before = (tmp_path / "good" / "leases" / "00001.json").read_bytes()
         until(lambda: (tmp_path / "good" / "leases" / "00001.json").read_bytes() != before, 5, "a renewal")
         held.check_answered()
     assert said == []
-    assert holder_of(str(tmp_path / "good")) is None
+    assert RunFolder(str(tmp_path / "good")).holder() is None

@@ -12,6 +12,7 @@ from imgcls.data.sources import Source
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, RecipeError
 from imgcls.recipe import Recipe, derive
+from imgcls.records import RunOptions
 
 TINY = {"global_batch_size": 16, "train_fraction": 1.0}
 FIVE = tuple(derive(recipe, TINY) for recipe in quick.SUITE)
@@ -64,7 +65,7 @@ def test_a_source_that_lies_under_the_id_is_taken_as_it_is(request_of, tmp_path:
 
 
 def test_the_placement_is_not_in_a_runs_digest(request_of):
-    one, two = make_plan(request_of(*FIVE)), make_plan(request_of(*FIVE, num_workers=2, max_failures=9))
+    one, two = make_plan(request_of(*FIVE)), make_plan(request_of(*FIVE, options=RunOptions(num_workers=2, max_failures=9)))
     assert {n: c.digest() for n, c in one.configs.items()} == {n: c.digest() for n, c in two.configs.items()}
 
 
@@ -112,7 +113,7 @@ def test_the_targets_images_under_another_name_are_found(request_of, packed: Pat
 
 def test_what_can_be_known_to_be_wrong_is_refused_before_training(request_of, packed: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="8 workers; resnet18 needs 2"):
-        make_plan(request_of(derive(FIVE[3], {"global_batch_size": 8}), num_workers=8))
+        make_plan(request_of(derive(FIVE[3], {"global_batch_size": 8}), options=RunOptions(num_workers=8)))
     with pytest.raises(DataError, match=r"no manifest\.json"):
         make_plan(request_of(derive(FIVE[3], {"dataset": "pets"})))
     copy = shutil.copytree(packed / "cifar10", tmp_path / "data" / "cifar10")

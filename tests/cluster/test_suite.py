@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.plan import Plan, Request, make_plan
-from cluster.suite import configs_of, publish, write_down
-from imgcls import records, storage
+from cluster.suite import write_down
 from imgcls.catalogue import quick
 from imgcls.errors import CheckpointError
 from imgcls.recipe import Recipe, derive
@@ -37,15 +36,15 @@ def asked(packed: Path, tmp_path: Path):
 def fails(request: Request, plan: Plan) -> None:
     for name, config in plan.configs.items():
         result = RunResult.of(config, status="failed", error="planted")
-        records.write(result, storage.join(request.run_url(name), "result.json"))
+        request.suite.run(name).finish(result)
 
 
 def test_two_commands_that_planned_before_either_wrote_lose_no_run(asked):
     (one, its_plan), (two, other_plan) = asked(SCRATCH), asked(BASIC_CNN)
     write_down(one, its_plan)
     write_down(two, other_plan)
-    assert list(configs_of(one.suite_url)) == ["basic-cnn-seed0", "scratch-seed0"]  # as the catalogue has them
-    assert [run.status for run in publish(one.suite_url).runs] == ["open", "open"]
+    assert list(one.suite.configs()) == ["basic-cnn-seed0", "scratch-seed0"]  # as the catalogue has them
+    assert [run.status for run in one.suite.publish().runs] == ["open", "open"]
 
 
 def test_of_two_commands_with_other_settings_for_one_recipe_the_second_is_refused_and_deletes_its_config(asked):
@@ -54,7 +53,7 @@ def test_of_two_commands_with_other_settings_for_one_recipe_the_second_is_refuse
     write_down(one, its_plan)
     with pytest.raises(CheckpointError, match="may differ only in their seed"):
         write_down(*other)
-    assert list(configs_of(one.suite_url)) == ["scratch-seed0"]
+    assert list(one.suite.configs()) == ["scratch-seed0"]
     write_down(*asked(SCRATCH, seed=1))
 
 
@@ -72,7 +71,7 @@ def test_a_run_that_ends_while_a_command_writes_the_page_is_on_it(asked, monkeyp
 
     monkeypatch.setattr(page, "render", while_it_ends)
     fails(one, its_plan)
-    results = publish(one.suite_url)
+    results = one.suite.publish()
     assert rendered == [["open", "failed"], ["failed", "failed"]]
     assert [run.status for run in results.runs] == ["failed", "failed"]
 
@@ -81,4 +80,4 @@ def test_results_say_what_was_asked_for_in_the_order_of_seeds(asked):
     for seed in (10, 2):
         request, plan = asked(replace(SCRATCH), seed=seed)
         write_down(request, plan)
-    assert list(configs_of(request.suite_url)) == ["scratch-seed2", "scratch-seed10"]
+    assert list(request.suite.configs()) == ["scratch-seed2", "scratch-seed10"]

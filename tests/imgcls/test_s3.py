@@ -16,9 +16,9 @@ import torch
 from imgcls import storage
 from imgcls.errors import MissingError, StorageError
 from imgcls.remedies import remedy_for
+from imgcls.runs import CheckpointFacts
 from imgcls.s3 import S3
 from imgcls.training.checkpoints import CheckpointStore
-from imgcls.training.weights import Facts
 from infra.processes import until
 from infra.s3.proxy import FAULTS, Proxy, faulty
 from infra.s3.server import READER, Server
@@ -298,7 +298,7 @@ def test_a_server_for_trying_out_keeps_what_it_was_given(tmp_path: Path):
         assert serving.returncode == 0
 
 
-FACTS = Facts(step=3, epoch=1, best_step=3, finished=False, run_digest="d", numerics={})
+FACTS = CheckpointFacts(step=3, epoch=1, best_step=3, finished=False, run_digest="d", numerics={})
 
 
 def test_a_checkpoint_in_a_bucket_is_committed_when_it_was_waited_for(url: str):

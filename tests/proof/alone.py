@@ -13,7 +13,7 @@ from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data.shards import read_manifest
 from imgcls.recipe import Augment, BasicCNN, Input, Length, OneCycle, Recipe
-from imgcls.records import Keeping, RunConfig, RunResult
+from imgcls.records import RunConfig, RunOptions, RunResult
 
 if TYPE_CHECKING:
     from imgcls.training.world import World
@@ -112,8 +112,7 @@ def _rank(
         data_url=packed,
         run_url=to,
         world=world_of(rank, world_size, meeting, elastic=config.recipe.numerics == "elastic"),
-        keeping=Keeping(every_n_steps=every),
-        accept_different_numerics=accept,
+        options=RunOptions(checkpoint_every_n_steps=every, accept_different_numerics=accept),
     )
 
 
@@ -154,7 +153,7 @@ def world_of(rank: int, world_size: int, meeting: str, *, elastic: bool = False)
         def root_device(self) -> torch.device:
             return torch.device("cpu")
 
-    def agree(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
@@ -162,7 +161,7 @@ def world_of(rank: int, world_size: int, meeting: str, *, elastic: bool = False)
     strategy = OnCPU(process_group_backend="gloo")
     if elastic:
         leave_gradients_alone(strategy)
-    return World(rank=rank, size=world_size, strategy=strategy, plugins=(Launched(),), agree=agree)
+    return World(rank=rank, size=world_size, strategy=strategy, plugins=(Launched(),), broadcast=broadcast)
 
 
 def _die_at(step: int, moment: str) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.suite import histories, read_results
 from imgcls import records
 from imgcls.data import shards
 from imgcls.data.cache import open_cache
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Length
 from imgcls.records import Manifest, SuiteRecord
+from imgcls.runs import SuiteFolder
 from imgcls.training.fit import fit
 from imgcls.training.weights import load_model, read_checkpoint
 from imgcls.training.world import World
@@ -45,7 +45,7 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
     (checkpoint,) = (run / "checkpoints").iterdir()
 
     def results() -> None:
-        histories(str(suite), read_results(str(suite), seconds=0.0, command=""))
+        SuiteFolder(str(suite)).histories(SuiteFolder(str(suite)).results(seconds=0.0, command=""))
 
     def all_shards() -> None:
         for shard in manifest.shards:

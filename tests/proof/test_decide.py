@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import cluster.decide as shipped
+from imgcls.runs import held_up
 
 STEPS = 3
 """Of every run."""
@@ -58,10 +59,9 @@ class World:
         """What really went wrong in a command's run and counts."""
         self.num_commands = 0
 
-    def seen(self, run: str):
+    def committed(self, run: str):
         s = self.store[run]
-        result = None if s.result is None else self.d.Status(s.result)
-        return self.d.Seen(result, tuple(self.d.Attempt(*facts) for facts in s.attempts), s.holder)
+        return self.d.RunState(s.result, tuple(self.d.Attempt(*facts) for facts in s.attempts), s.holder)
 
     def command(self) -> None:
         """A command begins, where the leases of what it wants are nobody's that lives."""
@@ -74,14 +74,10 @@ class World:
             self.store[run].holder = name
         order = self.d.start_order(RUNS)
         statuses = {run: self.d.Status(self.store[run].result or "open") for run in order}
-        self.states[name] = self.d.State(command=name, max_failures=MAX_FAILURES, statuses=statuses, sources=RUNS)
-
-    def tell(self, command: str, event):
-        self.states[command], action = self.d.decide(self.states[command], event)
-        return action
+        self.states[name] = self.d.SuiteState(statuses, RUNS)
 
     def ask(self, command: str):
-        action = self.tell(command, self.d.Asked(ROOM))
+        self.states[command], action = self.d.next_start(self.states[command], room=ROOM)
         if isinstance(action, self.d.Start):
             run = action.run
             source = RUNS[run]
@@ -96,10 +92,8 @@ class World:
     def begin(self, process: Process, *, lost: bool) -> None:
         """Rank 0 looks at the records. lost: it dies before it can write."""
         stored, key = self.store[process.run], (process.command, process.run)
-        action = self.d.decide(
-            self.d.State(command=process.command, max_failures=MAX_FAILURES),
-            self.d.Begins(process.run, self.seen(process.run)),
-        )[1]
+        committed = self.committed(process.run)
+        action = self.d.verdict(committed, command=process.command, max_failures=MAX_FAILURES)
         happened = self.failures.setdefault(key, [])
         if isinstance(action, self.d.GoOn):
             assert stored.result is None, "a run that is over is carried out again"
@@ -186,8 +180,9 @@ class World:
             return
         if any(p.command == command and p.run == run for p in self.processes):
             return
-        action = self.tell(command, self.d.Ended(run, self.seen(run)))
-        if isinstance(action, self.d.Stop):
+        committed, bound = self.committed(run), {"command": command, "max_failures": MAX_FAILURES}
+        self.states[command], stop = self.d.after_end(self.states[command], run, committed, **bound)
+        if stop is not None:
             assert self.store[run].holder == command, "another command's run is failed"
             self.write_result(run, "failed")
         status = self.states[command].statuses[run].value  # pyright: ignore[reportAttributeAccessIssue]
@@ -213,7 +208,7 @@ class World:
         for command in list(self.states):
             assert self.play_on(command), "the suite does not end"
         results = {run: s.result for run, s in self.store.items()}
-        blocked = self.d.blocked_by({run: self.d.Status(r or "open") for run, r in results.items()}, RUNS)
+        blocked = held_up(RUNS, {run for run, result in results.items() if result == "failed"})
         assert all(results[run] in ("finished", "failed") or run in blocked for run in RUNS), results
         assert not self.processes, "a process is left"
 
@@ -341,7 +336,7 @@ class Schedule(RuleBasedStateMachine):
         command = self.command_of(pick)
         if command and self.world.store[run].holder == command and self.world.store[run].result is None:
             self.world.store[run].holder = "other"
-            self.world.tell(command, self.world.d.Lost(run))
+            self.world.states[command] = self.world.d.after_loss(self.world.states[command], run)
 
     @invariant()
     def what_is_committed_stays(self) -> None:
@@ -363,14 +358,14 @@ MUTATIONS = {
         "state.statuses[source] is not Status.OPEN",
     ),
     "one run too many is under way": ("if under_way < room", "if under_way <= room"),
-    "a finished run is begun again": ("if seen.result is not None or seen.holder", "if seen.holder"),
-    "another command's run is begun": ("or seen.holder != state.command or", "or"),
+    "a finished run is begun again": ("if committed.result is not None or committed.holder", "if committed.holder"),
+    "another command's run is begun": ("or committed.holder != command or", "or"),
     "preemptions are counted": ("in (End.UNKNOWN, End.CRASHED)]", "is not End.REFUSED]"),
-    "one failure too few is allowed": ("len(failures) > state.max_failures", "len(failures) >= state.max_failures"),
-    "one failure too many is allowed": ("len(failures) > state.max_failures", "len(failures) > state.max_failures + 1"),
+    "one failure too few is allowed": ("len(failures) > max_failures", "len(failures) >= max_failures"),
+    "one failure too many is allowed": ("len(failures) > max_failures", "len(failures) > max_failures + 1"),
     "a bug is tried for ever": ("if times > 1:", "if times > 9:"),
-    "failures of earlier commands are counted": ("if one.command == state.command]", "]"),
-    "a run that died stays under way": ("return _with(state, run, Status.FAILED), Stop(told)", "return state, Wait()"),
+    "failures of earlier commands are counted": ("if attempt.command == command]", "]"),
+    "a run that died stays under way": ("return _with(state, run, Status.FAILED), stop", "return state, None"),
     "a failed source is waited for": ("(Status.FAILED, Status.REFUSED, Status.ELSEWHERE)", "()"),
 }
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.lease import holder_of
 from imgcls import records
 from imgcls.records import SuiteResults
+from imgcls.runs import RunFolder
 from infra.processes import alive, until
 from tests.proof.commands import Running, assert_same, flags_of, start, train
 
@@ -70,7 +70,7 @@ def test_a_run_whose_driver_is_killed_leaves_nothing_and_goes_on_to_the_same_bit
     gone_s = until(lambda: not alive(theirs), 60, f"no process of it to be left: {alive(theirs)}")
     again = train(tmp_path, packed, "--num-workers", str(num_workers))
     again.wait()
-    assert holder_of(str(again.run)) is None
+    assert RunFolder(str(again.run)).holder() is None
     assert_same(again.run, whole[num_workers])
     proved(f"driver {how.name}", f"seed {SEED - driver_kill}: {when}; all gone after {gone_s:.1f} s")
 

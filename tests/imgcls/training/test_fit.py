@@ -17,7 +17,8 @@ from imgcls.data.shards import read_manifest
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
-from imgcls.records import InitSource, Keeping, RunConfig, RunResult
+from imgcls.records import InitSource, RunConfig, RunOptions, RunResult
+from imgcls.runs import CheckpointFacts
 from imgcls.training import fit as fitting
 from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluate
@@ -27,7 +28,7 @@ from imgcls.training.predict import Predictor
 from imgcls.training.progress import Progress
 from imgcls.training.recorder import Recorder
 from imgcls.training.totals import Totals
-from imgcls.training.weights import Facts, find_model, load_model, read_checkpoint
+from imgcls.training.weights import find_model, load_model, read_checkpoint
 from imgcls.training.world import Heartbeat, World
 
 SMALL = replace(
@@ -130,7 +131,7 @@ def test_a_run_killed_at_an_epochs_end_goes_on_to_the_same_bits(
     commit = Recorder._commit
 
     def dies(self: Recorder, trainer, **options) -> None:
-        dying = len(self.history) == epoch
+        dying = len(self.history.rows) == epoch
         if dying and moment == "before the commit":
             raise KilledError
         commit(self, trainer, **options)
@@ -181,36 +182,36 @@ def test_the_best_and_the_last_two_are_kept_and_the_best_has_the_lowest_loss(sma
     assert {one.step for one in store.committed()} == {last.best_step, *sorted(losses)[-2:]}
 
 
-def facts(step: int, best_step: int | None = None) -> Facts:
-    return Facts(step=step, epoch=0, best_step=best_step, finished=False, run_digest="x", numerics={})
+def facts(step: int, best_step: int | None = None) -> CheckpointFacts:
+    return CheckpointFacts(step=step, epoch=0, best_step=best_step, finished=False, run_digest="x", numerics={})
 
 
 def test_best_last_two_the_one_in_use_and_recent_ones_are_kept_as_far_as_the_budget_goes(tmp_path: Path):
-    def kept(keeping: Keeping, in_use: int | None = None) -> list[int]:
+    def kept(options: RunOptions, in_use: int | None = None) -> list[int]:
         store = CheckpointStore(str(tmp_path / str(len(list(tmp_path.iterdir())))))
         for step in range(1, 9):
             store.save_checkpoint({"about": "x"}, store.place(step), facts(step, 2 if step >= 2 else None))
-        size = store.prune(keeping, in_use=in_use)
+        size = store.prune(options, in_use=in_use)
         assert size == sum(one.num_bytes for one in store.committed())
         return [one.step for one in store.committed()]
 
     store = CheckpointStore(str(tmp_path / "a new best"))
     for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
         store.save_checkpoint({"about": "x"}, store.place(step), facts(step, best))
-    store.prune(Keeping())
+    store.prune(RunOptions())
     assert [one.step for one in store.committed()] == [2, 6, 8]  # 6 could not be gone on from without 2
     Path(store.place(8), "checkpoint.ckpt").write_bytes(b"")
     whole = store.newest_whole()
     assert whole is not None
     assert whole.step == 6
-    assert kept(Keeping()) == [2, 7, 8]
-    assert kept(Keeping(num_recent=2)) == [2, 5, 6, 7, 8]
-    assert kept(Keeping(), in_use=3) == [2, 3, 7, 8]
+    assert kept(RunOptions()) == [2, 7, 8]
+    assert kept(RunOptions(checkpoint_keep=2)) == [2, 5, 6, 7, 8]
+    assert kept(RunOptions(), in_use=3) == [2, 3, 7, 8]
     store = CheckpointStore(str(tmp_path / "size"))
     store.save_checkpoint({"about": "x"}, store.place(1), facts(1))
-    size = store.prune(Keeping())
-    assert kept(Keeping(num_recent=4, budget_bytes=4 * size)) == [2, 6, 7, 8]
-    assert kept(Keeping(num_recent=4, budget_bytes=1)) == [2, 7, 8]
+    size = store.prune(RunOptions())
+    assert kept(RunOptions(checkpoint_keep=4, checkpoint_budget_mb=4e-6 * size)) == [2, 6, 7, 8]
+    assert kept(RunOptions(checkpoint_keep=4, checkpoint_budget_mb=1e-6)) == [2, 7, 8]
 
 
 DAMAGES = {
@@ -234,7 +235,13 @@ def interrupted(small, packed: Path, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Classifier, "training_step", dies)
         with pytest.raises(KilledError):
-            fit(config, data_url=str(packed), run_url=str(folder), world=World(), keeping=Keeping(every_n_steps=2))
+            fit(
+                config,
+                data_url=str(packed),
+                run_url=str(folder),
+                world=World(),
+                options=RunOptions(checkpoint_every_n_steps=2),
+            )
     assert [one.step for one in CheckpointStore(str(folder / "checkpoints")).committed()] == [16, 18, 20]
     return folder
 
@@ -269,9 +276,9 @@ def test_what_a_kill_left_half_written_is_cleaned_away(tmp_path: Path):
 
 
 def test_checkpoints_in_mid_epoch_change_no_bit_and_a_budget_that_is_too_small_is_told(small, packed: Path, tmp_path: Path):
-    keeping = Keeping(every_n_steps=3, num_recent=2, budget_bytes=10)
+    options = RunOptions(checkpoint_every_n_steps=3, checkpoint_keep=2, checkpoint_budget_mb=1e-5)
     config = config_of(SMALL, packed)
-    result = fit(config, data_url=str(packed), run_url=str(tmp_path), world=World(), keeping=keeping)
+    result = fit(config, data_url=str(packed), run_url=str(tmp_path), world=World(), options=options)
     assert result.weights_sha256 == small[1].weights_sha256
     assert (tmp_path / "history.csv").read_bytes() == (small[0] / "history.csv").read_bytes()
     log = (tmp_path / "log.txt").read_text()
@@ -318,9 +325,9 @@ def test_a_rank_is_busy_in_its_own_step_and_waits_in_collectives_commits_and_rep
     monkeypatch.setattr(Totals, "compute", noting("sum", Totals.compute))
     monkeypatch.setattr(CheckpointStore, "save_checkpoint", noting("commit", CheckpointStore.save_checkpoint))
     world = World(heartbeat=heartbeat, report=lambda progress: note(f"report {bool(progress.row)}"))
-    keeping = Keeping(every_n_steps=3)
+    options = RunOptions(checkpoint_every_n_steps=3)
     recipe = replace(SMALL, length=Length(epochs=1))
-    fit(config_of(recipe, packed), data_url=str(packed), run_url=str(tmp_path), world=world, keeping=keeping)
+    fit(config_of(recipe, packed), data_url=str(packed), run_url=str(tmp_path), world=world, options=options)
     assert busy == {"step": {True}} | {what: {False} for what in busy if what != "step"}
     assert {"collective", "sum", "commit", "report True"} <= busy.keys()
 
@@ -382,7 +389,7 @@ def test_of_the_workers_of_an_evaluation_one_checks_a_nodes_cache(small, packed:
     whole, checked = cache._is_whole, []
     monkeypatch.setattr(cache, "_is_whole", lambda folder, say: checked.append(folder) or whole(folder, say))
     for _ in range(2):
-        evaluate(find_model(str(small[0])), data_url=str(packed), split="test", world=World(asked_by="an evaluation"))
+        evaluate(find_model(str(small[0])), data_url=str(packed), split="test", world=World(command="an evaluation"))
     assert len(checked) == 1
 
 

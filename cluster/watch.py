@@ -1,0 +1,72 @@
+"""Looks beside the training of one rank: is its node being drained, is the run still this command's, does it move."""
+
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from typing import Protocol
+
+from ray.train.v2._internal.execution.context import get_train_context
+
+from cluster.lease import RENEW_S
+from imgcls import storage
+from imgcls.errors import ImgclsError
+from imgcls.runs import End, RunFolder
+from imgcls.training.world import Heartbeat
+
+
+class EndAttempt(Protocol):
+    """How this rank's attempt ends is put on record."""
+
+    def __call__(self, end: End, error: str = "", step: int = 0, trace: str = "") -> None: ...
+
+
+class Watch(threading.Thread):
+    """Where Train's watcher puts its notice it is read: `ray.train.get_preemption_info` asks every rank, and would wait for
+    one that is gone.
+    """
+
+    def __init__(self, run: RunFolder, command: str, hang_timeout_s: float, *, rank: int, end: EndAttempt) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.run_folder, self.command, self.hang_timeout_s, self.rank, self.end = run, command, hang_timeout_s, rank, end
+        self.heartbeat, self.watched = Heartbeat(), threading.get_ident()
+        self.notice = get_train_context().preemption_context
+        self.leaving = self.lost = False
+        self._stop_watching = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_watching.wait(0.5):
+            if not self.leaving and self.notice.preemption_info is not None:
+                self.leaving = True
+                with suppress(ImgclsError), storage.within(RENEW_S):
+                    self.end(End.PREEMPTED)
+            if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
+                self._looked_s = time.monotonic()
+                with suppress(ImgclsError), storage.within(RENEW_S):
+                    self.lost = self.run_folder.holder() != self.command
+            # The rank that hangs is named before those that wait for it give up.
+            waits, since_s = self.heartbeat.state or (False, math.inf)
+            # What is waited for has limits of its own; where it has none, as a disk that hangs, this one holds.
+            limit_s = (3 if waits else 0.9) * self.hang_timeout_s
+            if time.monotonic() - since_s > limit_s:
+                self._end_hung(f"hung: {'waited' if waits else 'busy with one batch'} for {limit_s:g} s")
+
+    def _end_hung(self, error: str) -> None:
+        """Ends this process, for Train to begin again."""
+        trace = "".join(traceback.format_stack(sys._current_frames()[self.watched]))
+        arguments = (End.CRASHED, error, self.heartbeat.step, trace)
+        recording = threading.Thread(target=self.end, args=arguments, daemon=True)
+        recording.start()
+        recording.join(10)  # storage may be what hangs
+        os._exit(1)
+
+    def __enter__(self) -> None:
+        self._looked_s = time.monotonic()
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._stop_watching.set()
+        self.join()

@@ -1,0 +1,374 @@
+"""What a suite and its runs leave: every name in their folders, and the typed records behind the names. No policy.
+
+<storage>/<id>/                                     SuiteFolder
+    suite.json  results.json  report.html
+    <recipe>-seed<N>/                               RunFolder
+        config.json  result.json                    the request, and what it came to
+        history.csv  timing.csv  log.txt  events.out.tfevents.*  model.pt
+        checkpoints/step-00000268/                  CheckpointFolder
+            checkpoint.ckpt  committed.json         the data, and the marker, which is written last
+        attempts/00001/began.json                   by rank 0, when the run goes on
+                       rank-0.json                  by a rank that could say how the attempt ended
+        leases/00001.json                           by its command alone; the command of the newest number holds the run
+"""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Literal
+
+from imgcls import records, storage
+from imgcls.catalogue import CATALOGUES
+from imgcls.errors import DataError
+from imgcls.records import Record, RunConfig, RunResult, SuiteRecord, SuiteResults
+
+LOG_TAIL_LINES = 20
+WORK = ("seconds", "command", "predicted_s", "predicted", "took")
+"""Fields of `SuiteResults` that say what the last command did."""
+
+
+class End(Enum):
+    """How an attempt ended."""
+
+    UNKNOWN = "unknown"
+    """Nobody could say: killed, or under way."""
+    CRASHED = "crashed"
+    PREEMPTED = "preempted"
+    """Its node was about to be taken away; whatever came then is not counted."""
+    REFUSED = "refused"
+    """It would have gone on under other numerics, which nobody has accepted."""
+
+
+class Began(Record):
+    command: str
+    at: str
+    host: str
+    pid: int
+
+
+class Ending(Record):
+    end: End
+    error: str = ""
+    step: int = 0
+    trace: str = ""
+
+
+class Lease(Record):
+    command: str
+    host: str
+    pid: int
+    renewals: int
+    released: bool = False
+    """Nobody holds the run; the file stays, so that its number is not used again."""
+
+
+class CheckpointFacts(Record):
+    """What the writer of a checkpoint knows of it."""
+
+    step: int
+    epoch: int
+    """Whole epochs behind it."""
+    best_step: int | None
+    """Of the best epoch's checkpoint, which is needed when training ends; None before an epoch has ended."""
+    finished: bool
+    """Nothing is left to train."""
+    run_digest: str
+    numerics: dict[str, str]
+    """What decides the last bits beside the request, see `environment.numerics`."""
+
+
+class Committed(CheckpointFacts):
+    """The marker: what the checkpoint beside it is."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of a run, as its records say."""
+
+    command: str
+    end: End = End.UNKNOWN
+    error: str = ""
+    step: int = 0
+    """At which it crashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What is committed of one run."""
+
+    result: Literal["finished", "failed"] | None = None
+    attempts: tuple[Attempt, ...] = ()
+    holder: str | None = None
+    """The command that holds the run's lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    url: str
+
+    DATA = "checkpoint.ckpt"
+
+    @property
+    def data_url(self) -> str:
+        return storage.join(self.url, self.DATA)
+
+    @property
+    def _marker_url(self) -> str:
+        return storage.join(self.url, "committed.json")
+
+    def marker(self) -> Committed | None:
+        return records.read_if_there(Committed, self._marker_url)
+
+    def commit(self, marker: Committed) -> None:
+        records.write(marker, self._marker_url)
+
+    def delete(self) -> None:
+        """The marker goes first: a kill in between leaves a folder that nobody reads."""
+        storage.delete(self._marker_url)
+        storage.delete(self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    url: str
+
+    CONFIG, RESULT, MODEL = "config.json", "result.json", "model.pt"
+    EVENTS = "events.out.tfevents."
+
+    @classmethod
+    def of_model(cls, model_url: str) -> "RunFolder":
+        return cls(model_url.rpartition("/")[0])
+
+    def _place(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+    @property
+    def name(self) -> str:
+        return storage.name_of(self.url)
+
+    @property
+    def suite(self) -> "SuiteFolder":
+        return SuiteFolder(self.url.rstrip("/").rpartition("/")[0])
+
+    @property
+    def config_url(self) -> str:
+        return self._place(self.CONFIG)
+
+    @property
+    def model_url(self) -> str:
+        return self._place(self.MODEL)
+
+    @property
+    def history_url(self) -> str:
+        return self._place("history.csv")
+
+    @property
+    def timing_url(self) -> str:
+        return self._place("timing.csv")
+
+    @property
+    def log_url(self) -> str:
+        return self._place("log.txt")
+
+    def config(self) -> RunConfig | None:
+        return records.read_if_there(RunConfig, self.config_url)
+
+    def create_config(self, config: RunConfig) -> bool:
+        """False where one lies there already."""
+        return not storage.exists(self.config_url) and storage.create_bytes(self.config_url, records.sealed(config))
+
+    def replace_config(self, config: RunConfig) -> None:
+        if storage.read_bytes_if_there(self.config_url) != records.sealed(config):
+            records.write(config, self.config_url)
+
+    def result(self) -> RunResult | None:
+        return records.read_if_there(RunResult, self._place(self.RESULT))
+
+    def finish(self, result: RunResult) -> None:
+        records.write(result, self._place(self.RESULT))
+
+    def fail(self, config: RunConfig, reason: str) -> None:
+        """The run is over, failed: its result says why, with the last lines of its log. An earlier result stays."""
+        if storage.exists(self._place(self.RESULT)):
+            return
+        log = (storage.read_bytes_if_there(self.log_url) or b"").decode(errors="replace")
+        lines = (*log.splitlines(), *self._last_trace().splitlines())
+        result = RunResult.of(config, status="failed", error=reason, log_tail=lines[-LOG_TAIL_LINES:])
+        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
+
+    def forget_failure(self) -> None:
+        result = self.result()
+        if result is not None and result.status == "failed":
+            storage.delete(self._place(self.RESULT))
+
+    def history(self, result: RunResult) -> bytes | None:
+        """Its history as CSV, where it has one. Raises DataError where it is another than the result says."""
+        data = storage.read_bytes_if_there(self.history_url)
+        if data is not None and result.history_sha256 not in (None, storage.sha256(data)):
+            raise DataError(
+                f"{self.history_url} was altered: its SHA-256 is not the one in {self.RESULT}\n  do: bring it back"
+            )
+        return data
+
+    @property
+    def checkpoints_url(self) -> str:
+        return self._place("checkpoints")
+
+    def relative(self, url: str) -> str:
+        return url.removeprefix(f"{self.url.rstrip('/')}/")
+
+    def state(self) -> RunState:
+        result = self.result()
+        return RunState(result and result.status, self.attempts(), self.holder())  # pyright: ignore[reportArgumentType]
+
+    def attempts(self) -> tuple[Attempt, ...]:
+        return tuple(self._attempt(name) for name in self._begun())
+
+    def begin(self, command: str) -> int:
+        """A new attempt of this process is on record; returns its number."""
+        number = int(max(storage.folders(self._place("attempts")), default="0")) + 1
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        began = Began(command=command, at=at, host=socket.gethostname(), pid=os.getpid())
+        records.write(began, self._place("attempts", f"{number:05d}", "began.json"))
+        return number
+
+    def end(self, number: int, ending: Ending, *, rank: int) -> None:
+        """How the attempt ended is on record. What a rank said first stays: what comes after it is its consequence."""
+        url = self._place("attempts", f"{number:05d}", f"rank-{rank}.json")
+        storage.create_bytes(url, records.sealed(ending))
+
+    def _begun(self) -> list[str]:
+        """Attempts by their number; a folder without a beginning is a lost write."""
+        names = storage.folders(self._place("attempts"))
+        return [name for name in names if storage.exists(self._place("attempts", name, "began.json"))]
+
+    def _attempt(self, name: str) -> Attempt:
+        began = records.read(Began, self._place("attempts", name, "began.json"))
+        endings = self._endings(name)
+        return (
+            Attempt(began.command, endings[0].end, endings[0].error, endings[0].step) if endings else Attempt(began.command)
+        )
+
+    def _endings(self, name: str) -> list[Ending]:
+        """Of all ranks that could say one: a preemption first, whoever saw it."""
+        url = self._place("attempts", name)
+        ranks = [file for file in storage.files(url) if file.startswith("rank-")]
+        endings = [records.read(Ending, storage.join(url, rank)) for rank in ranks]
+        return sorted(endings, key=lambda ending: ending.end is not End.PREEMPTED)
+
+    def _last_trace(self) -> str:
+        """The traceback of a rank of the last attempt, where one left it."""
+        endings = [ending for name in self._begun()[-1:] for ending in self._endings(name)]
+        return next((ending.trace for ending in endings if ending.trace), "")
+
+    def lease_url(self, number: int) -> str:
+        return self._place("leases", f"{number:05d}.json")
+
+    def lease_numbers(self) -> list[int]:
+        names = [name.removesuffix(".json") for name in storage.files(self._place("leases"))]
+        return [int(name) for name in names if name.isdigit()]
+
+    def newest_lease(self) -> tuple[int, Lease] | None:
+        for number in reversed(self.lease_numbers()):
+            lease = records.read_if_there(Lease, self.lease_url(number))
+            if lease is not None:
+                return number, lease
+        return None
+
+    def holder(self) -> str | None:
+        """The command whose lease lies there, renewed or not, and was not given back."""
+        newest = self.newest_lease()
+        return newest[1].command if newest and not newest[1].released else None
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteFolder:
+    url: str
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(storage.join(self.url, name))
+
+    @property
+    def page_url(self) -> str:
+        return storage.join(self.url, "report.html")
+
+    @property
+    def record_url(self) -> str:
+        return storage.join(self.url, "suite.json")
+
+    def configs(self) -> dict[str, RunConfig]:
+        """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
+        configs = [self.run(name).config() for name in storage.folders(self.url)]
+        return {config.name: config for config in sorted(filter(None, configs), key=_rank)}
+
+    def results(self, **work: Any) -> SuiteResults:
+        """From the runs' own records. work: fields of `WORK`."""
+        suite, configs = records.read(SuiteRecord, self.record_url), self.configs()
+        there = {name: self.run(name).result() for name in configs}
+        sources = {name: config.source_run for name, config in configs.items()}
+        blocked = held_up(sources, {name for name, result in there.items() if result and result.status == "failed"})
+        return SuiteResults(
+            id=suite.id,
+            catalogue=", ".join(dict.fromkeys(config.catalogue for config in configs.values())),
+            synthetic=any(config.synthetic for config in configs.values()),
+            url=storage.shown(self.url),
+            data=storage.shown(suite.data),
+            runs=tuple(result or self._unfinished(configs[name], blocked.get(name)) for name, result in there.items()),
+            **work,
+        )
+
+    def _unfinished(self, config: RunConfig, failed_source: str | None) -> RunResult:
+        if failed_source:
+            return RunResult.of(config, status="blocked", error=f"its source {failed_source} failed")
+        last = self.run(config.name).attempts()[-1:]
+        refused = [attempt.error for attempt in last if attempt.end is End.REFUSED]
+        return RunResult.of(config, status="open", error=(*refused, "not finished yet: the same command goes on")[0])
+
+    def histories(self, results: SuiteResults) -> dict[str, bytes]:
+        """Each run's history as CSV, where it has one. Raises DataError where one was altered."""
+        histories = {run.name: self.run(run.name).history(run) for run in results.runs}
+        return {name: data for name, data in histories.items() if data is not None}
+
+    def publish(self, **work: Any) -> SuiteResults:
+        """The suite's results from its runs' records; they, and the page, lie in the folder.
+
+        work: fields of `WORK`, of a command that has just ended; without them, what the results said before stays. Other
+        commands may be at work under the same id: whoever writes last has looked once more after it wrote.
+        """
+        from imgcls.results.page import render
+
+        url = storage.join(self.url, "results.json")
+        if not work and (before := records.read_if_there(SuiteResults, url)):
+            work = before.model_dump(include=set(WORK))
+        work = work or {"seconds": 0.0, "command": ""}
+        results = self.results(**work)
+        while True:
+            records.write(results, url)
+            storage.write_bytes(self.page_url, render(results, self.histories(results)).encode())
+            written, results = results, self.results(**work)
+            if results == written:
+                return results
+
+
+def held_up(sources: Mapping[str, str | None], by: set[str]) -> dict[str, str]:
+    """Runs that wait, near or far, for a run in `by`, with that run."""
+    waiting = {}
+    for run in sources:
+        source = sources[run]
+        while source is not None and source not in by:
+            source = sources.get(source)
+        if source is not None:
+            waiting[run] = source
+    return waiting
+
+
+def _rank(config: RunConfig) -> tuple[str, int, str, int]:
+    names: Sequence[str] = [recipe.name for recipe in CATALOGUES.get(config.catalogue, ())]
+    name = config.recipe.name
+    return config.catalogue, names.index(name) if name in names else len(names), name, config.seed
