@@ -7,6 +7,8 @@ need neither.
 import logging
 import os
 import time
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.decide import GoOn, Leave, Stop, verdict
@@ -16,9 +18,10 @@ from cluster.session import set_train_environment
 from imgcls import storage
 from imgcls.errors import ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Placement, Record, RunConfig, RunOptions
-from imgcls.runs import End, Ending, RunFolder
+from imgcls.runs import End, Ending, RunFolder, RunState
 
 if TYPE_CHECKING:
+    from imgcls.training.progress import Progress
     from imgcls.training.world import World
 
 BACKSTOP = 20
@@ -42,13 +45,13 @@ class Assignment(Record):
     def run(self) -> RunFolder:
         return RunFolder(self.run_url)
 
-    def verdict(self) -> GoOn | Leave | Stop:
+    def verdict(self, state: RunState) -> GoOn | Leave | Stop:
         """Whether the run goes on, from what is committed of it alone."""
-        return verdict(self.run.state(), command=self.command, max_failures=self.options.max_failures)
+        return verdict(state, command=self.command, max_failures=self.options.max_failures)
 
     def fail(self, reason: str) -> None:
         """The run is over, failed; unless it is over already, or another command's."""
-        if not isinstance(self.verdict(), Leave):
+        if not isinstance(self.verdict(self.run.state()), Leave):
             self.run.fail(self.config, reason)
 
 
@@ -73,7 +76,7 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     try:
         _train(given, {"assignment": text, "started_s": time.time()})
     except TrainingFailedError as error:
-        action = when_answered(given.verdict)
+        action = given.verdict(when_answered(given.run.state))
         rank, cause = cause_of(error)
         last = str(cause).strip().splitlines()[-1:]
         given.fail(action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last]))
@@ -109,9 +112,10 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     """One rank of one run, in one attempt. A stop is recorded and returned: what is raised, Train tries again."""
     given = Assignment.model_validate_json(loop_config["assignment"])
     silence_libraries(given.options.verbose)
-    attempt = _begin(given)
-    if attempt is None:
+    begun = _begin(given)
+    if begun is None:
         return
+    attempt, tries = begun
     from cluster.watch import Watch
     from imgcls.training.fit import fit
 
@@ -120,16 +124,14 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     def end(end: End, error: str = "", step: int = 0, trace: str = "") -> None:
         given.run.end(attempt, Ending(end=end, error=error, step=step, trace=trace), rank=rank)
 
-    def crashed(error: str, step: int, trace: str) -> None:
-        end(End.CRASHED, error, step, trace if rank else "")  # rank 0's is in the log
-
     watch = Watch(given.run, given.command, given.options.hang_timeout_s, rank=rank, end=end)
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",
         command=given.command,
+        report=partial(report, tries=tries),
         started_s=loop_config["started_s"],
-        crashed=crashed,
+        crashed=lambda error, step, trace: end(End.CRASHED, error, step, trace if rank else ""),  # rank 0's is in the log
         leaving=lambda: watch.leaving,
         lost=lambda: watch.lost,
         heartbeat=watch.heartbeat,
@@ -152,18 +154,19 @@ def train_worker(loop_config: dict[str, Any]) -> None:
             raise
 
 
-def _begin(given: Assignment) -> int | None:
-    """The attempt's number on every rank, where there is anything to do."""
+def _begin(given: Assignment) -> tuple[int, int] | None:
+    """On every rank, where there is anything to do: the attempt's number, and how often this command has begun the run."""
     from ray.train.collective import broadcast_from_rank_zero
 
     if _rank() != 0:
         return broadcast_from_rank_zero(None)
-    number, action = None, given.verdict()
+    begun, state = None, given.run.state()
+    action = given.verdict(state)
     if isinstance(action, Stop):
         given.fail(action.reason)
     elif isinstance(action, GoOn):
-        number = given.run.begin(given.command)
-    return broadcast_from_rank_zero(number)
+        begun = given.run.begin(given.command), 1 + sum(attempt.command == given.command for attempt in state.attempts)
+    return broadcast_from_rank_zero(begun)
 
 
 def _rank() -> int:
@@ -194,19 +197,16 @@ def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> 
         rank=context.get_world_rank(),
         size=context.get_world_size(),
         accelerator="gpu" if placement.gpus_per_worker else "cpu",
-        report=report,
         placement=placement,
         **options,
     )
 
 
-def report(progress: Any) -> None:
-    """Every rank calls it equally often: Train's report is a barrier."""
-    from dataclasses import asdict
-
+def report(progress: "Progress", *, tries: int) -> None:
+    """Every rank calls it equally often: Train's report is a barrier. tries: how often this command has begun the run."""
     import ray.train
 
-    ray.train.report(asdict(progress))
+    ray.train.report(asdict(progress) | {"tries": tries})
 
 
 def silence_libraries(verbose: bool) -> None:

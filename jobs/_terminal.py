@@ -76,7 +76,7 @@ class SuiteView:
         self.lines.say(f"{run}: started")
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None:
-        if progress["phase"] == "cache" and "phase" in self.rows[run]:
+        if progress["tries"] > self.rows[run].get("tries", 1):
             self.lines.say(f"{run}: a worker or its controller was lost; begun again from the last checkpoint")
             self.rows[run].pop("since", None)
         self.rows[run] |= {"state": progress["phase"], **progress}

@@ -118,22 +118,17 @@ def _fit(config: RunConfig, set_url: str, run: RunFolder, world: World, log: Run
     if last is None:
         clock.add("start", start_s)
         log.line(f"{config.name}: {_plan(prepared, world)}")
+        _train(trainer, prepared, resume=None)
     else:
-        changes = [] if last.finished else world.broadcast(differing_fields(last.numerics, numerics))
-        _check_resume(config, store.url, last, changes, accepted=options.accept_different_numerics)
-        for change in changes:
-            log.line(f"goes on under other numerics, as was accepted: {change} (then / now)")
-        recorder.numerics_changes += changes
-        commits.gone_on_from = last.step
-        log.line(f"{config.name}: goes on after epoch {last.epoch}, step {last.step}")
-    if last is not None and last.finished:
-        state = store.load_checkpoint(store.place(last.step))
-        prepared.module.network.load_state_dict(weights.network_weights(state))
-        recorder.load_state_dict(state["callbacks"][recorder.state_key])
-    else:
-        _train(trainer, prepared, resume=store.place(last.step) if last else None)
-        store.wait()
-        world.broadcast(None)  # no rank reads what is not committed yet
+        _go_on(config, last, recorder)
+        if last.finished:
+            state = store.load_checkpoint(store.place(last.step))
+            prepared.module.network.load_state_dict(weights.network_weights(state))
+            recorder.load_state_dict(state["callbacks"][recorder.state_key])
+        else:
+            _train(trainer, prepared, resume=store.place(last.step))
+    store.wait()
+    world.broadcast(None)  # no rank reads what is not committed yet
     result = _finish(config, run, prepared, trainer, recorder)
     if world.rank == 0:
         run.finish(result)
@@ -180,18 +175,25 @@ def _plan(prepared: Prepared, world: World) -> str:
     )
 
 
-def _check_resume(config: RunConfig, url: str, last: Committed, changes: list[str], *, accepted: bool) -> None:
-    """The last checkpoint is of the same request. changes: of the numerics since then, where they matter."""
+def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
+    """The recorder knows from where. The checkpoint is of the same request, and of the same numerics where they matter."""
+    commits, log, world = recorder.commits, recorder.run_log, recorder.world
     if last.run_digest != config.digest():
         raise CheckpointError(
-            f"{url} holds checkpoints of another request ({last.run_digest[:12]}, not {config.digest()[:12]})\n"
-            "  do: take another --id"
+            f"{commits.store.url} holds checkpoints of another request ({last.run_digest[:12]}, not "
+            f"{config.digest()[:12]})\n  do: take another --id"
         )
-    if changes and not accepted:
+    changes = [] if last.finished else world.broadcast(differing_fields(last.numerics, commits.numerics))
+    if changes and not commits.options.accept_different_numerics:
         raise NumericsError(
             f"{config.name} stopped at step {last.step} under other numerics: {'; '.join(changes)} (then / now)\n"
             "  do: go on as it was begun, or with --accept-different-numerics; its last bits will be others"
         )
+    for change in changes:
+        log.line(f"goes on under other numerics, as was accepted: {change} (then / now)")
+    recorder.numerics_changes += changes
+    commits.gone_on_from = last.step
+    log.line(f"{config.name}: goes on after epoch {last.epoch}, step {last.step}")
 
 
 def _train(trainer: pl.Trainer, prepared: Prepared, *, resume: str | None) -> None:
