@@ -3,7 +3,7 @@
 Reads manifests, and requests that lie under the id; writes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,12 @@ class Plan:
     @property
     def sources(self) -> dict[str, str | None]:
         return {name: config.source_run for name, config in self.configs.items()}
+
+    def decoded_sets(self, runs: Iterable[str]) -> list[tuple[Manifest, int, int]]:
+        """Each (manifest, px, channels) that these runs train on, once."""
+        recipes = [self.configs[run].recipe for run in runs]
+        kinds = dict.fromkeys((recipe.dataset, recipe.input.stored_px, recipe.input.channels) for recipe in recipes)
+        return [(self.manifests[dataset], px, channels) for dataset, px, channels in kinds]
 
     @property
     def synthetic(self) -> bool:

@@ -7,7 +7,7 @@ the same request again does what is left, whoever made it and wherever it stoppe
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from cluster import placement as placements
 from cluster import session
 from cluster.decide import Done, Status, SuiteState, next_start, start_order
-from cluster.forecast import Forecast, forecast, hardware_of
+from cluster.experience import cached_sets, forecast_of, keep_rates
+from cluster.forecast import Forecast
 from cluster.lease import Leases, leases, when_answered
 from cluster.plan import Plan, Request, check_alike
 from cluster.preflight import check_seen_by_nodes
 from cluster.run import BACKSTOP, Assignment, trial, worker_environment
-from imgcls import rates, records, storage
-from imgcls.data.cache import check_room, is_cached
-from imgcls.errors import CheckpointError, StorageError
-from imgcls.records import Manifest, Placement, SuiteRecord, SuiteResults
+from imgcls import records, storage
+from imgcls.data.cache import check_room
+from imgcls.errors import CheckpointError
+from imgcls.records import Placement, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
@@ -45,15 +46,14 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     if isinstance(next_start(state, room=1)[1], Done):
         write_down(request, plan)
         return suite.publish()
-    caches, cached = list(_caches(request, plan, state)), cached_sets(plan)
+    cached, mine = cached_sets(plan), [run for run, status in state.statuses.items() if status is Status.OPEN]
     if not session.names_cluster():
         # Refused before Ray starts, where it will be.
         choose(request, [placements.local_node()])
-        check_room(caches)
-    mine = [suite.run(run) for run, status in state.statuses.items() if status is Status.OPEN]
-    with leases(mine, command=secrets.token_hex(8), say=view.say) as held:
+        check_room((storage.join(request.data_url, one[0].name), *one) for one in plan.decoded_sets(mine))
+    with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
-            storage.clean_temporary(run.url)
+            storage.clean_temporary(suite.run(run).url)
         with session.session(verbose=request.options.verbose):
             config = placements.autoscaling_config()
             nodes = placements.cluster_nodes(config)
@@ -73,64 +73,8 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     results = suite.publish(**_work_of(time.monotonic() - began, command, predicted, took))
     if took:
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
-        _keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
+        keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
     return results
-
-
-def cached_sets(plan: Plan) -> list[str]:
-    """Decoded sets that lie on this node, as `rates.decoding_of` names them."""
-    wanted = {(c.recipe.dataset, c.recipe.input.stored_px, c.recipe.input.channels) for c in plan.configs.values()}
-    return [
-        rates.decoding_of(plan.manifests[dataset], px=px, channels=channels)
-        for dataset, px, channels in wanted
-        if is_cached(plan.manifests[dataset], px=px, channels=channels)
-    ]
-
-
-def forecast_of(plan: Plan, state: SuiteState, nodes: list[placements.Node], placement: Placement) -> Forecast:
-    """By what is known of the hardware at hand."""
-    known = rates.known()
-    return forecast(
-        plan,
-        state,
-        placement=placement,
-        room=placements.how_many_fit(nodes, placement),
-        rates=known,
-        hardware=hardware_of(nodes, placement, known),
-        cached=cached_sets(plan),
-    )
-
-
-def _keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:
-    """What this command's finished runs showed serves the next forecast."""
-    done = [run for run in results.finished if run.name in results.took]
-    found = [
-        rate
-        for run in done
-        for once in [len(request.suite.run(run.name).attempts()) == 1]
-        for rate in rates.rates_of(run, took_s=results.took[run.name] if once else None)
-    ]
-    decoding_s: dict[tuple[str, str], tuple[int, float]] = {}
-    for run in done:
-        into, manifest = run.recipe.input, plan.manifests[run.recipe.dataset]
-        decoded = rates.decoding_of(manifest, px=into.stored_px, channels=into.channels)
-        if decoded not in cached:
-            key, count = (decoded, rates.hardware_name(run.hardware)), sum(s.num_samples for s in manifest.shards)
-            decoding_s[key] = (count, max(run.seconds["cache"], decoding_s.get(key, (0, 0.0))[1]))
-    found += [rates.new("decode", of, where, n / s, "run") for (of, where), (n, s) in decoding_s.items() if s]
-    if done:
-        found.append(rates.new("session", "", rates.hardware_name(done[0].hardware), session_s, "run"))
-    with suppress(StorageError):  # a cache that cannot be written is no reason to fail now
-        rates.keep(found)
-
-
-def _caches(request: Request, plan: Plan, state: SuiteState) -> Iterator[tuple[str, Manifest, int, int]]:
-    """What the open runs train on."""
-    for name, config in plan.configs.items():
-        if state.statuses[name] is Status.OPEN:
-            recipe, into = config.recipe, config.recipe.input
-            set_url = storage.join(request.data_url, recipe.dataset)
-            yield set_url, plan.manifests[recipe.dataset], into.stored_px, into.channels
 
 
 def choose(request: Request, nodes: list[placements.Node]) -> Placement:

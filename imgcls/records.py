@@ -121,12 +121,16 @@ class Manifest(Record):
     def labels(self, split: Split) -> tuple[int, ...]:
         return tuple(label for shard in self.shards if shard.split == split for label in shard.labels)
 
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
     def has(self, split: Split) -> bool:
         return any(shard.split == split for shard in self.shards)
 
 
 class LineageEntry(Record):
-    """A data set that a checkpoint or one of its ancestors saw; the images' digests lie in `model.pt`."""
+    """A data set that a checkpoint or one of its ancestors saw; the images' digests lie in the run's model file."""
 
     dataset: str
     digest: str
@@ -267,11 +271,11 @@ class RunResult(Record):
     weights_sha256: str | None = None
     """Of the last step's state_dict."""
     best_weights_sha256: str | None = None
-    """Of the state_dict in model.pt."""
+    """Of the state_dict in the run's model file."""
     model_sha256: str | None = None
-    """Of model.pt."""
+    """Of the model file itself."""
     history_sha256: str | None = None
-    """Of history.csv."""
+    """Of the history as CSV."""
     num_parameters: int = 0
     data_digest: str
     synthetic: bool = False

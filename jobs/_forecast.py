@@ -5,10 +5,11 @@ from pathlib import Path
 
 from cluster import placement as placements
 from cluster import session
+from cluster.experience import forecast_of
 from cluster.forecast import Forecast
 from cluster.plan import Plan, Request
 from cluster.prices import HEAD, Cost, PriceTable, costs, read_prices
-from cluster.suite import choose, forecast_of, state_of
+from cluster.suite import choose, state_of
 from imgcls import rates, storage
 from imgcls.data.cache import missing_shards
 from jobs._door import DONE
