@@ -35,6 +35,8 @@ OVERLOADED = {408, 429, 500, 502, 503, 504}
 """HTTP status of a server that is overloaded, or broken for now."""
 TRY_AGAIN = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted"}
 """Other codes of S3: the request was damaged on its way, or met another one at the same object."""
+EXPIRED = "refreshed credentials are still expired"
+"""botocore's words, in a RuntimeError."""
 ANSWERS = (OSError, boto.BotoCoreError, boto.ClientError, ResponseParserError, aiohttp.ClientError)
 """Failures that the network, the store or the configuration causes. An exception of another type is a fault in code."""
 
@@ -68,9 +70,15 @@ class S3(S3FileSystem):
             reason = error.kwargs["error"] if type(error) is boto.HTTPClientError else error
             if is_transient(reason):
                 raise TransientError(getattr(error, "strerror", None) or str(error)) from error
-            if isinstance(error, OSError) or not isinstance(reason, ANSWERS):
+            # ENOENT: a file that the configuration names. What s3fs raises for a missing object has no errno.
+            stays = isinstance(error, OSError) and error.errno != errno.ENOENT
+            if stays or not isinstance(reason, ANSWERS):
                 raise
             raise OSError(errno.EINVAL, str(error)) from error
+        except RuntimeError as error:
+            if EXPIRED not in str(error):
+                raise
+            raise TransientError(str(error)) from error
 
     async def set_session(self, *arguments: Any, **options: Any) -> Any:
         try:

@@ -168,6 +168,7 @@ TRANSIENT = (
     boto.FlexibleChecksumError(error_msg="Expected checksum a did not match calculated checksum: b"),
     ResponseParserError("no XML"),
     boto.CredentialRetrievalError(provider="role", error_msg="no answer"),
+    RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired."),
     *(OSError(number, "network") for number in s3_errors.BROKEN_NETWORK),
     *(answer(status, "Any") for status in s3_errors.OVERLOADED),
     *(answer(400, code) for code in s3_errors.TRY_AGAIN),
@@ -224,6 +225,9 @@ def test_a_fault_in_code_is_raised_as_it_is_without_a_retry(error: Exception, fa
     assert len(reads) == 1
 
 
+NO_KEY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
@@ -234,6 +238,7 @@ def test_a_fault_in_code_is_raised_as_it_is_without_a_retry(error: Exception, fa
         ({"AWS_PROFILE": "none"}, r"profile \(none\) could not be found"),
         ({"AWS_SECRET_ACCESS_KEY": ""}, "Partial credentials"),
         ({"AWS_DEFAULT_REGION": "no region!"}, "doesn't match a supported format"),
+        ({**NO_KEY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/x", "AWS_WEB_IDENTITY_TOKEN_FILE": "/none"}, "No such file.*/none"),
     ],
 )
 def test_a_wrong_configuration_is_told_without_a_retry(
