@@ -1,4 +1,4 @@
-"""Files of this machine: written so that they are whole or absent, after a kill and after a power cut."""
+"""Files of this machine, written so that they are whole or absent, also after a kill or a power cut."""
 
 import errno
 import os
@@ -14,11 +14,11 @@ from filelock import FileLock
 from imgcls.errors import StorageError
 
 UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Answers of a file system that has no such operation: hard links, fsync of folders."""
+"""Errors of a file system without this operation: hard links, fsync of folders."""
 
 
 def local_path(text: str) -> Path:
-    """The path that a person means, by `~` too. Raises StorageError where there is no such home, or it is half a URL."""
+    """The path that a person typed, perhaps with `~`. Raises StorageError if there is no such home, or it is half a URL."""
     if re.match(r"\w\w+:/", text):
         raise StorageError(f"{text} is no folder's name\n  do: s3://bucket/prefix with two slashes, or ./{text}")
     path = os.path.expanduser(text)
@@ -30,25 +30,26 @@ def local_path(text: str) -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself, or the folder nearest to it that this user can see."""
-    return next(one for one in (path, *path.parents) if os.path.exists(one))
+    """The path itself if this user can see it, else the nearest folder above it that this user can see."""
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def shared_lock(path: Path) -> FileLock:
-    """For the processes of all users: who may only read what lies at `path` still waits until it is whole."""
+    """A lock for the processes of all users: one that may only read the file at `path` can wait too until it is whole."""
     return FileLock(f"{path}.lock", mode=0o666)
 
 
 def write_file(path: Path, data: bytes, *, new: bool = False, durable: bool = True) -> None:
-    """The file holds `data`, under its name. Raises OSError; FileExistsError where it was to be new.
+    """The file holds `data`. Raises OSError; FileExistsError if it should be new and there is one.
 
-    durable: on the disk, the bytes before the name, and the folders that were made for it; else after a power cut it may
-    be empty. Rights are those that the umask leaves.
+    durable: the bytes are on the disk before the name, and so are new folders above it; otherwise the file may be empty
+    after a power cut. The umask decides its rights.
     """
-    folders = {path.parent, *(one.parent for one in takewhile(lambda one: not os.path.exists(one), path.parents))}
+    missing = takewhile(lambda folder: not os.path.exists(folder), path.parents)
+    folders = {path.parent, *(folder.parent for folder in missing)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # which says of `path` itself that it is there
+    except FileExistsError:  # a file lies where a folder should; FileExistsError would say it of `path` itself
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -65,10 +66,10 @@ def write_file(path: Path, data: bytes, *, new: bool = False, durable: bool = Tr
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """The file is called `path` too. Raises FileExistsError.
+    """The file has the name `path` too. Raises FileExistsError.
 
-    Without hard links (SMB, virtiofs, some FUSE) all who create take turns by a lock, which the kernel ends with its
-    holder: a name taken for itself would stay after a kill, and its bytes could not come with it.
+    Without hard links (SMB, virtiofs, some FUSE) the processes that create files take turns by a lock, which the kernel
+    releases when its holder dies. An empty file as a lock would stay after a kill, and could not get its bytes at once.
     """
     with _if_supported():
         os.link(temporary, path)
@@ -80,7 +81,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """The names in the folder are on the disk, where the file system can promise that."""
+    """The names in the folder are on the disk, if the file system can promise that."""
     with _if_supported(), ExitStack() as stack:
         handle = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, handle)

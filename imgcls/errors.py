@@ -1,74 +1,74 @@
 """The exceptions that a person can act on.
 
     ImgclsError
-    |-- RecipeError       the request is wrong: change the command or the recipe
-    |-- DataError         images, shards or a manifest are wrong: mend or pack again
-    |   |-- NoSourceError     there are no images to pack, neither here nor within reach
-    |   `-- DamagedError      a record's bytes are not those that were written
-    |-- StorageError      bytes could not be read or written: mend the place or the rights
-    |   `-- MissingError      what was to be read is not there
-    |-- CheckpointError   a checkpoint does not fit, or is damaged
-    |   `-- NumericsError     it fits, but would go on with other last bits: say so, or go back
-    |-- TrainingError     the training itself went wrong, alike on every rank: change the recipe
-    |-- LeaseError        another command is at this run: wait for it, or stop it
-    |-- PlacementError    it can never run on the workers that were asked for
-    `-- ClusterError      Ray cannot be started here, or a cluster does not answer
+    |-- RecipeError
+    |-- DataError
+    |   |-- NoSourceError
+    |   `-- DamagedError
+    |-- StorageError
+    |   `-- MissingError
+    |-- CheckpointError
+    |   `-- NumericsError
+    |-- TrainingError
+    |-- LeaseError
+    |-- PlacementError
+    `-- ClusterError
 
 Each takes one string, so that it survives pickling between processes: what was wrong, where, what to do.
 """
 
 
 class ImgclsError(Exception):
-    """Something that the message tells how to mend; shown without a traceback."""
+    """A person can mend it as the message says; shown without a traceback."""
 
 
 class RecipeError(ImgclsError):
-    pass
+    """The request is wrong: change the command or the recipe."""
 
 
 class DataError(ImgclsError):
-    pass
+    """Images, shards or a manifest are wrong: mend them, or pack again."""
 
 
 class NoSourceError(DataError):
-    pass
+    """There are no images to pack, neither here nor within reach."""
 
 
 class DamagedError(DataError):
-    pass
+    """A record's bytes are not those that were written."""
 
 
 class StorageError(ImgclsError):
-    pass
+    """Bytes could not be read or written: mend the place or the rights."""
 
 
 class MissingError(StorageError):
-    pass
+    """The file or object to read does not exist."""
 
 
 STORAGE_FAILED = f"{StorageError.__name__}: "
-"""So begins, in an attempt's record, an end that another try may not meet."""
+"""The beginning of an attempt's recorded error if storage failed: another attempt may succeed."""
 
 
 class CheckpointError(ImgclsError):
-    pass
+    """A checkpoint does not fit, or is damaged."""
 
 
 class NumericsError(CheckpointError):
-    pass
+    """The checkpoint fits, but the run would continue with other last bits: accept them, or return to the old numerics."""
 
 
 class TrainingError(ImgclsError):
-    pass
+    """The training itself went wrong, on every rank in the same way: change the recipe."""
 
 
 class LeaseError(ImgclsError):
-    pass
+    """Another command works on this run: wait for it, or stop it."""
 
 
 class PlacementError(ImgclsError):
-    pass
+    """The run can never start on the requested workers."""
 
 
 class ClusterError(ImgclsError):
-    pass
+    """Ray cannot start here, or a cluster does not answer."""

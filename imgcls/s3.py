@@ -1,21 +1,53 @@
-"""`s3://` by s3fs, set up once and for all: registered with fsspec, so that any `s3://` URL opens through it.
+"""`s3://` by s3fs, configured in one place and registered with fsspec, so that any `s3://` URL opens through it.
 
-By itself s3fs keeps listings for ever, reads large objects in parallel parts whose losses nobody sees, tries again at
-three levels whose product may be minutes, and waits without end for a server that accepts a PUT and does not answer.
-Here an operation is one request; `storage` tries again. Endpoint and credentials come from the environment of each
-process, by botocore's own chain, and are in no argument: a pickle of this holds no secret.
+s3fs alone never refreshes its listings, reads large objects in parallel parts without noticing a lost one, retries at
+three levels whose product may be minutes, and waits without limit for a server that accepts a PUT and does not answer.
+Here an operation is one request, and `storage` retries it. Endpoint and credentials come from the environment of each
+process, by botocore's own chain, and are in no argument: a pickle of this class holds no secret.
 """
 
 import errno
+import ssl
 import zlib
 from base64 import b64encode
 from typing import Any
 
+import aiohttp
+from botocore import exceptions as boto
 from botocore.handlers import add_expect_header
+from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
+from imgcls.storage import TransientError
+
 CONNECT_S, SILENCE_S = 3, 10
-"""Until a connection is there, and without a byte from the other side."""
+"""Time limits for a connection, and for silence of the other side."""
+
+TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError)
+BROKEN_CONNECTION = (ConnectionError, ssl.SSLError, boto.ConnectionError, boto.HTTPClientError)
+BROKEN_TRANSFER = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ClientResponseError)
+DAMAGED_ANSWER = (boto.IncompleteReadError, boto.ChecksumError, boto.FlexibleChecksumError, ResponseParserError)
+LATE_CREDENTIALS = (boto.CredentialRetrievalError,)
+"""The service that lends the credentials of a role failed."""
+TRANSIENT = BROKEN_CONNECTION + BROKEN_TRANSFER + DAMAGED_ANSWER + LATE_CREDENTIALS
+BROKEN_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
+OVERLOADED = {408, 429, 500, 502, 503, 504}
+"""HTTP status of a server that is overloaded, or broken for now."""
+TRY_AGAIN = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted"}
+"""Other codes of S3: the request was damaged on its way, or met another one at the same object."""
+EXPIRED = "refreshed credentials are still expired"
+"""botocore's words, in a RuntimeError."""
+ANSWERS = (OSError, boto.BotoCoreError, boto.ClientError, ResponseParserError, aiohttp.ClientError)
+"""Failures that the network, the store or the configuration causes. An exception of another type is a fault in code."""
+
+
+def is_transient(error: Exception) -> bool:
+    """Another try may succeed. s3fs makes an OSError of S3's answer, which is its cause."""
+    answer = error.__cause__ if isinstance(error.__cause__, boto.ClientError) else error
+    if isinstance(answer, boto.ClientError):
+        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in OVERLOADED or answer.response["Error"].get("Code") in TRY_AGAIN
+    return isinstance(error, TRANSIENT) or (isinstance(error, OSError) and error.errno in BROKEN_NETWORK)
 
 
 class S3(S3FileSystem):
@@ -26,8 +58,33 @@ class S3(S3FileSystem):
         config = {"retries": once, "connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}
         super().__init__(use_listings_cache=False, max_concurrency=1, config_kwargs=config, **options)
 
+    async def attempt(self, operation: str, *arguments: Any, **options: Any) -> Any:
+        """One operation of fsspec. Of the failures in `ANSWERS`, a transient one is raised as TransientError or
+        TimeoutError, any other as another OSError."""
+        try:
+            return await getattr(self, f"_{operation}")(*arguments, **options)
+        except TIMEOUTS as error:
+            raise TimeoutError(str(error)) from error
+        except ANSWERS as error:
+            # aiobotocore makes an HTTPClientError of any exception, also of a fault in code.
+            reason = error.kwargs["error"] if type(error) is boto.HTTPClientError else error
+            if is_transient(reason):
+                raise TransientError(getattr(error, "strerror", None) or str(error)) from error
+            # ENOENT: a file that the configuration names. What s3fs raises for a missing object has no errno.
+            stays = isinstance(error, OSError) and error.errno != errno.ENOENT
+            if stays or not isinstance(reason, ANSWERS):
+                raise
+            raise OSError(errno.EINVAL, str(error)) from error
+        except RuntimeError as error:
+            if EXPIRED not in str(error):
+                raise
+            raise TransientError(str(error)) from error
+
     async def set_session(self, *arguments: Any, **options: Any) -> Any:
-        client = await super().set_session(*arguments, **options)
+        try:
+            client = await super().set_session(*arguments, **options)
+        except ValueError as error:  # botocore's word for an endpoint that is no URL
+            raise OSError(errno.EINVAL, str(error)) from None
         # It makes the client wait for the server's leave to send a body, and for that there is no time limit.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
@@ -35,8 +92,8 @@ class S3(S3FileSystem):
     async def _pipe_file(self, path: str, data: bytes, *sizes: Any, mode: str = "overwrite", **options: Any) -> Any:
         """In one PUT, whatever the size: then the store keeps a checksum, and every GET compares it.
 
-        The checksum is ours, in a header that a store may ignore. botocore's own, over TLS, would come behind the body in
-        a form that stores beside AWS refuse: aws-chunked, without a length.
+        The checksum is ours, in a header that a store may ignore. Over TLS botocore sends its own behind the body in a
+        form that stores other than AWS refuse: aws-chunked, without a length.
         """
         config = (await self.set_session()).meta.config
         if config.request_checksum_calculation != "when_required":
@@ -44,7 +101,7 @@ class S3(S3FileSystem):
         try:
             return await super()._pipe_file(path, data, max(1, len(data)), 1, mode, **options)
         except OSError as error:
-            # What s3fs makes of a 412 without a `Condition`, and of much else.
+            # s3fs raises EINVAL for a 412 without a `Condition`, and for much else.
             answer = getattr(error.__cause__, "response", {})
             if error.errno == errno.EINVAL and answer.get("Error", {}).get("Code") == "PreconditionFailed":
                 raise FileExistsError(errno.EEXIST, "exists already", path) from None

@@ -1,4 +1,4 @@
-"""Records -> the table's rows and the answers. Called by the page and by the printed table."""
+"""Records -> the rows of the table, and the answers. The page and the printed table use it."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Question:
     first: str
     second: str
     asks: frozenset[str]
-    """The fields of a recipe that it asks about."""
+    """The fields of a recipe whose effect is in question."""
 
 
 QUESTIONS = (
@@ -33,12 +33,12 @@ QUESTIONS = (
 
 
 def groups(results: SuiteResults, recipe: str | None = None) -> list[dict[int, RunResult]]:
-    """Finished runs, of a recipe's name where one is given, by seed: those of a group differ in nothing else."""
-    found: dict[object, dict[int, RunResult]] = {}
+    """Finished runs by seed, of all recipes or of those with this name. The runs of a group differ in the seed alone."""
+    by_request: dict[object, dict[int, RunResult]] = {}
     for run in results.finished:
         if recipe in (None, run.recipe.name):
-            found.setdefault((run.recipe, run.data_digest), {})[run.seed] = run
-    return list(found.values())
+            by_request.setdefault((run.recipe, run.data_digest), {})[run.seed] = run
+    return list(by_request.values())
 
 
 def counts(result: RunResult) -> tuple[int, int]:
@@ -55,7 +55,7 @@ CONFUSED = 10
 
 
 def most_confused(result: RunResult) -> list[tuple[str, str, int, int]]:
-    """(label, prediction, how often, test samples of the label): the most frequent mistakes, the worst first."""
+    """(label, prediction, how often, test samples of the label) of the most frequent mistakes, the worst first."""
     assert result.test is not None
     matrix, names = np.array(result.test.confusion), result.class_names
     wrong = matrix - np.diag(np.diag(matrix))
@@ -66,22 +66,22 @@ def most_confused(result: RunResult) -> list[tuple[str, str, int, int]]:
 
 def published_beside(run: RunResult) -> Published | None:
     """The published figure of the same recipe on the same photographs."""
-    found = PUBLISHED.get(run.recipe.name)
-    return found if found and found.dataset == run.recipe.dataset and not run.synthetic else None
+    figure = PUBLISHED.get(run.recipe.name)
+    return figure if figure and figure.dataset == run.recipe.dataset and not run.synthetic else None
 
 
 def answers(results: SuiteResults) -> list[Answer]:
-    """To each question whose two recipes were asked for."""
-    asked = {run.recipe.name for run in results.runs}
-    return [_answer(results, question) for question in QUESTIONS if {question.first, question.second} <= asked]
+    """One for each question whose two recipes the suite has."""
+    recipes = {run.recipe.name for run in results.runs}
+    return [_answer(results, question) for question in QUESTIONS if {question.first, question.second} <= recipes]
 
 
 def _answer(results: SuiteResults, question: Question) -> Answer:
     firsts, seconds = groups(results, question.first), groups(results, question.second)
-    for name, found in ((question.first, firsts), (question.second, seconds)):
-        if len(found) > 1:
+    for name, candidates in ((question.first, firsts), (question.second, seconds)):
+        if len(candidates) > 1:
             return Answer(question.text, "not answered", f"runs of {name} differ in their settings or data")
-    a, b = (found[0] if found else {} for found in (firsts, seconds))
+    a, b = (candidates[0] if candidates else {} for candidates in (firsts, seconds))
     shared = sorted(a.keys() & b.keys())
     if not shared:
         missing = question.first if not a else question.second
@@ -102,10 +102,9 @@ def _answer(results: SuiteResults, question: Question) -> Answer:
 
 
 def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
-    """Fields in which two recipes differ besides what is asked about: the answer is then not about that alone."""
-    one, two = a.recipe.to_json(), b.recipe.to_json()
-    differ = [name for name in one if one[name] != two[name] and name != "name"]
-    return ", ".join(name for name in differ if name not in question.asks)
+    """Other fields in which the two recipes differ: they too may have caused the difference."""
+    first, second = a.recipe.to_json(), b.recipe.to_json()
+    return ", ".join(name for name in first if first[name] != second[name] and name not in question.asks | {"name"})
 
 
 MEASURED = ("test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "min")
@@ -113,7 +112,7 @@ HEADER = ("run", "status", *MEASURED, "published")
 
 
 def table_row(run: RunResult) -> tuple[str, ...]:
-    """One run under HEADER; the interval is that of its test set, `min` the minutes from its start to its end."""
+    """The cells of one run under HEADER. The interval is its test set's; `min` are the minutes from its start to its end."""
     published = published_beside(run)
     beside = f"{published.accuracy:.4f}" if published else ""
     if run.test is None or run.val is None:

@@ -1,5 +1,6 @@
 """Objects on a real S3 server, and through a proxy that hands them on badly."""
 
+import errno
 import random
 import socket
 import ssl
@@ -9,10 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
+import aiohttp
 import pytest
 import torch
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
 
+from imgcls import s3 as s3_errors
 from imgcls import storage
 from imgcls.errors import MissingError, StorageError
 from imgcls.remedies import remedy_for
@@ -110,6 +118,140 @@ def test_a_fault_is_survived_by_reads_and_writes(fault: str, url: str, proxied: 
     assert storage.read_bytes(f"{url}/new") == b"mine"
 
 
+def answer(status: int, code: str) -> Exception:
+    """What s3fs raises for this answer of S3."""
+    response = {"Error": {"Code": code, "Message": "the answer"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(boto.ClientError(response, "GetObject"))
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], list[str]]:
+    """After `failing(error)` the first read raises it, the next ones succeed. The list names all reads."""
+
+    def fail(error: Exception) -> list[str]:
+        reads = list[str]()
+
+        async def cat_file(fs: S3, path: str) -> bytes:
+            reads.append(path)
+            if len(reads) == 1:
+                raise error
+            return BODY
+
+        monkeypatch.setattr(S3, "_cat_file", cat_file)
+        return reads
+
+    return fail
+
+
+URL = {"endpoint_url": "http://store"}
+TRANSIENT = (
+    TimeoutError("late"),
+    FSTimeoutError(),
+    boto.ConnectTimeoutError(**URL),
+    boto.ReadTimeoutError(**URL),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    BrokenPipeError(errno.EPIPE, "broken"),
+    ssl.SSLError(1, "bad record"),
+    boto.EndpointConnectionError(**URL),
+    boto.SSLError(**URL, error="bad record"),
+    boto.ProxyConnectionError(proxy_url="http://proxy"),
+    boto.ConnectionClosedError(**URL),
+    boto.ResponseStreamingError(error="cut"),
+    boto.HTTPClientError(error=aiohttp.ClientPayloadError("cut")),
+    boto.HTTPClientError(error=ConnectionAbortedError(errno.ECONNABORTED, "aborted")),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientOSError(errno.ECONNRESET, "reset"),
+    aiohttp.ClientPayloadError("cut"),
+    aiohttp.ClientResponseError(Mock(), (), message="bad status line"),
+    boto.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    boto.ChecksumError(checksum_type="crc32", expected_checksum="a", actual_checksum="b"),
+    boto.FlexibleChecksumError(error_msg="Expected checksum a did not match calculated checksum: b"),
+    ResponseParserError("no XML"),
+    boto.CredentialRetrievalError(provider="role", error_msg="no answer"),
+    RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired."),
+    *(OSError(number, "network") for number in s3_errors.BROKEN_NETWORK),
+    *(answer(status, "Any") for status in s3_errors.OVERLOADED),
+    *(answer(400, code) for code in s3_errors.TRY_AGAIN),
+    answer(500, "InternalError"),
+    answer(503, "SlowDown"),
+    answer(400, "RequestTimeout"),
+)
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+def test_each_kind_of_transient_error_is_retried(error: Exception, failing: Callable[[Exception], list[str]]):
+    reads = failing(error)
+    assert storage.read_bytes("s3://runs/a") == BODY
+    assert len(reads) == 2
+
+
+def test_the_transient_errors_of_the_test_are_all_kinds():
+    assert not [kind for kind in s3_errors.TRANSIENT + s3_errors.TIMEOUTS if not any(isinstance(e, kind) for e in TRANSIENT)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answer(403, "AccessDenied"),
+        answer(404, "NoSuchKey"),
+        answer(400, "InvalidArgument"),
+        answer(412, "PreconditionFailed"),
+        answer(501, "NotImplemented"),
+        answer(507, "XMinioStorageFull"),
+        OSError(errno.EINVAL, "invalid"),
+        boto.NoCredentialsError(),
+        boto.ParamValidationError(report="Invalid bucket name"),
+        boto.HTTPClientError(error=FileNotFoundError(errno.ENOENT, "no such certificate")),
+        boto.HTTPClientError(error=aiohttp.InvalidURL("http://[")),
+    ],
+    ids=repr,
+)
+def test_a_definite_answer_is_told_without_a_retry(error: Exception, failing: Callable[[Exception], list[str]]):
+    reads = failing(error)
+    with pytest.raises(StorageError, match=r"s3://runs/a (cannot be read|does not exist)"):
+        storage.read_bytes("s3://runs/a")
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("fault"), KeyError("fault"), RuntimeError("fault"), boto.HTTPClientError(error=TypeError("fault"))],
+    ids=repr,
+)
+def test_a_fault_in_code_is_raised_as_it_is_without_a_retry(error: Exception, failing: Callable[[Exception], list[str]]):
+    reads = failing(error)
+    with pytest.raises(type(error), match="fault"):
+        storage.read_bytes("s3://runs/a")
+    assert len(reads) == 1
+
+
+NO_KEY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"AWS_ENDPOINT_URL": "nonsense"}, r"Invalid endpoint: nonsense\n  do: .*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "http://[x"}, "Invalid IPv6 URL"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "not a valid URI"),
+        ({"AWS_ENDPOINT_URL": "https://127.0.0.1:1", "AWS_CA_BUNDLE": "/none"}, "No such file"),
+        ({"AWS_PROFILE": "none"}, r"profile \(none\) could not be found"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "Partial credentials"),
+        ({"AWS_DEFAULT_REGION": "no region!"}, "doesn't match a supported format"),
+        ({**NO_KEY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/x", "AWS_WEB_IDENTITY_TOKEN_FILE": "/none"}, "No such file.*/none"),
+    ],
+)
+def test_a_wrong_configuration_is_told_without_a_retry(
+    s3: Server, environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "PREFLIGHT_S", storage.DEADLINE_S)
+    monkeypatch.setattr(storage, "PREFLIGHT_REQUEST_S", storage.REQUEST_S)
+    before = storage.traffic.requests
+    with reached_by(s3.env() | environment), pytest.raises(StorageError, match=f"s3://runs/a cannot be listed: .*{says}"):
+        storage.check_places(reads=["s3://runs/a"])
+    assert storage.traffic.requests == before + 1
+
+
 def test_a_create_whose_answer_was_lost_is_known_as_our_own_and_anothers_is_not(url: str, proxied: Proxy):
     proxied.faults, proxied.most = ("lost",), 1
     assert storage.create_bytes(f"{url}/one", b"mine")
@@ -196,6 +338,32 @@ def test_a_store_without_conditional_puts_is_told_by_what_it_lacks_and_which_sto
     ):
         storage.check_places(writes=[url])
     assert time.monotonic() - began < 5
+    assert storage.files(url) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError("Access Denied"), "s3:PutObject"),
+        (OSError(errno.EINVAL, "the signature is old"), "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_another_failure_of_a_conditional_put_keeps_its_own_remedy(
+    error: OSError, remedy: str, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    pipe_file = S3._pipe_file
+
+    async def refuse(fs: S3, path: str, data: bytes, *, mode: str) -> None:
+        if mode == "create":
+            raise error
+        await pipe_file(fs, path, data)
+
+    monkeypatch.setattr(S3, "_pipe_file", refuse)
+    with pytest.raises(StorageError) as refusal:
+        storage.check_places(writes=[url])
+    assert "two commands" not in str(refusal.value)
+    assert (error.strerror or str(error)) in str(refusal.value)
+    assert remedy in str(refusal.value).partition("\n  do: ")[2]
     assert storage.files(url) == []
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,25 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         storage.write_bytes(url, b"after")
     assert storage.read_bytes(url) == b"before"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_fault_in_code_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fault(*arguments: object, **options: object) -> None:
+        raise TypeError("fault")
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fault)
+    monkeypatch.setattr(os, "replace", fault)
+    for operation in (storage.read_bytes, lambda url: storage.write_bytes(url, b"1")):
+        with pytest.raises(TypeError, match="fault"):
+            operation(str(tmp_path / "one"))
+
+
+def test_the_working_directory_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for url in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/x/.."):
+        with pytest.raises(StorageError, match="cannot be deleted: it is the working directory"):
+            storage.delete(url)
+    assert tmp_path.is_dir()
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path):

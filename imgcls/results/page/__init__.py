@@ -1,4 +1,4 @@
-"""Results -> one self-contained HTML page: template, style and figures lie beside this file."""
+"""Results -> one self-contained HTML page. Template, style and figures lie beside this file."""
 
 import csv
 import io
@@ -20,26 +20,25 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
     here = files("imgcls.results.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "right": lambda examples: [one for one in examples if one.label == one.prediction],
-        "wrong": lambda examples: [one for one in examples if one.label != one.prediction],
+        "right": lambda examples: [example for example in examples if example.label == example.prediction],
+        "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
     }
     template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
-    curves = {name: _rows(data) for name, data in histories.items()}
-    done = results.finished
-    published = {run.recipe.name: found for run in results.runs if (found := published_beside(run))}
+    done, same_recipe = results.finished, groups(results)
+    published = {run.recipe.name: figure for run in results.runs if (figure := published_beside(run))}
     return template.render(
         results=results,
         style=(here / "style.css").read_text(encoding="utf-8"),
         answers=answers(results),
         published=published,
-        intervals={run.name: interval_of(group) for group in groups(results) for run in group.values()},
-        accuracy_figure=figures.accuracies(groups(results), published) if done else "",
-        curves={one.name: figures.curves(curves[one.name]) for one in done if one.name in curves},
-        confusions={one.name: figures.confusion(one) for one in done},
-        confused={one.name: most_confused(one) for one in done},
+        intervals={run.name: interval_of(group) for group in same_recipe for run in group.values()},
+        accuracy_figure=figures.accuracies(same_recipe, published) if done else "",
+        curves={run.name: figures.curves(_rows(histories[run.name])) for run in done if run.name in histories},
+        confusions={run.name: figures.confusion(run) for run in done},
+        confused={run.name: most_confused(run) for run in done},
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
-        commands={one.name: _command(results, one) for one in done},
+        commands={run.name: _command(results, run) for run in done},
     )
 
 
@@ -49,27 +48,14 @@ def _rows(data: bytes) -> list[dict[str, float]]:
 
 
 def _command(results: SuiteResults, run: RunResult) -> str:
-    """What makes this row again under the id `again`, at its commit, from the same packed data; its source's row first."""
-    words = [
-        "python",
-        "-m",
-        "jobs.train",
-        run.recipe.name,
-        "--catalogue",
-        run.catalogue,
-        "--id",
-        "again",
-        "--data",
-        results.data,
-    ]
+    """The command that repeats this run under the id `again`, at its commit, on the same packed data; its source's first."""
+    base = next((recipe for recipe in CATALOGUES[run.catalogue] if recipe.name == run.recipe.name), None)
+    recipe = [run.recipe.name] if base else ["--recipe", f"{results.url}/{run.name}/config.json"]
+    words = ["python", "-m", "jobs.train", *recipe, "--catalogue", run.catalogue, "--id", "again", "--data", results.data]
     words += ["--seed", str(run.seed)] if run.seed else []
-    base = next((one for one in CATALOGUES[run.catalogue] if one.name == run.recipe.name), None)
-    if base is None:
-        words[3:4] = ["--recipe", f"{results.url}/{run.name}/config.json"]
-    else:
-        for path, value in changes_between(base, run.recipe).items():
-            words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
-    source = next((one for one in results.finished if run.init is not None and one.name == run.init.run), None)
+    for path, value in changes_between(base, run.recipe).items() if base else ():
+        words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
+    source = next((other for other in results.finished if run.init is not None and other.name == run.init.run), None)
     if run.init is not None and source is None:
         words += ["--init-from", run.init.run]
     if run.placement is not None and run.placement.num_workers > 1:

@@ -1,4 +1,4 @@
-"""The page's figures, as SVG text to be put into HTML."""
+"""The page's figures, as SVG text that stands inside HTML."""
 
 import io
 import os
@@ -36,19 +36,19 @@ STYLE: dict[Any, Any] = {
 
 
 def accuracies(groups: Sequence[dict[int, RunResult]], published: Mapping[str, Published]) -> str:
-    """Test accuracy of each recipe with its interval, beside the published figure. groups: as `compare.groups` gives."""
+    """Test accuracy of each recipe with its interval, beside the published figure. groups: from `compare.groups`."""
     with rc_context(STYLE):
         recipes = [next(iter(group.values())).recipe.name for group in groups]
+        places, intervals = range(len(groups)), [interval_of(group) for group in groups]
         figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(groups)), layout="constrained")
         axes = figure.subplots()
-        for place, (recipe, group) in enumerate(zip(recipes, groups, strict=True)):
-            found = interval_of(group)
-            axes.plot([found.low, found.high], [place, place], color=FIRST, linewidth=2)
-            axes.plot(found.center, place, "o", color=FIRST, label="ours, 95% interval" if place == 0 else None)
-            if recipe in published:
-                label = "published" if not axes.get_legend_handles_labels()[1].count("published") else None
-                axes.plot(published[recipe].accuracy, place, "D", color=SECOND, markersize=5, label=label)
-        axes.set_yticks(range(len(groups)), [*map(_short, recipes)])
+        ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
+        axes.plot(ends, [places, places], color=FIRST, linewidth=2)
+        axes.plot([interval.center for interval in intervals], places, "o", color=FIRST, label="ours, 95% interval")
+        beside = {place: published[recipe].accuracy for place, recipe in enumerate(recipes) if recipe in published}
+        if beside:
+            axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
+        axes.set_yticks(places, [*map(_short, recipes)])
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy")
         axes.grid(axis="x", color=GROUND, linewidth=0.5)
@@ -75,7 +75,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 NAMED = 20
-"""Classes of which names and counts are drawn; the figure of more is as large, and shows where mistakes lie."""
+"""With up to so many classes the figure shows names and counts. With more it does not grow; it shows where mistakes lie."""
 
 
 def confusion(result: RunResult) -> str:
@@ -100,17 +100,17 @@ def confusion(result: RunResult) -> str:
 
 
 def _short(name: str) -> str:
-    """At most 40 characters: a longer name leaves no room for the figure."""
+    """The name in at most 40 characters: a longer one leaves no room for the figure."""
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    with warnings.catch_warnings():  # letters stay text, drawn by the reader's browser with the reader's fonts
+    with warnings.catch_warnings():  # letters stay text; the reader's browser draws them with its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    # Inside HTML neither the XML head nor fixed points: the page decides the width.
+    # HTML needs no XML head, and the page decides the width.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="figure"', svg, count=1)
