@@ -45,6 +45,16 @@ COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZ
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """The first bytes of a zip, and of an empty one."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+CIFAR_PARTS: dict[str, Split] = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
+_CORE = "numpy._core"
+PICKLED = {
+    f"{_CORE}.multiarray._reconstruct",
+    f"{_CORE}.numeric._frombuffer",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
+"""What CIFAR-10's pickles may ask for."""
 
 
 def printable(name: object) -> str:
@@ -77,8 +87,8 @@ class Bytes:
         if self.member is None:
             return Path(self.file).read_bytes()
         archive = _opened(self.file, self.changed_ns)
-        opened = archive.open if isinstance(self.member, zipfile.ZipInfo) else archive.extractfile
-        with opened(self.member) as file:
+        open_member = archive.open if isinstance(self.member, zipfile.ZipInfo) else archive.extractfile
+        with open_member(self.member) as file:
             return file.read()
 
 
@@ -87,13 +97,12 @@ _open: dict[tuple[str, int], Any] = {}
 
 
 def _opened(file: str, changed_ns: int) -> Any:
-    key = (file, changed_ns)
-    if key not in _open:
+    if (file, changed_ns) not in _open:
         while _open:
             _open.popitem()[1].close()
-        open_ = zipfile.ZipFile if _head(file).startswith(ZIP) else partial(tarfile.open, mode="r:", encoding="utf-8")
-        _open[key] = open_(file)
-    return _open[key]
+        reader = zipfile.ZipFile if _head(file).startswith(ZIP) else partial(tarfile.open, mode="r:", encoding="utf-8")
+        _open[file, changed_ns] = reader(file)
+    return _open[file, changed_ns]
 
 
 def _head(file: str | Path) -> bytes:
@@ -119,7 +128,7 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
 
     Raises DataError on damage, and on links, devices, encrypted members, doubles and names that leave the folder.
     """
-    found, folders = dict[str, Bytes](), set[str]()
+    files, folders = dict[str, Bytes](), set[str]()
     with damage_named(path):
         whole = _uncompressed(path)
         changed_ns = whole.stat().st_mtime_ns
@@ -132,7 +141,7 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
                 why = "would leave the folder; no such archive is read"
             if any(len(part.encode(errors="surrogatepass")) > NAME_BYTES for part in place.parts):
                 why = f"has a name of more than {NAME_BYTES} bytes; no folder could hold it"
-            if kind == "file" and str(place) in found:
+            if kind == "file" and str(place) in files:
                 why = "stands there twice; which one is meant?"
             if why:
                 remedy = "unpack it, mend that file, and give the folder by --source"
@@ -140,8 +149,8 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
             if kind == "folder":
                 folders.add(str(place))
             else:
-                found[str(place)] = Bytes(str(whole), size, changed_ns, member)
-    return found, folders
+                files[str(place)] = Bytes(str(whole), size, changed_ns, member)
+    return files, folders
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Any, int]]:
@@ -227,10 +236,6 @@ OFFICIAL = {
 }
 
 
-def official_name(dataset: str) -> str | None:
-    return OFFICIAL[dataset].name if dataset in OFFICIAL else None
-
-
 def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """The whole, checked archive in `folder`; goes on where an earlier download stopped.
 
@@ -274,11 +279,11 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
 
 def _check(archive: Archive, part: Path) -> None:
     with part.open("rb") as file:
-        found = hashlib.file_digest(file, archive.algorithm).hexdigest()
-    if found != archive.digest:
+        digest = hashlib.file_digest(file, archive.algorithm).hexdigest()
+    if digest != archive.digest:
         part.unlink()
         raise DataError(
-            f"{archive.url}: {archive.algorithm} is {found[:12]}.., the official one is {archive.digest[:12]}..\n"
+            f"{archive.url}: {archive.algorithm} is {digest[:12]}.., the official one is {archive.digest[:12]}..\n"
             "  do: it was deleted; run the same command again"
         )
 
@@ -286,54 +291,39 @@ def _check(archive: Archive, part: Path) -> None:
 class _ArraysAndStrings(pickle.Unpickler):
     """Builds NumPy arrays, containers, numbers and strings; whatever else a pickle asks for is refused."""
 
-    _ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("numpy.core.numeric", "_frombuffer"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in self._ALLOWED:
+        module = module_name.replace("numpy.core", "numpy._core")  # as NumPy 1 called it
+        if f"{module}.{global_name}" not in PICKLED:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
-
-
-def _unpickled(name: str, data: bytes) -> dict[str, Any]:
-    try:
-        loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
-        return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
+        return super().find_class(module, global_name)
 
 
 def is_cifar_archive(names: Collection[str]) -> bool:
     return "batches.meta" in {PurePosixPath(name).name for name in names}
 
 
-def cifar_rows(members: dict[str, Bytes]) -> tuple[tuple[str, ...], Iterator[tuple[str, int, Split, np.ndarray]]]:
+def cifar_images(members: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
     """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3)."""
     by_name = {PurePosixPath(name).name: content for name, content in members.items()}
-    meta = _unpickled("batches.meta", by_name["batches.meta"].read())
-    class_names = tuple(_text(name) for name in meta["label_names"])
-    parts: list[tuple[str, Split]] = [(f"data_batch_{i}", "train") for i in range(1, 6)]
-    parts.append(("test_batch", "test"))
+    class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")["label_names"])
+    images = []
+    for part, split in CIFAR_PARTS.items():
+        batch = _cifar_part(by_name, part)
+        arrays = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for file, label, pixels in zip(batch["filenames"], batch["labels"], arrays, strict=True):
+            images.append((f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels))
+    return class_names, images
 
-    def rows() -> Iterator[tuple[str, int, Split, np.ndarray]]:
-        for part, split in parts:
-            if part not in by_name:
-                raise DataError(f"the CIFAR-10 archive lacks {part}\n  do: fetch the official archive again")
-            batch = _unpickled(part, by_name[part].read())
-            images = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            for file, label, pixels in zip(batch["filenames"], batch["labels"], images, strict=True):
-                yield f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels
 
-    return class_names, rows()
+def _cifar_part(by_name: dict[str, Bytes], name: str) -> dict[str, Any]:
+    if name not in by_name:
+        raise DataError(f"the CIFAR-10 archive lacks {name}\n  do: fetch the official archive again")
+    data = by_name[name].read()
+    try:
+        loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
+        return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
 
 
 def _text(value: bytes | str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from imgcls.data.order import Ids, stratified_cut
 from imgcls.errors import RecipeError
 from imgcls.recipe import BasicCNN, Recipe
-from imgcls.records import Manifest, Split
+from imgcls.records import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
 
     Raises RecipeError where too little is left to train on.
     """
-    train, val, test = (_rows(manifest, split) for split in ("train", "val", "test"))
     labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype=np.int64)
+    packed = np.repeat([shard.split for shard in manifest.shards], [shard.num_samples for shard in manifest.shards])
+    train, val, test = (np.flatnonzero(packed == split) for split in ("train", "val", "test"))
     if not len(val):
         kept, cut = stratified_cut(labels[train], fraction=recipe.validation.fraction, seed=recipe.validation.seed)
         train, val = train[kept], train[cut]
@@ -84,15 +85,6 @@ def check_world(recipe: Recipe, *, world_size: int) -> None:
             f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
             f"  do: --num-workers {fitting}"
         )
-
-
-def _rows(manifest: Manifest, split: Split) -> Ids:
-    rows, start = [np.empty(0, dtype=np.int64)], 0
-    for shard in manifest.shards:
-        if shard.split == split:
-            rows.append(np.arange(start, start + shard.num_samples))
-        start += shard.num_samples
-    return np.concatenate(rows)
 
 
 def _power_of_two_below(n: int) -> int:
