@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -298,13 +298,11 @@ class _ArraysAndStrings(pickle.Unpickler):
         return super().find_class(module, global_name)
 
 
-def is_cifar_archive(names: Collection[str]) -> bool:
-    return "batches.meta" in {PurePosixPath(name).name for name in names}
+def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
+    """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3).
 
-
-def cifar_images(members: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
-    """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3)."""
-    by_name = {PurePosixPath(name).name: content for name, content in members.items()}
+    by_name: the parts of CIFAR-10's own archive, `batches.meta` among them.
+    """
     class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")["label_names"])
     images = []
     for part, split in CIFAR_PARTS.items():

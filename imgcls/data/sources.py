@@ -125,10 +125,13 @@ def open_source(path: Path) -> Source:
     if not os.path.isfile(path):
         raise DataError(f"--source {printable(path)}: there is no such folder, tar or zip")
     files, folders = archives.members(path)
-    if archives.is_cifar_archive(files):
-        with archives.damage_named(path):
-            return _from_cifar(path, files)
-    return _from_files(printable(path.name), files, folders)
+    name, by_name = printable(path.name), {PurePosixPath(member).name: content for member, content in files.items()}
+    if "batches.meta" not in by_name:
+        return _from_files(name, files, folders)
+    with archives.damage_named(path):
+        class_names, images = archives.cifar_images(by_name)
+    samples = tuple(Sample(image, label, split, Pixels(pixels)) for image, label, split, pixels in images)
+    return Source(name, class_names, samples, ("CIFAR-10's arrays are packed as PNG",), _identity(files))
 
 
 def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
@@ -208,7 +211,8 @@ def _places(name: str, images: list[str], empty: list[str], notes: list[str]) ->
     A class is known by its printable name in Unicode's form NFC: macOS writes the same name in another.
     """
     paths = [PurePosixPath(image).parts for image in images]
-    depth = _depth_of_enclosing_folder(paths)
+    around = PurePosixPath(os.path.commonpath([PurePosixPath(image).parent.parent for image in images])).parts
+    depth = next((depth for depth, folder in enumerate(around) if folder.lower() in SPLITS), len(around))
     splits = _splits_by_folder(name, {path[depth].lower() for path in paths if len(path) > depth + 1}, empty)
     notes += [f"{folder}/ is taken as {splits[folder]}/" for folder in sorted(splits.keys() - SPLITS.keys())]
     val_is_test = "val" in splits.values() and "test" not in splits.values()
@@ -229,16 +233,6 @@ def _places(name: str, images: list[str], empty: list[str], notes: list[str]) ->
         split = "test" if split == "val" and val_is_test else split
         places.append((split, printable(unicodedata.normalize("NFC", below[-2]))))
     return places
-
-
-def _depth_of_enclosing_folder(paths: list[tuple[str, ...]]) -> int:
-    depth = 0
-    while all(len(path) > depth + 2 for path in paths):
-        tops = {path[depth] for path in paths}
-        if len(tops) > 1 or tops.pop().lower() in SPLITS:
-            break
-        depth += 1
-    return depth
 
 
 def _splits_by_folder(name: str, tops: set[str], empty: list[str]) -> dict[str, Split]:
@@ -288,9 +282,3 @@ def _check_classes(name: str, class_names: tuple[str, ...], samples: tuple[Sampl
 
 def _identity(files: dict[str, Bytes]) -> str:
     return digest_of([[printable(path), content.size, content.changed_ns] for path, content in sorted(files.items())])
-
-
-def _from_cifar(path: Path, files: dict[str, Bytes]) -> Source:
-    class_names, images = archives.cifar_images(files)
-    samples = tuple(Sample(name, label, split, Pixels(pixels)) for name, label, split, pixels in images)
-    return Source(printable(path.name), class_names, samples, ("CIFAR-10's arrays are packed as PNG",), _identity(files))

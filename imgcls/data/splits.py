@@ -61,8 +61,16 @@ def fraction_note(recipe: Recipe, splits: Splits) -> str | None:
 
 
 def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
-    """Every rank's smallest part can be normalized by a batch norm: two samples or more. Raises RecipeError."""
-    check_world(recipe, world_size=world_size)
+    """Every rank's smallest part can be normalized by a batch norm: two samples or more.
+
+    Under elastic numerics every worker has the same number of virtual ranks. Raises RecipeError.
+    """
+    if recipe.numerics == "elastic" and recipe.virtual_ranks % world_size:
+        fitting = " or ".join(str(1 << i) for i in range(recipe.virtual_ranks.bit_length()))
+        raise RecipeError(
+            f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
+            f"  do: --num-workers {fitting}"
+        )
     ranks = "virtual ranks" if recipe.numerics == "elastic" else "workers"
     num_ranks = recipe.virtual_ranks if recipe.numerics == "elastic" else world_size
     smallest_batch = recipe.global_batch_size
@@ -74,16 +82,6 @@ def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
             f"recipe {recipe.name}: a global batch of {smallest_batch} leaves {smallest_batch // num_ranks} samples to "
             f"each of {num_ranks} {ranks}; {recipe.model.kind} needs {needed}\n"
             f"  do: fewer {ranks}, a larger --set global_batch_size=, or --set last_batch=drop"
-        )
-
-
-def check_world(recipe: Recipe, *, world_size: int) -> None:
-    """Elastic numerics: every worker has the same number of virtual ranks. Raises RecipeError, naming the worlds that do."""
-    if recipe.numerics == "elastic" and recipe.virtual_ranks % world_size:
-        fitting = " or ".join(str(1 << i) for i in range(recipe.virtual_ranks.bit_length()))
-        raise RecipeError(
-            f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
-            f"  do: --num-workers {fitting}"
         )
 
 
