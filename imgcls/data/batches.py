@@ -58,12 +58,11 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.recipe, self.cache, self.splits = recipe, cache, splits
         self.seed, self.rank, self.world_size, self.waiting = seed, rank, world_size, waiting
+        self.keep_last = recipe.last_batch == "keep"
 
     def train_dataloader(self) -> "Batches":
-        recipe, num_train = self.recipe, len(self.splits.train)
-        keep_last = recipe.last_batch == "keep"
-        num_steps = order.num_steps(num_train, size=recipe.global_batch_size, keep_last=keep_last)
-        return Batches(num_steps, self._training_batches)
+        size, num_train = self.recipe.global_batch_size, len(self.splits.train)
+        return Batches(order.num_steps(num_train, size=size, keep_last=self.keep_last), self._training_batches)
 
     def val_dataloader(self) -> "Batches":
         return self._evaluation_batches(self.splits.val)
@@ -84,14 +83,8 @@ class ImageData(pl.LightningDataModule):
 
     def planned_batches(self, epoch: int) -> list[Ids]:
         """The sample ids of every step of an epoch, over all ranks."""
-        recipe = self.recipe
-        return order.global_batches(
-            self.splits.train,
-            seed=self.seed,
-            epoch=epoch,
-            size=recipe.global_batch_size,
-            keep_last=recipe.last_batch == "keep",
-        )
+        size, train = self.recipe.global_batch_size, self.splits.train
+        return order.global_batches(train, seed=self.seed, epoch=epoch, size=size, keep_last=self.keep_last)
 
     def _training_batches(self) -> Iterator[Batch]:
         assert self.trainer is not None
