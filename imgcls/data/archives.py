@@ -106,8 +106,8 @@ def _opened(file: str, changed_ns: int) -> Any:
 
 
 def _head(file: str | Path) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read(8)
+    with open(file, "rb") as archive:
+        return archive.read(8)
 
 
 @contextmanager
@@ -133,8 +133,8 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
         whole = _uncompressed(path)
         changed_ns = whole.stat().st_mtime_ns
         archive = _opened(str(whole), changed_ns)
-        listed = _zip_members(archive) if isinstance(archive, zipfile.ZipFile) else _tar_members(archive)
-        for name, kind, member, size in listed:
+        entries = _zip_members(archive) if isinstance(archive, zipfile.ZipFile) else _tar_members(archive)
+        for name, kind, member, size in entries:
             place = PurePosixPath(name)
             why = None if kind in ("file", "folder") else f"is {kind}; only plain files are read"
             if place.is_absolute() or ".." in place.parts:
@@ -189,15 +189,15 @@ def _uncompressed(path: Path) -> Path:
     Raises StorageError where there is no room for it.
     """
     head = _head(path)
-    opened = next((open_ for magic, open_ in COMPRESSIONS.items() if head.startswith(magic)), None)
-    if opened is None:
+    decompressed = next((reader for magic, reader in COMPRESSIONS.items() if head.startswith(magic)), None)
+    if decompressed is None:
         return path
     info, folder = path.stat(), storage.cache_root() / "unpacked"
     whole = folder / f"{path.name.split('.')[0]}-{info.st_size}-{info.st_mtime_ns}.tar"
     if not whole.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary, opened(path) as packed:
+            with tempfile.TemporaryDirectory(dir=folder) as temporary, decompressed(path) as packed:
                 with Path(temporary, whole.name).open("wb") as target:
                     shutil.copyfileobj(packed, target, 1 << 20)
                 Path(target.name).replace(whole)

@@ -64,8 +64,8 @@ def open_cache(
         with shared_lock(folder):
             if not (asked_by and _checked_by(folder) == asked_by):
                 if not _is_whole(folder, say):
-                    for left in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
-                        shutil.rmtree(left, ignore_errors=True)
+                    for remains in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
+                        shutil.rmtree(remains, ignore_errors=True)
                     _build(set_url, manifest, folder, px, channels)
                 if asked_by:
                     with suppress(PermissionError):  # of another user's cache: it is checked again by each run
@@ -92,13 +92,13 @@ def missing_shards(manifest: Manifest) -> list[Shard]:
     return [shard for shard in manifest.shards if not os.path.exists(_shard_file(shard))]
 
 
-def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
+def check_room(caches: Iterable[tuple[str, Manifest, int, int]]) -> None:
     """This node's cache can be written, and has room for what is missing of (set's URL, manifest, px, channels).
 
     Raises StorageError.
     """
     root, missing = storage.cache_root(), dict[Path, int]()
-    for set_url, manifest, px, channels in wanted:
+    for set_url, manifest, px, channels in caches:
         if os.path.exists(folder := _folder(manifest, px, channels)):
             continue
         missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
@@ -166,8 +166,8 @@ def _shard_of_node(set_url: str, shard: Shard) -> bytes:
     with shared_lock(file):
         with suppress(StorageError, DataError):
             return storage.read_checked(str(file), num_bytes=shard.num_bytes, digest=shard.sha256)
-        for left in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
-            left.unlink()
+        for remains in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
+            remains.unlink()
         data = fetch_shard(set_url, shard)
         storage.write_bytes(str(file), data, durable=False)
     return data

@@ -31,7 +31,7 @@ ORIENTATION = 0x0112
 """EXIF's tag; its values from 2 to 8 ask for these turns."""
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
-CHUNK = 64
+AT_A_TIME = 64
 """Images that a process of the pool takes at a time."""
 
 

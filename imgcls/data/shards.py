@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from imgcls import records, storage
 from imgcls.data.archives import printable
-from imgcls.data.images import CHUNK, DECODER, EXTENSIONS, decode, decoding_pool, pixels_digest
+from imgcls.data.images import AT_A_TIME, DECODER, EXTENSIONS, decode, decoding_pool, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
@@ -85,7 +85,7 @@ def pack(
         for shard_name, samples in _plan(source):
             shard = _packed_before(set_url, shard_name, identity)
             if shard is None:
-                files = _counted(pool.map(_read_and_decode, samples, chunksize=CHUNK), done, total, progress)
+                files = _counted(pool.map(_read_and_decode, samples, chunksize=AT_A_TIME), done, total, progress)
                 shard = _pack_shard(set_url, shard_name, samples, files, identity)
             packed.append(shard)
             done += len(samples)
@@ -320,7 +320,7 @@ def decoded_images(
         for shard in manifest.shards:
             where = storage.join(set_url, shard.name)
             images = (image for image, _ in read_samples(shard, fetch(set_url, shard), where=where))
-            decoded = pool.map(partial(_decoded, made), images, chunksize=CHUNK)
+            decoded = pool.map(partial(_decoded, made), images, chunksize=AT_A_TIME)
             for path, (digest, thing) in zip(shard.paths, decoded, strict=True):
                 if digest != packed[8 * row : 8 * row + 8]:
                     raise DataError(

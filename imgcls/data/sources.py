@@ -88,8 +88,8 @@ def find_source(dataset: str) -> Path | None:
     Raises DataError where several fit equally well, or `IMGCLS_SOURCES` names no folder that can be read.
     """
     roots = [Path("data/sources")] if os.path.isdir("data/sources") else []
-    if named := os.environ.get("IMGCLS_SOURCES"):
-        roots.insert(0, local_path(named))
+    if folder := os.environ.get("IMGCLS_SOURCES"):
+        roots.insert(0, local_path(folder))
     for root in roots:
         try:
             fitting = [path for path in sorted(root.iterdir()) if _fits(path, dataset)]
@@ -107,8 +107,8 @@ def find_source(dataset: str) -> Path | None:
 
 def _fits(path: Path, dataset: str) -> bool:
     official = archives.OFFICIAL.get(dataset)
-    named = path.name.startswith(dataset) or (official is not None and path.name == official.name)
-    return named and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
+    fits = path.name.startswith(dataset) or (official is not None and path.name == official.name)
+    return fits and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
@@ -145,18 +145,15 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
             raise error
 
     files, folders = dict[str, Bytes](), set[str]()
-    above: dict[str, frozenset[tuple[int, int]]] = {}
     for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
-        info, outer = os.stat(folder), above.get(os.path.dirname(folder), frozenset())
-        if (info.st_dev, info.st_ino) in outer or len(outer) > MAX_DEPTH:
-            if not _hidden(os.path.relpath(folder, root)):
+        place = Path(folder).relative_to(root)
+        if len(place.parts) > MAX_DEPTH or any(os.path.samefile(folder, root / outer) for outer in place.parents):
+            if not _hidden(place.as_posix()):
                 raise DataError(f"{printable(folder)} is a link to a folder above it, or too deep\n  do: remove the link")
             below.clear()
-        above[folder] = outer | {(info.st_dev, info.st_ino)}
-        folders.add(Path(folder).relative_to(root).as_posix())
+        folders.add(place.as_posix())
         for name in names:
-            file = Path(folder, name)
-            path = file.relative_to(root).as_posix()
+            file, path = Path(folder, name), (place / name).as_posix()
             if not _is_image(path):
                 files[path] = Bytes(str(file), 0, 0)
                 continue

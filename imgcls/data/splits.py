@@ -45,9 +45,9 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
         flags = ["--set train_fraction=1.0"] * (recipe.train_fraction < 1)
         flags += [f"--set global_batch_size={_power_of_two_below(whole)}"] * (whole < recipe.global_batch_size)
         part = f"train_fraction {recipe.train_fraction} leaves {len(train):,} of {recipe.dataset}'s"
-        left = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
+        owner = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
         raise RecipeError(
-            f"recipe {recipe.name}: {left} {whole:,} training samples, fewer than a global batch of "
+            f"recipe {recipe.name}: {owner} {whole:,} training samples, fewer than a global batch of "
             f"{recipe.global_batch_size}\n  do: {' '.join(flags)}"
         )
     return Splits(train, val, test, whole - len(train))
@@ -65,17 +65,16 @@ def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
 
     Under elastic numerics every worker has the same number of virtual ranks. Raises RecipeError.
     """
-    if recipe.numerics == "elastic" and recipe.virtual_ranks % world_size:
+    elastic = recipe.numerics == "elastic"
+    if elastic and recipe.virtual_ranks % world_size:
         fitting = " or ".join(str(1 << i) for i in range(recipe.virtual_ranks.bit_length()))
         raise RecipeError(
             f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
             f"  do: --num-workers {fitting}"
         )
-    ranks = "virtual ranks" if recipe.numerics == "elastic" else "workers"
-    num_ranks = recipe.virtual_ranks if recipe.numerics == "elastic" else world_size
-    smallest_batch = recipe.global_batch_size
-    if recipe.last_batch == "keep" and num_train % recipe.global_batch_size:
-        smallest_batch = num_train % recipe.global_batch_size
+    num_ranks, ranks = (recipe.virtual_ranks, "virtual ranks") if elastic else (world_size, "workers")
+    last_batch = num_train % recipe.global_batch_size if recipe.last_batch == "keep" else 0
+    smallest_batch = last_batch or recipe.global_batch_size
     needed = 1 if isinstance(recipe.model, BasicCNN) else 2
     if smallest_batch // num_ranks < needed:
         raise RecipeError(
