@@ -1,6 +1,6 @@
 """Members of tars and zips by name. Official archives: fetched with resume and a checksum, CIFAR-10's pickles read safely.
 
-Names and sizes are other people's: a name is escaped, checked and bounded here, before anything else sees it.
+Names and sizes come from strangers: a name is escaped, checked and bounded here, before other code sees it.
 """
 
 import bz2
@@ -39,7 +39,7 @@ DAMAGE = (
     *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, MemoryError),
     *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
 )
-"""What the libraries raise on bytes that are not what they should be."""
+"""What the libraries raise on damaged bytes."""
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """By the first bytes of a file."""
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -58,8 +58,10 @@ PICKLED = {
 
 
 def printable(name: object) -> str:
-    """The name on one line, for terminals and JSON. Escaped are control and format characters, bytes that are no UTF-8, and
-    the backslash, so that two names stay two; not the joiners that some scripts need.
+    """The name on one line, for terminals and JSON.
+
+    Control and format characters and bytes that are not UTF-8 are escaped, but not the joiners that some scripts need.
+    The backslash is escaped too, so that two different names stay different.
     """
 
     def shown(c: str) -> str:
@@ -169,7 +171,7 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Any, int]]:
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Any, int]]:
-    """The same of a zip."""
+    """(name, kind, member, size) of each."""
     for member in archive.infolist():
         name, mode = member.filename, stat.S_IFMT(member.external_attr >> 16)
         with suppress(UnicodeError):  # macOS writes UTF-8 and does not say so
@@ -184,7 +186,7 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Any, int]
 
 
 def _uncompressed(path: Path) -> Path:
-    """An archive whose members can be read alone; a compressed tar is unpacked once, under the cache.
+    """An archive whose members can be read one by one; a compressed tar is decompressed once, into the cache.
 
     Raises StorageError where there is no room for it.
     """

@@ -1,7 +1,7 @@
 """The decoded images of one node: uint8, memory-mapped, built once, shared by all ranks and runs on the node.
 
 Comes in: a packed set. Goes out: a `Cache`, whose rows are the samples in the order of the manifest. Built under a
-lock into a temporary folder and renamed when whole: who comes second waits, and who comes after a kill builds again.
+lock into a temporary folder and renamed when whole: a second process waits, and after a kill the next one builds again.
 """
 
 import os

@@ -6,7 +6,7 @@ earlier set stays whole until it is replaced; the manifest is written last, so t
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -145,7 +145,7 @@ def _read_and_decode(sample: Sample) -> tuple[PackedFile, bytes]:
 
 
 def _counted(items: Iterable[T], done: int, total: int, progress: Progress) -> Iterator[T]:
-    """The items, each counted when the next one is wanted. done: before the first."""
+    """The items; `progress` hears of each when the next one is taken. done: how many came before the first."""
     for number, item in enumerate(items, done + 1):
         yield item
         progress(number, total)
@@ -197,18 +197,17 @@ def _seal(source: Source, name: str, packed: list[PackedShard], max_bad: int) ->
         notes.append(f"{len(animated)} animated images: the first frame of each is taken: {'; '.join(animated[:20])}")
     notes += [f"left out, no image: {file.path}" for file in bad]
     pixels = bytes.fromhex("".join(file.pixels for file in files))
-    shards = tuple(shard.shard for shard in packed)
-    _check_splits(name, source.class_names, shards)
     manifest = Manifest.sealed(
         name=name,
         class_names=source.class_names,
-        shards=shards,
+        shards=tuple(shard.shard for shard in packed),
         pixels_sha256=storage.sha256(pixels),
         source=source.name,
         source_sha256=digest_of(sorted((file.path, file.sha256) for file in files)),
         synthetic=source.synthetic,
         notes=tuple(notes),
     )
+    _check_splits(manifest)
     return manifest, pixels
 
 
@@ -227,14 +226,12 @@ def _put_in_place(set_url: str, manifest: Manifest, pixels: bytes) -> None:
     storage.delete(under_way)
 
 
-def _check_splits(name: str, class_names: Sequence[str], shards: Sequence[Shard]) -> None:
+def _check_splits(manifest: Manifest) -> None:
     for split in ("train", "test"):
-        labels = {label for shard in shards if shard.split == split for label in shard.labels}
-        if not labels:
-            raise DataError(f"{name}: no image of the split {split} could be read")
-        missing = set(range(len(class_names))) - labels
-        if missing and split == "train":
-            raise DataError(f"{name}: no training image of class {class_names[min(missing)]} could be read")
+        if not manifest.labels(split):
+            raise DataError(f"{manifest.name}: no image of the split {split} could be read")
+    if missing := set(range(len(manifest.class_names))) - set(manifest.labels("train")):
+        raise DataError(f"{manifest.name}: no training image of class {manifest.class_names[min(missing)]} could be read")
 
 
 def _duplicates(packed: list[PackedShard]) -> list[str]:
@@ -306,12 +303,12 @@ def check_shards(set_url: str, manifest: Manifest) -> None:
 def decoded_images(
     set_url: str,
     manifest: Manifest,
-    made: Callable[[Image], T],
+    convert: Callable[[Image], T],
     *,
     fetch: Callable[[str, Shard], bytes] = fetch_shard,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[T]:
-    """What `made` makes of each image, in a pool process; in the order of the manifest.
+    """`convert` of each image, computed in the pool's processes; in the order of the manifest.
 
     Raises DataError where a shard is not what the manifest says, or an image has other pixels than when it was packed.
     """
@@ -320,21 +317,21 @@ def decoded_images(
         for shard in manifest.shards:
             where = storage.join(set_url, shard.name)
             images = (image for image, _ in read_samples(shard, fetch(set_url, shard), where=where))
-            decoded = pool.map(partial(_decoded, made), images, chunksize=AT_A_TIME)
-            for path, (digest, thing) in zip(shard.paths, decoded, strict=True):
+            decoded = pool.map(partial(_decoded, convert), images, chunksize=AT_A_TIME)
+            for path, (digest, converted) in zip(shard.paths, decoded, strict=True):
                 if digest != packed[8 * row : 8 * row + 8]:
                     raise DataError(
                         f"{where}: {path} was decoded to other pixels than when it was packed, by {DECODER} here\n"
                         "  do: pack again here, or install the Pillow that it was packed with"
                     )
-                yield thing
+                yield converted
                 row += 1
                 progress(row, len(packed) // 8)
 
 
-def _decoded(made: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
+def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
     image = decode(data)
-    return pixels_digest(image), made(image)
+    return pixels_digest(image), convert(image)
 
 
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:
@@ -346,4 +343,4 @@ def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Ma
 
 
 def _nothing(image: Image) -> None:
-    """What a check makes of an image."""
+    """For a check: the decoded image is compared, and nothing of it is kept."""

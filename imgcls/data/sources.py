@@ -26,8 +26,8 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 SYNONYMS: dict[str, Split] = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 """Taken for splits only where one of them is the training part: `valid` beside `invalid` are two classes."""
-NO_PART_OF_IT = frozenset({"__MACOSX", "lost+found"})
-"""Folders that a system adds; those whose name begins with a dot are none either."""
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found"})
+"""Folders that systems add; they are left out, and so is every name that begins with a dot."""
 MAX_DEPTH = 100
 NEEDED = "three are needed, one each to train, validate and test", "two are needed, one to validate", "one is needed"
 """Training images of a class, in a set that brings none, one, or both of test/ and val/."""
@@ -83,7 +83,7 @@ class Source:
 
 
 def find_source(dataset: str) -> Path | None:
-    """A folder, tar or zip for DATASET: under `IMGCLS_SOURCES`, then under `data/sources/`; None where there is none.
+    """A folder, tar or zip for DATASET: under `IMGCLS_SOURCES`, then under `data/sources/`; None if there is none.
 
     Raises DataError where several fit equally well, or `IMGCLS_SOURCES` names no folder that can be read.
     """
@@ -137,7 +137,7 @@ def open_source(path: Path) -> Source:
 def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     """Files, and folders, empty ones too, by their path below `root`. Links are followed, but not in circles.
 
-    Of what is no image by name, or hidden, only the place is known; where it cannot be read it is left out.
+    Files that are hidden, or no images by name, are not looked at; hidden folders that cannot be read are left out.
     """
 
     def fail(error: OSError) -> None:
@@ -165,7 +165,7 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
 
 
 def _hidden(path: str) -> bool:
-    return any(part.startswith(".") or part in NO_PART_OF_IT for part in PurePosixPath(path).parts)
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in PurePosixPath(path).parts)
 
 
 def _is_image(path: str) -> bool:
@@ -203,7 +203,7 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
 
 
 def _places(name: str, images: list[str], empty: list[str], notes: list[str]) -> list[tuple[Split, str]]:
-    """Split and class of every image, by its path below the folder that encloses all. empty: folders without an image.
+    """Split and class of every image, by its path below the folder that holds all. empty: folders without an image.
 
     A class is known by its printable name in Unicode's form NFC: macOS writes the same name in another.
     """
@@ -233,7 +233,7 @@ def _places(name: str, images: list[str], empty: list[str], notes: list[str]) ->
 
 
 def _splits_by_folder(name: str, tops: set[str], empty: list[str]) -> dict[str, Split]:
-    """What split each of the folders at the top is; nothing where they are classes."""
+    """Top folder, in lower case -> its split; empty if the top folders are classes."""
     names = SPLITS | SYNONYMS
     splits: dict[str, Split] = {top: names[top] for top in tops if top in names}
     has_splits = "train" in splits.values() and len(set(splits.values())) == len(tops)

@@ -54,7 +54,7 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
 
 
 def fraction_note(recipe: Recipe, splits: Splits) -> str | None:
-    """What a person should know who trains on a part of the training samples; None where it is on all of them."""
+    """A note for users of a recipe that trains on a part of the training samples; None if it trains on all."""
     part = f"{len(splits.train):,} of {len(splits.train) + splits.unused:,}"
     note = f"{recipe.name} trains on {recipe.train_fraction:.0%} of {recipe.dataset}'s training part ({part})"
     return f"{note}; --set train_fraction=1.0 takes all" if splits.unused else None
