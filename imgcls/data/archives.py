@@ -1,6 +1,6 @@
 """Members of tars and zips by name. Official archives: fetched with resume and a checksum, CIFAR-10's pickles read safely.
 
-Names and sizes are other people's: a name is escaped, checked and bounded here, before anything else sees it.
+Names and sizes come from strangers: a name is escaped, checked and bounded here, before other code sees it.
 """
 
 import bz2
@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,17 +39,29 @@ DAMAGE = (
     *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, MemoryError),
     *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
 )
-"""What the libraries raise on bytes that are not what they should be."""
+"""What the libraries raise on damaged bytes."""
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """By the first bytes of a file."""
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """The first bytes of a zip, and of an empty one."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+CIFAR_PARTS: dict[str, Split] = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
+_CORE = "numpy._core"
+PICKLED = {
+    f"{_CORE}.multiarray._reconstruct",
+    f"{_CORE}.numeric._frombuffer",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
+"""What CIFAR-10's pickles may ask for."""
 
 
 def printable(name: object) -> str:
-    """The name on one line, for terminals and JSON. Escaped are control and format characters, bytes that are no UTF-8, and
-    the backslash, so that two names stay two; not the joiners that some scripts need.
+    """The name on one line, for terminals and JSON.
+
+    Control and format characters and bytes that are not UTF-8 are escaped, but not the joiners that some scripts need.
+    The backslash is escaped too, so that two different names stay different.
     """
 
     def shown(c: str) -> str:
@@ -77,8 +89,8 @@ class Bytes:
         if self.member is None:
             return Path(self.file).read_bytes()
         archive = _opened(self.file, self.changed_ns)
-        opened = archive.open if isinstance(self.member, zipfile.ZipInfo) else archive.extractfile
-        with opened(self.member) as file:
+        open_member = archive.open if isinstance(self.member, zipfile.ZipInfo) else archive.extractfile
+        with open_member(self.member) as file:
             return file.read()
 
 
@@ -87,18 +99,17 @@ _open: dict[tuple[str, int], Any] = {}
 
 
 def _opened(file: str, changed_ns: int) -> Any:
-    key = (file, changed_ns)
-    if key not in _open:
+    if (file, changed_ns) not in _open:
         while _open:
             _open.popitem()[1].close()
-        open_ = zipfile.ZipFile if _head(file).startswith(ZIP) else partial(tarfile.open, mode="r:", encoding="utf-8")
-        _open[key] = open_(file)
-    return _open[key]
+        reader = zipfile.ZipFile if _head(file).startswith(ZIP) else partial(tarfile.open, mode="r:", encoding="utf-8")
+        _open[file, changed_ns] = reader(file)
+    return _open[file, changed_ns]
 
 
 def _head(file: str | Path) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read(8)
+    with open(file, "rb") as archive:
+        return archive.read(8)
 
 
 @contextmanager
@@ -119,20 +130,20 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
 
     Raises DataError on damage, and on links, devices, encrypted members, doubles and names that leave the folder.
     """
-    found, folders = dict[str, Bytes](), set[str]()
+    files, folders = dict[str, Bytes](), set[str]()
     with damage_named(path):
         whole = _uncompressed(path)
         changed_ns = whole.stat().st_mtime_ns
         archive = _opened(str(whole), changed_ns)
-        listed = _zip_members(archive) if isinstance(archive, zipfile.ZipFile) else _tar_members(archive)
-        for name, kind, member, size in listed:
+        entries = _zip_members(archive) if isinstance(archive, zipfile.ZipFile) else _tar_members(archive)
+        for name, kind, member, size in entries:
             place = PurePosixPath(name)
             why = None if kind in ("file", "folder") else f"is {kind}; only plain files are read"
             if place.is_absolute() or ".." in place.parts:
                 why = "would leave the folder; no such archive is read"
             if any(len(part.encode(errors="surrogatepass")) > NAME_BYTES for part in place.parts):
                 why = f"has a name of more than {NAME_BYTES} bytes; no folder could hold it"
-            if kind == "file" and str(place) in found:
+            if kind == "file" and str(place) in files:
                 why = "stands there twice; which one is meant?"
             if why:
                 remedy = "unpack it, mend that file, and give the folder by --source"
@@ -140,8 +151,8 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
             if kind == "folder":
                 folders.add(str(place))
             else:
-                found[str(place)] = Bytes(str(whole), size, changed_ns, member)
-    return found, folders
+                files[str(place)] = Bytes(str(whole), size, changed_ns, member)
+    return files, folders
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Any, int]]:
@@ -160,7 +171,7 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Any, int]]:
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Any, int]]:
-    """The same of a zip."""
+    """(name, kind, member, size) of each."""
     for member in archive.infolist():
         name, mode = member.filename, stat.S_IFMT(member.external_attr >> 16)
         with suppress(UnicodeError):  # macOS writes UTF-8 and does not say so
@@ -175,20 +186,20 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Any, int]
 
 
 def _uncompressed(path: Path) -> Path:
-    """An archive whose members can be read alone; a compressed tar is unpacked once, under the cache.
+    """An archive whose members can be read one by one; a compressed tar is decompressed once, into the cache.
 
     Raises StorageError where there is no room for it.
     """
     head = _head(path)
-    opened = next((open_ for magic, open_ in COMPRESSIONS.items() if head.startswith(magic)), None)
-    if opened is None:
+    decompressed = next((reader for magic, reader in COMPRESSIONS.items() if head.startswith(magic)), None)
+    if decompressed is None:
         return path
     info, folder = path.stat(), storage.cache_root() / "unpacked"
     whole = folder / f"{path.name.split('.')[0]}-{info.st_size}-{info.st_mtime_ns}.tar"
     if not whole.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary, opened(path) as packed:
+            with tempfile.TemporaryDirectory(dir=folder) as temporary, decompressed(path) as packed:
                 with Path(temporary, whole.name).open("wb") as target:
                     shutil.copyfileobj(packed, target, 1 << 20)
                 Path(target.name).replace(whole)
@@ -225,10 +236,6 @@ OFFICIAL = {
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     ),
 }
-
-
-def official_name(dataset: str) -> str | None:
-    return OFFICIAL[dataset].name if dataset in OFFICIAL else None
 
 
 def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
@@ -274,11 +281,11 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
 
 def _check(archive: Archive, part: Path) -> None:
     with part.open("rb") as file:
-        found = hashlib.file_digest(file, archive.algorithm).hexdigest()
-    if found != archive.digest:
+        digest = hashlib.file_digest(file, archive.algorithm).hexdigest()
+    if digest != archive.digest:
         part.unlink()
         raise DataError(
-            f"{archive.url}: {archive.algorithm} is {found[:12]}.., the official one is {archive.digest[:12]}..\n"
+            f"{archive.url}: {archive.algorithm} is {digest[:12]}.., the official one is {archive.digest[:12]}..\n"
             "  do: it was deleted; run the same command again"
         )
 
@@ -286,54 +293,37 @@ def _check(archive: Archive, part: Path) -> None:
 class _ArraysAndStrings(pickle.Unpickler):
     """Builds NumPy arrays, containers, numbers and strings; whatever else a pickle asks for is refused."""
 
-    _ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("numpy.core.numeric", "_frombuffer"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in self._ALLOWED:
+        module = module_name.replace("numpy.core", "numpy._core")  # as NumPy 1 called it
+        if f"{module}.{global_name}" not in PICKLED:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
+        return super().find_class(module, global_name)
 
 
-def _unpickled(name: str, data: bytes) -> dict[str, Any]:
+def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
+    """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3).
+
+    by_name: the parts of CIFAR-10's own archive, `batches.meta` among them.
+    """
+    class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")["label_names"])
+    images = []
+    for part, split in CIFAR_PARTS.items():
+        batch = _cifar_part(by_name, part)
+        arrays = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for file, label, pixels in zip(batch["filenames"], batch["labels"], arrays, strict=True):
+            images.append((f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels))
+    return class_names, images
+
+
+def _cifar_part(by_name: dict[str, Bytes], name: str) -> dict[str, Any]:
+    if name not in by_name:
+        raise DataError(f"the CIFAR-10 archive lacks {name}\n  do: fetch the official archive again")
+    data = by_name[name].read()
     try:
         loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
         return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
-
-
-def is_cifar_archive(names: Collection[str]) -> bool:
-    return "batches.meta" in {PurePosixPath(name).name for name in names}
-
-
-def cifar_rows(members: dict[str, Bytes]) -> tuple[tuple[str, ...], Iterator[tuple[str, int, Split, np.ndarray]]]:
-    """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3)."""
-    by_name = {PurePosixPath(name).name: content for name, content in members.items()}
-    meta = _unpickled("batches.meta", by_name["batches.meta"].read())
-    class_names = tuple(_text(name) for name in meta["label_names"])
-    parts: list[tuple[str, Split]] = [(f"data_batch_{i}", "train") for i in range(1, 6)]
-    parts.append(("test_batch", "test"))
-
-    def rows() -> Iterator[tuple[str, int, Split, np.ndarray]]:
-        for part, split in parts:
-            if part not in by_name:
-                raise DataError(f"the CIFAR-10 archive lacks {part}\n  do: fetch the official archive again")
-            batch = _unpickled(part, by_name[part].read())
-            images = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            for file, label, pixels in zip(batch["filenames"], batch["labels"], images, strict=True):
-                yield f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels
-
-    return class_names, rows()
 
 
 def _text(value: bytes | str) -> str:

@@ -58,15 +58,17 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.recipe, self.cache, self.splits = recipe, cache, splits
         self.seed, self.rank, self.world_size, self.waiting = seed, rank, world_size, waiting
+        self.keep_last = recipe.last_batch == "keep"
 
-    def train_dataloader(self) -> "TrainBatches":
-        return TrainBatches(self)
+    def train_dataloader(self) -> "Batches":
+        size, num_train = self.recipe.global_batch_size, len(self.splits.train)
+        return Batches(order.num_steps(num_train, size=size, keep_last=self.keep_last), self._training_batches)
 
-    def val_dataloader(self) -> "EvaluationBatches":
-        return EvaluationBatches(self, self.splits.val)
+    def val_dataloader(self) -> "Batches":
+        return self._evaluation_batches(self.splits.val)
 
-    def test_dataloader(self) -> "EvaluationBatches":
-        return EvaluationBatches(self, self.splits.test)
+    def test_dataloader(self) -> "Batches":
+        return self._evaluation_batches(self.splits.test)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         with self.waiting():  # a copy to a GPU comes after all that it has to do, other ranks' gradients among it
@@ -81,68 +83,45 @@ class ImageData(pl.LightningDataModule):
 
     def planned_batches(self, epoch: int) -> list[Ids]:
         """The sample ids of every step of an epoch, over all ranks."""
-        recipe = self.recipe
-        return order.global_batches(
-            self.splits.train,
-            seed=self.seed,
-            epoch=epoch,
-            size=recipe.global_batch_size,
-            keep_last=recipe.last_batch == "keep",
+        size, train = self.recipe.global_batch_size, self.splits.train
+        return order.global_batches(train, seed=self.seed, epoch=epoch, size=size, keep_last=self.keep_last)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        assert self.trainer is not None
+        epoch = self.trainer.current_epoch
+        batches = self.planned_batches(epoch)
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        for batch in batches[done if done < len(batches) else 0 :]:
+            ids = order.rank_part(batch, rank=self.rank, world_size=self.world_size)
+            yield self._batch(ids, order.uniforms(self.seed, epoch, ids, NUM_UNIFORMS), len(batch), len(ids))
+
+    def _evaluation_batches(self, ids: Ids) -> "Batches":
+        size = min(EVALUATION_BATCH, max(1, len(ids)))
+        batches = order.evaluation_batches(len(ids), rank=self.rank, world_size=self.world_size, size=size)
+        no_uniforms = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
+        return Batches(
+            len(batches), lambda: (self._batch(ids[rows], no_uniforms, len(rows), counted) for rows, counted in batches)
         )
 
-    def gather(self, ids: Ids, *, uniforms: np.ndarray, global_size: int, counted: int) -> Batch:
-        return Batch(
-            ids=torch.from_numpy(ids),
-            images=torch.from_numpy(self.cache.images[ids]),
-            labels=torch.from_numpy(self.cache.labels[ids]),
-            uniforms=torch.from_numpy(uniforms),
-            global_size=global_size,
-            counted=counted,
-        )
+    def _batch(self, ids: Ids, uniforms: np.ndarray, global_size: int, counted: int) -> Batch:
+        arrays = ids, self.cache.images[ids], self.cache.labels[ids], uniforms
+        return Batch(*map(torch.from_numpy, arrays), global_size=global_size, counted=counted)
 
 
-class _Stateless:
-    """Lightning asks loaders for their state when it resumes in mid-epoch; ours have none."""
+class Batches:
+    """A loader. Lightning asks loaders for their state when it resumes in mid-epoch; ours have none."""
+
+    def __init__(self, num_batches: int, batches: Callable[[], Iterator[Batch]]) -> None:
+        self.num_batches, self.batches = num_batches, batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
 
     def state_dict(self) -> dict[str, int]:
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         pass
-
-
-class TrainBatches(_Stateless):
-    def __init__(self, data: ImageData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        recipe = self.data.recipe
-        keep_last = recipe.last_batch == "keep"
-        return order.num_steps(len(self.data.splits.train), size=recipe.global_batch_size, keep_last=keep_last)
-
-    def __iter__(self) -> Iterator[Batch]:
-        data = self.data
-        assert data.trainer is not None
-        epoch, batches = data.trainer.current_epoch, data.planned_batches(data.trainer.current_epoch)
-        done = data.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        start = done if done < len(self) else 0
-        for batch in batches[start:]:
-            ids = order.rank_part(batch, rank=data.rank, world_size=data.world_size)
-            uniforms = order.uniforms(data.seed, epoch, ids, NUM_UNIFORMS)
-            yield data.gather(ids, uniforms=uniforms, global_size=len(batch), counted=len(ids))
-
-
-class EvaluationBatches(_Stateless):
-    def __init__(self, data: ImageData, ids: Ids) -> None:
-        self.data, self.ids = data, ids
-        self._batches = order.evaluation_batches(
-            len(ids), rank=data.rank, world_size=data.world_size, size=min(EVALUATION_BATCH, max(1, len(ids)))
-        )
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        none = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
-        for rows, counted in self._batches:
-            yield self.data.gather(self.ids[rows], uniforms=none, global_size=len(rows), counted=counted)

@@ -1,16 +1,17 @@
 """The decoded images of one node: uint8, memory-mapped, built once, shared by all ranks and runs on the node.
 
 Comes in: a packed set. Goes out: a `Cache`, whose rows are the samples in the order of the manifest. Built under a
-lock into a temporary folder and renamed when whole: who comes second waits, and who comes after a kill builds again.
+lock into a temporary folder and renamed when whole: a second process waits, and after a kill the next one builds again.
 """
 
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,11 @@ from numpy.typing import NDArray
 
 from imgcls import records, storage
 from imgcls.cpus import usable_cpus
-from imgcls.data.images import DECODER, decode, decoding_pool, in_order, pixels_digest, stored_pixels
-from imgcls.data.shards import fetch_shard, read_pixel_digests, read_samples
+from imgcls.data.images import DECODER, stored_pixels
+from imgcls.data.shards import decoded_images, fetch_shard
 from imgcls.disk import nearest, shared_lock
 from imgcls.errors import DataError, MissingError, StorageError
 from imgcls.records import Manifest, Record, Shard
-
-Progress = Callable[[int, int], None]
-
 
 BLOCK_BYTES = 16 << 20
 
@@ -53,7 +51,6 @@ def open_cache(
     channels: int,
     asked_by: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-    progress: Progress = lambda done, total: None,
 ) -> Cache:
     """The set's decoded images; built where they are missing or damaged.
 
@@ -65,13 +62,14 @@ def open_cache(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with shared_lock(folder):
-            if not (asked_by and _checked_by(folder) == asked_by) and not _is_whole(folder, say):
-                for left in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
-                    shutil.rmtree(left, ignore_errors=True)
-                _build(set_url, manifest, folder, shape, progress)
-            if asked_by and _checked_by(folder) != asked_by:
-                with suppress(PermissionError):  # of another user's cache: it is checked again by each run
-                    (folder / "checked").write_text(asked_by, encoding="utf-8")
+            if not (asked_by and _checked_by(folder) == asked_by):
+                if not _is_whole(folder, say):
+                    for remains in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
+                        shutil.rmtree(remains, ignore_errors=True)
+                    _build(set_url, manifest, folder, px, channels)
+                if asked_by:
+                    with suppress(PermissionError):  # of another user's cache: it is checked again by each run
+                        (folder / "checked").write_text(asked_by, encoding="utf-8")
     except OSError as error:
         remedy = f"make room ({np.prod(shape) / 1e6:,.0f} MB)"
         if isinstance(error, PermissionError):
@@ -94,13 +92,13 @@ def missing_shards(manifest: Manifest) -> list[Shard]:
     return [shard for shard in manifest.shards if not os.path.exists(_shard_file(shard))]
 
 
-def check_room(wanted: Iterable[tuple[str, Manifest, int, int]]) -> None:
+def check_room(caches: Iterable[tuple[str, Manifest, int, int]]) -> None:
     """This node's cache can be written, and has room for what is missing of (set's URL, manifest, px, channels).
 
     Raises StorageError.
     """
     root, missing = storage.cache_root(), dict[Path, int]()
-    for set_url, manifest, px, channels in wanted:
+    for set_url, manifest, px, channels in caches:
         if os.path.exists(folder := _folder(manifest, px, channels)):
             continue
         missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
@@ -168,56 +166,23 @@ def _shard_of_node(set_url: str, shard: Shard) -> bytes:
     with shared_lock(file):
         with suppress(StorageError, DataError):
             return storage.read_checked(str(file), num_bytes=shard.num_bytes, digest=shard.sha256)
-        for left in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
-            left.unlink()
+        for remains in file.parent.glob(f".{file.name}.*"):  # under the lock nobody else writes it
+            remains.unlink()
         data = fetch_shard(set_url, shard)
         storage.write_bytes(str(file), data, durable=False)
     return data
 
 
-def _build(set_url: str, manifest: Manifest, folder: Path, shape: tuple[int, ...], progress: Progress) -> None:
+def _build(set_url: str, manifest: Manifest, folder: Path, px: int, channels: int) -> None:
     """The folder holds the decoded images, each of which had the pixels that it had when it was packed."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        _, px, _, channels = shape
-        packed = read_pixel_digests(set_url, manifest)
-        row = 0
-        with (temporary / "images.u8").open("wb") as file, decoding_pool() as pool:
-            for shard in manifest.shards:
-                data, first = _shard_of_node(set_url, shard), row
-                where = storage.join(set_url, shard.name)
-                work = ((image, px, channels) for image, _ in read_samples(shard, data, where=where))
-                for pixels, digests in in_order(pool, _decode_some, work, at_once=64):
-                    _check_pixels(digests, packed[row : row + len(pixels)], where, shard.paths[row - first :])
-                    file.write(pixels.data)
-                    row += len(pixels)
-                    progress(row, shape[0])
+    stored = partial(stored_pixels, px=px, channels=channels)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary, folder.name)  # a folder of its own, with the rights that the umask leaves
+        whole.mkdir()
+        with (whole / "images.u8").open("wb") as file:
+            for pixels in decoded_images(set_url, manifest, stored, fetch=_shard_of_node):
+                file.write(pixels.data)
         labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype="<i8")
-        labels.tofile(temporary / "labels.i64")
-        records.write(_meta(temporary), str(temporary / "meta.json"))
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _check_pixels(digests: bytes, packed: NDArray[np.uint64], where: str, paths: Sequence[str]) -> None:
-    for row in np.flatnonzero(np.frombuffer(digests, "<u8") != packed)[:1]:
-        raise DataError(
-            f"{where}: {paths[row]} was decoded to other pixels than when it was packed, by {DECODER} here\n"
-            "  do: pack again here, or install the Pillow that it was packed with"
-        )
-
-
-def _decode_some(work: list[tuple[bytes, int, int]]) -> tuple[NDArray[np.uint8], bytes]:
-    """Stored pixels, (images, px, px, channels), and the digests of the images before they were resized, one after another.
-
-    Runs in a pool process.
-    """
-    stored, digests = [], b""
-    for data, px, channels in work:
-        image = decode(data)
-        stored.append(stored_pixels(image, px=px, channels=channels))
-        digests += pixels_digest(image)
-    return np.stack(stored), digests
+        labels.tofile(whole / "labels.i64")
+        records.write(_meta(whole), str(whole / "meta.json"))
+        whole.rename(folder)

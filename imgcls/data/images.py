@@ -4,15 +4,12 @@ import hashlib
 import io
 import os
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
-from multiprocessing import get_context
-from typing import TypeVar
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import PIL
@@ -34,8 +31,8 @@ ORIENTATION = 0x0112
 """EXIF's tag; its values from 2 to 8 ask for these turns."""
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
-T = TypeVar("T")
-U = TypeVar("U")
+AT_A_TIME = 64
+"""Images that a process of the pool takes at a time."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -101,7 +98,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def decoding_pool() -> Iterator[Executor]:
     """One process a usable CPU. Threads were tried: Pillow holds the interpreter too long at 32 px to gain from them."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(usable_cpus(), context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(usable_cpus(), context, initializer=_end_with_parent) as pool:
         try:
             yield pool
         except BrokenProcessPool:
@@ -111,22 +108,13 @@ def decoding_pool() -> Iterator[Executor]:
             ) from None
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """This process ends when its parent has; after a SIGKILL of the parent it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def in_order(pool: Executor, work: Callable[[list[T]], U], items: Iterable[T], *, at_once: int) -> Iterator[U]:
-    """`work` over lists of `at_once` items, in order, with a bounded number of lists under way."""
-    iterator = iter(items)
-    lists = iter(lambda: list(islice(iterator, at_once)), [])
-    window = [pool.submit(work, some) for some in islice(lists, 2 * usable_cpus() + 1)]
-    while window:
-        yield window.pop(0).result()
-        window += [pool.submit(work, some) for some in islice(lists, 1)]

@@ -70,12 +70,12 @@ def evaluation_batches(num_samples: int, *, rank: int, world_size: int, size: in
     The last batch is filled up with row 0, so that no bit of a real row depends on how many there are. Every rank
     has the same number of batches.
     """
-    mine = np.arange(rank, num_samples, world_size)
+    rows = np.arange(rank, num_samples, world_size)
     steps = math.ceil(math.ceil(num_samples / world_size) / size)
     padded = np.zeros(steps * size, dtype=np.int64)
-    padded[: len(mine)] = mine
-    real = [min(size, max(0, len(mine) - step * size)) for step in range(steps)]
-    return list(zip(padded.reshape(steps, size), real, strict=True))
+    padded[: len(rows)] = rows
+    counts = [min(size, max(0, len(rows) - step * size)) for step in range(steps)]
+    return list(zip(padded.reshape(steps, size), counts, strict=True))
 
 
 def stratified_cut(labels: NDArray[np.int64], *, fraction: float, seed: int) -> tuple[Ids, Ids]:

@@ -5,18 +5,18 @@ Each shard waits with its own record until all are there, so that an interrupted
 earlier set stays whole until it is replaced; the manifest is written last, so that a set without one is no set.
 """
 
-import hashlib
 import io
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TypeVar
 
 import numpy as np
+from PIL.Image import Image
 
 from imgcls import records, storage
 from imgcls.data.archives import printable
-from imgcls.data.images import EXTENSIONS, decode, decoding_pool, in_order, pixels_digest
+from imgcls.data.images import AT_A_TIME, DECODER, EXTENSIONS, decode, decoding_pool, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
@@ -26,13 +26,22 @@ from imgcls.records import Manifest, Record, Shard, Split
 SHARD_SAMPLES, SHARD_BYTES = 2000, 32 << 20
 PACK_SEED = 42
 _UNDER_WAY = ".packing"
+_PIXELS = "pixels.u64"
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
-class BadImage(Record):
+class PackedFile(Record):
+    """What became of one file of the source."""
+
     path: str
-    reason: str
+    sha256: str
+    pixels: str = ""
+    """`pixels_digest`, in hexadecimal."""
+    animated: bool = False
+    reason: str = ""
+    """Why it is no image; empty where it is one."""
 
 
 class PackedShard(Record):
@@ -40,18 +49,8 @@ class PackedShard(Record):
 
     identity: str
     shard: Shard
-    sha256: tuple[str, ...]
-    pixels: tuple[str, ...]
-    bad: tuple[BadImage, ...]
-    animated: tuple[str, ...]
-
-
-class _Read(NamedTuple):
-    data: bytes
-    sha256: str
-    pixels: str
-    animated: bool
-    reason: str
+    files: tuple[PackedFile, ...]
+    """Those that are no images too."""
 
 
 def manifest_url(set_url: str) -> str:
@@ -81,192 +80,173 @@ def pack(
     when the same source is packed again.
     """
     identity = digest_of([source.identity, name, SHARD_SAMPLES, SHARD_BYTES, PACK_SEED])
-    plan = _plan(source)
-    done, packed = 0, list[PackedShard]()
+    packed, done, total = list[PackedShard](), 0, len(source.samples)
     with decoding_pool() as pool:
-        for shard_name, split, samples in plan:
-
-            def shard_progress(within: int, before: int = done) -> None:
-                progress(before + within, len(source.samples))
-
-            one = _packed_before(set_url, shard_name, identity)
-            if one is None:
-                reads = in_order(pool, _read_and_decode, samples, at_once=64)
-                one = _pack_shard(set_url, shard_name, split, samples, reads, identity, shard_progress)
-            packed.append(one)
+        for shard_name, samples in _plan(source):
+            shard = _packed_before(set_url, shard_name, identity)
+            if shard is None:
+                files = _counted(pool.map(_read_and_decode, samples, chunksize=AT_A_TIME), done, total, progress)
+                shard = _pack_shard(set_url, shard_name, samples, files, identity)
+            packed.append(shard)
             done += len(samples)
-            shard_progress(0, done)
-    paths = [sample.path for _, _, samples in plan for sample in samples]
-    return _seal(source, paths, set_url, name, packed, max_bad)
+            progress(done, total)
+    manifest, pixels = _seal(source, name, packed, max_bad)
+    _put_in_place(set_url, manifest, pixels)
+    return manifest
 
 
-def _plan(source: Source) -> list[tuple[str, Split, list[Sample]]]:
-    """Shards of mixed classes, by a seeded permutation of each split."""
-    plan: list[tuple[str, Split, list[Sample]]] = []
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    for split in splits:
-        members = sorted((s for s in source.samples if s.split == split), key=lambda s: s.path)
-        number, shard, size = 0, list[Sample](), 0
+def _plan(source: Source) -> list[tuple[str, list[Sample]]]:
+    """Names and samples of shards of mixed classes, by a seeded permutation of each split."""
+    plan = []
+    for split in ("train", "val", "test"):
+        members = sorted((sample for sample in source.samples if sample.split == split), key=lambda sample: sample.path)
+        shards, num_bytes = list[list[Sample]](), 0
         for i in permutation(PACK_SEED, 0, len(members)):
-            sample = members[i]
-            if shard and (len(shard) == SHARD_SAMPLES or size + sample.content.size > SHARD_BYTES):
-                plan.append((f"{split}-{number:05d}.tar", split, shard))
-                number, shard, size = number + 1, [], 0
-            shard.append(sample)
-            size += sample.content.size
-        if shard:
-            plan.append((f"{split}-{number:05d}.tar", split, shard))
+            size = members[i].content.size
+            if not shards or len(shards[-1]) == SHARD_SAMPLES or num_bytes + size > SHARD_BYTES:
+                shards.append([])
+                num_bytes = 0
+            shards[-1].append(members[i])
+            num_bytes += size
+        plan += [(f"{split}-{number:05d}.tar", samples) for number, samples in enumerate(shards)]
     return plan
 
 
 def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard | None:
     try:
-        one = records.read_if_there(PackedShard, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
-        if one is None or one.identity != identity:
+        packed = records.read_if_there(PackedShard, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
+        if packed is None or packed.identity != identity:
             return None
-        waits = storage.join(set_url, _UNDER_WAY, shard_name)  # or was moved already, by a pack that ended there
-        place = waits if storage.exists(waits) else storage.join(set_url, shard_name)
-        storage.read_checked(place, num_bytes=one.shard.num_bytes, digest=one.shard.sha256)
+        url = storage.join(set_url, _UNDER_WAY, shard_name)
+        if not storage.exists(url):  # moved already, by a pack that ended there
+            url = storage.join(set_url, shard_name)
+        storage.read_checked(url, num_bytes=packed.shard.num_bytes, digest=packed.shard.sha256)
     except (DataError, StorageError):
         return None
-    return one
+    return packed
 
 
-def _read_and_decode(samples: list[Sample]) -> list[_Read]:
-    """Runs in a pool process. What is no image has a reason. Raises DataError where a file cannot be read as things are."""
-    found = []
-    for sample in samples:
-        sha256 = ""
-        try:
-            data = sample.content.read()
-            sha256 = hashlib.sha256(data).hexdigest()
-            image = decode(data)
-            found.append(_Read(data, sha256, pixels_digest(image).hex(), image.info["frames"] > 1, ""))
-        except Exception as error:  # Pillow raises many kinds on what is no image
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the machine's fault, not the image's
-                why = printable(error) or "no memory is left"
-                raise DataError(
-                    f"{sample.path} cannot be read: {why}\n  do: mend rights, disk or memory; run it again"
-                ) from None
-            found.append(_Read(b"", sha256, "", False, printable(error) or type(error).__name__))
-    return found
+def _read_and_decode(sample: Sample) -> tuple[PackedFile, bytes]:
+    """Runs in a pool process. Raises DataError where a file cannot be read as things are."""
+    sha256 = ""
+    try:
+        data = sample.content.read()
+        sha256 = storage.sha256(data)
+        image = decode(data)
+        pixels = pixels_digest(image).hex()
+    except Exception as error:  # Pillow raises many kinds on what is no image
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the machine's fault, not the image's
+            why = printable(error) or "no memory is left"
+            raise DataError(
+                f"{sample.path} cannot be read: {why}\n  do: mend rights, disk or memory; run it again"
+            ) from None
+        return PackedFile(path=sample.path, sha256=sha256, reason=printable(error) or type(error).__name__), b""
+    return PackedFile(path=sample.path, sha256=sha256, pixels=pixels, animated=image.info["frames"] > 1), data
+
+
+def _counted(items: Iterable[T], done: int, total: int, progress: Progress) -> Iterator[T]:
+    """The items; `progress` hears of each when the next one is taken. done: how many came before the first."""
+    for number, item in enumerate(items, done + 1):
+        yield item
+        progress(number, total)
 
 
 def _pack_shard(
-    set_url: str,
-    shard_name: str,
-    split: Split,
-    samples: list[Sample],
-    reads: Iterator[list[_Read]],
-    identity: str,
-    progress: Callable[[int], None],
+    set_url: str, shard_name: str, samples: list[Sample], reads: Iterable[tuple[PackedFile, bytes]], identity: str
 ) -> PackedShard:
     from webdataset.writer import TarWriter  # 2 s, most of it torch: only where a shard is written
 
-    labels, paths, sha256, pixels, bad, animated = [], [], [], [], [], []
-    position = 0
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, shard_name)
-        with TarWriter(str(local), mtime=0, user="", group="") as tar:
-            for some in reads:
-                for read in some:
-                    sample = samples[position]
-                    position += 1
-                    sha256.append(read.sha256)
-                    if read.reason:
-                        bad.append(BadImage(path=sample.path, reason=read.reason))
-                        continue
-                    if read.animated:
-                        animated.append(sample.path)
-                    extension = EXTENSIONS[PurePosixPath(sample.path).suffix.lower()]
-                    key = f"{shard_name.removesuffix('.tar')}-{len(labels):06d}"
-                    tar.write({"__key__": key, extension: read.data, "cls": sample.label})
-                    labels.append(sample.label)
-                    paths.append(sample.path)
-                    pixels.append(read.pixels)
-                progress(position)
-        data = local.read_bytes()
+    files, images = list[PackedFile](), list[Sample]()
+    tar_bytes = io.BytesIO()
+    with TarWriter(tar_bytes, mtime=0, user="", group="") as tar:
+        for sample, (file, image) in zip(samples, reads, strict=True):
+            files.append(file)
+            if not file.reason:
+                key = f"{PurePosixPath(shard_name).stem}-{len(images):06d}"
+                extension = EXTENSIONS[PurePosixPath(sample.path).suffix.lower()]
+                tar.write({"__key__": key, extension: image, "cls": sample.label})
+                images.append(sample)
+    data = tar_bytes.getvalue()
     shard = Shard(
         name=shard_name,
-        split=split,
+        split=samples[0].split,
         num_bytes=len(data),
         sha256=storage.sha256(data),
-        labels=tuple(labels),
-        paths=tuple(paths),
+        labels=tuple(sample.label for sample in images),
+        paths=tuple(sample.path for sample in images),
     )
-    one = PackedShard(
-        identity=identity, shard=shard, sha256=tuple(sha256), pixels=tuple(pixels), bad=tuple(bad), animated=tuple(animated)
-    )
+    packed = PackedShard(identity=identity, shard=shard, files=tuple(files))
     storage.write_bytes(storage.join(set_url, _UNDER_WAY, shard_name), data)
-    records.write(one, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
-    return one
+    records.write(packed, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
+    return packed
 
 
-def _seal(source: Source, paths: list[str], set_url: str, name: str, packed: list[PackedShard], max_bad: int) -> Manifest:
-    """paths: of all files in the order of the shards, those that are no images too."""
-    bad = [one for shard in packed for one in shard.bad]
+def _seal(source: Source, name: str, packed: list[PackedShard], max_bad: int) -> tuple[Manifest, bytes]:
+    """The manifest, and the content of `pixels.u64`."""
+    files = [file for shard in packed for file in shard.files]
+    bad = [file for file in files if file.reason]
     if len(bad) > max_bad:
-        listed = "".join(f"\n  {one.path}: {one.reason}" for one in bad[:20])
+        listed = "".join(f"\n  {file.path}: {file.reason}" for file in bad[:20])
         more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise DataError(
             f"{source.name}: {len(bad)} files are no images, --max-bad is {max_bad}{listed}{more}\n"
             f"  do: mend or remove them, or leave them out with --max-bad {len(bad)}"
         )
     notes = [*source.notes, *_duplicates(packed)]
-    if animated := [path for one in packed for path in one.animated]:
+    if animated := [file.path for file in files if file.animated]:
         notes.append(f"{len(animated)} animated images: the first frame of each is taken: {'; '.join(animated[:20])}")
-    notes += [f"left out, no image: {one.path}" for one in bad]
-    pixels = bytes.fromhex("".join("".join(one.pixels) for one in packed))
-    shards = tuple(one.shard for one in packed)
-    _check_splits(name, source.class_names, shards)
-    hashes = sorted(zip(paths, (sha256 for one in packed for sha256 in one.sha256), strict=True))
+    notes += [f"left out, no image: {file.path}" for file in bad]
+    pixels = bytes.fromhex("".join(file.pixels for file in files))
     manifest = Manifest.sealed(
         name=name,
         class_names=source.class_names,
-        shards=shards,
+        shards=tuple(shard.shard for shard in packed),
         pixels_sha256=storage.sha256(pixels),
         source=source.name,
-        source_sha256=digest_of(hashes),
+        source_sha256=digest_of(sorted((file.path, file.sha256) for file in files)),
         synthetic=source.synthetic,
         notes=tuple(notes),
     )
+    _check_splits(manifest)
+    return manifest, pixels
+
+
+def _put_in_place(set_url: str, manifest: Manifest, pixels: bytes) -> None:
+    """The set takes the place of what was there; without a manifest for as long as it is not whole."""
+    under_way, shards = storage.join(set_url, _UNDER_WAY), {shard.name for shard in manifest.shards}
     storage.delete(manifest_url(set_url))
-    for waiting in storage.files(storage.join(set_url, _UNDER_WAY)):
+    for waiting in storage.files(under_way):
         if waiting.endswith(".tar"):
-            storage.move(storage.join(set_url, _UNDER_WAY, waiting), storage.join(set_url, waiting))
-    storage.write_bytes(storage.join(set_url, "pixels.u64"), pixels)
-    planned = {shard.name for shard in shards}
-    for left in storage.files(set_url):
-        if left.endswith(".tar") and left not in planned:
-            storage.delete(storage.join(set_url, left))
+            storage.move(storage.join(under_way, waiting), storage.join(set_url, waiting))
+    storage.write_bytes(storage.join(set_url, _PIXELS), pixels)
+    for file in storage.files(set_url):
+        if file.endswith(".tar") and file not in shards:
+            storage.delete(storage.join(set_url, file))
     records.write(manifest, manifest_url(set_url))
-    storage.delete(storage.join(set_url, _UNDER_WAY))
-    return manifest
+    storage.delete(under_way)
 
 
-def _check_splits(name: str, class_names: tuple[str, ...], shards: tuple[Shard, ...]) -> None:
+def _check_splits(manifest: Manifest) -> None:
     for split in ("train", "test"):
-        labels = {label for shard in shards if shard.split == split for label in shard.labels}
-        if not labels:
-            raise DataError(f"{name}: no image of the split {split} could be read")
-        missing = set(range(len(class_names))) - labels if split == "train" else set()
-        if missing:
-            raise DataError(f"{name}: no training image of class {class_names[min(missing)]} could be read")
+        if not manifest.labels(split):
+            raise DataError(f"{manifest.name}: no image of the split {split} could be read")
+    if missing := set(range(len(manifest.class_names))) - set(manifest.labels("train")):
+        raise DataError(f"{manifest.name}: no training image of class {manifest.class_names[min(missing)]} could be read")
 
 
 def _duplicates(packed: list[PackedShard]) -> list[str]:
     """What stands in two splits, and how often an image stands twice in one."""
     seen: dict[str, tuple[Split, str]] = {}
     across, within = list[str](), 0
-    for one in packed:
-        for digest, path in zip(one.pixels, one.shard.paths, strict=True):
-            first = seen.setdefault(digest, (one.shard.split, path))
-            if first[1] == path:
+    for shard in packed:
+        for file in shard.files:
+            first_split, first_path = seen.setdefault(file.pixels, (shard.shard.split, file.path))
+            if file.reason or file.path == first_path:
                 continue
-            if first[0] == one.shard.split:
+            if first_split == shard.shard.split:
                 within += 1
             else:
-                across.append(f"{first[1]} = {path}")
+                across.append(f"{first_path} = {file.path}")
     notes = []
     if across:
         notes.append(f"LEAK: {len(across)} images stand in two splits, as {'; '.join(across[:3])}")
@@ -277,9 +257,18 @@ def _duplicates(packed: list[PackedShard]) -> list[str]:
 
 def fetch_shard(set_url: str, shard: Shard) -> bytes:
     """The shard's checked bytes. Raises DataError where it is missing or altered."""
-    url = storage.join(set_url, shard.name)
+    return _fetch(set_url, shard.name, num_bytes=shard.num_bytes, digest=shard.sha256)
+
+
+def read_pixel_digests(set_url: str, manifest: Manifest) -> np.ndarray:
+    """8 bytes of each image's pixel SHA-256: uint64, (all samples,), in the order of the shards."""
+    num_bytes = 8 * sum(shard.num_samples for shard in manifest.shards)
+    return np.frombuffer(_fetch(set_url, _PIXELS, num_bytes=num_bytes, digest=manifest.pixels_sha256), dtype="<u8")
+
+
+def _fetch(set_url: str, name: str, *, num_bytes: int, digest: str) -> bytes:
     try:
-        return storage.read_checked(url, num_bytes=shard.num_bytes, digest=shard.sha256)
+        return storage.read_checked(storage.join(set_url, name), num_bytes=num_bytes, digest=digest)
     except MissingError as error:
         raise DataError(f"{error}, though the manifest of {set_url} names it\n  do: pack again") from None
     except DataError as error:
@@ -301,17 +290,6 @@ def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[byt
         raise DataError(f"{where} holds {count} samples, the manifest says {shard.num_samples}\n  do: pack again")
 
 
-def read_pixel_digests(set_url: str, manifest: Manifest) -> np.ndarray:
-    """8 bytes of each image's pixel SHA-256: uint64, (all samples,), in the order of the shards."""
-    url = storage.join(set_url, "pixels.u64")
-    num_bytes = 8 * sum(shard.num_samples for shard in manifest.shards)
-    try:
-        data = storage.read_checked(url, num_bytes=num_bytes, digest=manifest.pixels_sha256)
-    except DataError as error:
-        raise DataError(f"{error}\n  do: pack again") from None
-    return np.frombuffer(data, dtype="<u8")
-
-
 def check_shards(set_url: str, manifest: Manifest) -> None:
     """Every shard is there; on a disk its bytes are compared too. In a bucket that happens when a node fetches it."""
     missing = sorted({shard.name for shard in manifest.shards} - set(storage.files(set_url)))
@@ -322,23 +300,47 @@ def check_shards(set_url: str, manifest: Manifest) -> None:
             fetch_shard(set_url, shard)
 
 
+def decoded_images(
+    set_url: str,
+    manifest: Manifest,
+    convert: Callable[[Image], T],
+    *,
+    fetch: Callable[[str, Shard], bytes] = fetch_shard,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[T]:
+    """`convert` of each image, computed in the pool's processes; in the order of the manifest.
+
+    Raises DataError where a shard is not what the manifest says, or an image has other pixels than when it was packed.
+    """
+    packed, row = read_pixel_digests(set_url, manifest).tobytes(), 0
+    with decoding_pool() as pool:
+        for shard in manifest.shards:
+            where = storage.join(set_url, shard.name)
+            images = (image for image, _ in read_samples(shard, fetch(set_url, shard), where=where))
+            decoded = pool.map(partial(_decoded, convert), images, chunksize=AT_A_TIME)
+            for path, (digest, converted) in zip(shard.paths, decoded, strict=True):
+                if digest != packed[8 * row : 8 * row + 8]:
+                    raise DataError(
+                        f"{where}: {path} was decoded to other pixels than when it was packed, by {DECODER} here\n"
+                        "  do: pack again here, or install the Pillow that it was packed with"
+                    )
+                yield converted
+                row += 1
+                progress(row, len(packed) // 8)
+
+
+def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
+    image = decode(data)
+    return pixels_digest(image), convert(image)
+
+
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:
     """Every byte and every image of a set is what its manifest says; raises DataError at the first that is not."""
     manifest = read_manifest(set_url)
-    pixels = read_pixel_digests(set_url, manifest)
-    done, total = 0, len(pixels)
-    with decoding_pool() as pool:
-        for shard in manifest.shards:
-            data = fetch_shard(set_url, shard)
-            images = (image for image, _ in read_samples(shard, data, where=storage.join(set_url, shard.name)))
-            for digests in in_order(pool, _pixel_digests, images, at_once=64):
-                expected = pixels[done : done + len(digests) // 8]
-                if digests != expected.tobytes():
-                    raise DataError(f"{set_url}/{shard.name}: decoded pixels differ from pixels.u64\n  do: pack again")
-                done += len(expected)
-                progress(done, total)
+    for _ in decoded_images(set_url, manifest, _nothing, progress=progress):
+        pass
     return manifest
 
 
-def _pixel_digests(images: list[bytes]) -> bytes:
-    return b"".join(pixels_digest(decode(image)) for image in images)
+def _nothing(image: Image) -> None:
+    """For a check: the decoded image is compared, and nothing of it is kept."""

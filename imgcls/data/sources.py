@@ -8,7 +8,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,8 +26,8 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 SYNONYMS: dict[str, Split] = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 """Taken for splits only where one of them is the training part: `valid` beside `invalid` are two classes."""
-NO_PART_OF_IT = frozenset({"__MACOSX", "lost+found"})
-"""Folders that a system adds; those whose name begins with a dot are none either."""
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found"})
+"""Folders that systems add; they are left out, and so is every name that begins with a dot."""
 MAX_DEPTH = 100
 NEEDED = "three are needed, one each to train, validate and test", "two are needed, one to validate", "one is needed"
 """Training images of a class, in a set that brings none, one, or both of test/ and val/."""
@@ -83,31 +83,32 @@ class Source:
 
 
 def find_source(dataset: str) -> Path | None:
-    """A folder, tar or zip for DATASET: under `IMGCLS_SOURCES`, then under `data/sources/`; None where there is none.
+    """A folder, tar or zip for DATASET: under `IMGCLS_SOURCES`, then under `data/sources/`; None if there is none.
 
     Raises DataError where several fit equally well, or `IMGCLS_SOURCES` names no folder that can be read.
     """
     roots = [Path("data/sources")] if os.path.isdir("data/sources") else []
-    if named := os.environ.get("IMGCLS_SOURCES"):
-        roots.insert(0, local_path(named))
+    if folder := os.environ.get("IMGCLS_SOURCES"):
+        roots.insert(0, local_path(folder))
     for root in roots:
         try:
-            fitting = [p for p in sorted(root.iterdir()) if _fits(p, dataset)]
+            fitting = [path for path in sorted(root.iterdir()) if _fits(path, dataset)]
         except OSError as error:
             why = f"is no folder that can be read: {error.strerror}"
             raise DataError(f"{printable(root)} {why}\n  do: mend it, or name another by IMGCLS_SOURCES") from None
-        exact = [p for p in fitting if p.name.split(".")[0] == dataset]
-        if len(exact or fitting) > 1:
-            names = ", ".join(printable(p.name) for p in exact or fitting)
+        best = [path for path in fitting if path.name.split(".")[0] == dataset] or fitting
+        if len(best) > 1:
+            names = ", ".join(printable(path.name) for path in best)
             raise DataError(f"{root} has several sources for {dataset}: {names}\n  do: choose one with --source PATH")
-        if fitting:
-            return (exact or fitting)[0]
+        if best:
+            return best[0]
     return None
 
 
 def _fits(path: Path, dataset: str) -> bool:
-    named = path.name.startswith(dataset) or path.name == archives.official_name(dataset)
-    return named and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
+    official = archives.OFFICIAL.get(dataset)
+    fits = path.name.startswith(dataset) or (official is not None and path.name == official.name)
+    return fits and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
@@ -116,54 +117,55 @@ def open_source(path: Path) -> Source:
     Raises DataError on what is no source, StorageError where there is no room to unpack it.
     """
     if os.path.isdir(path):
-        return _from_files(printable(path.absolute().name), *_folder_files(path))
+        try:
+            files, folders = _folder_files(path)
+        except OSError as error:
+            raise DataError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
+        return _from_files(printable(path.absolute().name), files, folders)
     if not os.path.isfile(path):
         raise DataError(f"--source {printable(path)}: there is no such folder, tar or zip")
     files, folders = archives.members(path)
-    if archives.is_cifar_archive(files):
-        with archives.damage_named(path):
-            return _from_cifar(path, files)
-    return _from_files(printable(path.name), files, folders)
+    name, by_name = printable(path.name), {PurePosixPath(member).name: content for member, content in files.items()}
+    if "batches.meta" not in by_name:
+        return _from_files(name, files, folders)
+    with archives.damage_named(path):
+        class_names, images = archives.cifar_images(by_name)
+    samples = tuple(Sample(image, label, split, Pixels(pixels)) for image, label, split, pixels in images)
+    return Source(name, class_names, samples, ("CIFAR-10's arrays are packed as PNG",), _identity(files))
 
 
 def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     """Files, and folders, empty ones too, by their path below `root`. Links are followed, but not in circles.
 
-    Of what is no image by name, or hidden, only the place is known; where it cannot be read it is left out.
+    Files that are hidden, or no images by name, are not looked at; hidden folders that cannot be read are left out.
     """
-    try:
-        return _walked(root)
-    except OSError as error:
-        raise DataError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
 
-
-def _walked(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     def fail(error: OSError) -> None:
         if not _hidden(os.path.relpath(error.filename, root)):
             raise error
 
-    found, folders = {}, set[str]()
-    above: dict[str, frozenset[tuple[int, int]]] = {}
+    files, folders = dict[str, Bytes](), set[str]()
     for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
-        info, there = os.stat(folder), above.get(os.path.dirname(folder), frozenset())
-        if (info.st_dev, info.st_ino) in there or len(there) > MAX_DEPTH:
-            if not _hidden(os.path.relpath(folder, root)):
+        place = Path(folder).relative_to(root)
+        if len(place.parts) > MAX_DEPTH or any(os.path.samefile(folder, root / outer) for outer in place.parents):
+            if not _hidden(place.as_posix()):
                 raise DataError(f"{printable(folder)} is a link to a folder above it, or too deep\n  do: remove the link")
             below.clear()
-        above[folder] = there | {(info.st_dev, info.st_ino)}
-        folders.add(Path(folder).relative_to(root).as_posix())
+        folders.add(place.as_posix())
         for name in names:
-            file = Path(folder, name)
-            path = file.relative_to(root).as_posix()
-            info = file.stat() if _is_image(path) else None
-            if info and not stat.S_ISREG(info.st_mode):
+            file, path = Path(folder, name), (place / name).as_posix()
+            if not _is_image(path):
+                files[path] = Bytes(str(file), 0, 0)
+                continue
+            info = file.stat()
+            if not stat.S_ISREG(info.st_mode):
                 raise DataError(f"{printable(file)} is a device or pipe; only plain files are read\n  do: remove it")
-            found[path] = Bytes(str(file), info.st_size if info else 0, info.st_mtime_ns if info else 0)
-    return found, folders
+            files[path] = Bytes(str(file), info.st_size, info.st_mtime_ns)
+    return files, folders
 
 
 def _hidden(path: str) -> bool:
-    return any(part.startswith(".") or part in NO_PART_OF_IT for part in PurePosixPath(path).parts)
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in PurePosixPath(path).parts)
 
 
 def _is_image(path: str) -> bool:
@@ -171,26 +173,26 @@ def _is_image(path: str) -> bool:
 
 
 def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source:
-    notes: list[str] = []
     images = {path: content for path, content in sorted(files.items()) if _is_image(path)}
-    ignored = sorted(files.keys() - images.keys())
     if not images:
         raise DataError(
             f"{name} holds no images ({', '.join(sorted(EXTENSIONS))}) among {len(files)} files\n"
             "  do: lay them out as split/class/image or class/image"
         )
-    if ignored:
-        shown = printable(ignored[0])
-        notes.append(f"{len(ignored)} files that are not images by name, or hidden, were left out, such as {shown}")
+    notes = list[str]()
+    if others := sorted(files.keys() - images.keys()):
+        shown = printable(others[0])
+        notes.append(f"{len(others)} files that are not images by name, or hidden, were left out, such as {shown}")
     with_images = {str(parent) for path in images for parent in PurePosixPath(path).parents}
     empty = sorted(folder for folder in folders - with_images if not _hidden(folder))
     if empty:
         notes.append(f"{len(empty)} folders without an image were left out, such as {printable(empty[0])}")
-    placed = _place(name, images, empty, notes)
-    class_dirs = sorted({class_dir for _, class_dir, _ in placed.values()})
+    places = _places(name, [*images], empty, notes)
+    class_dirs = sorted({class_dir for _, class_dir in places})
     labels = {class_dir: label for label, class_dir in enumerate(class_dirs)}
     samples = tuple(
-        Sample(printable(path), labels[class_dir], split, content) for path, (split, class_dir, content) in placed.items()
+        Sample(printable(path), labels[class_dir], split, content)
+        for (path, content), (split, class_dir) in zip(images.items(), places, strict=True)
     )
     class_names = tuple(IMAGENETTE_CLASSES.get(class_dir, class_dir) for class_dir in class_dirs)
     _check_classes(name, class_names, samples)
@@ -200,61 +202,63 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
     return Source(name, class_names, samples, tuple(notes), _identity(files))
 
 
-def _place(name: str, images: dict[str, Bytes], empty: list[str], notes: list[str]) -> dict[str, tuple[Split, str, Bytes]]:
-    """Split and class of every image, by its path below the folder that encloses all. empty: folders without an image.
+def _places(name: str, images: list[str], empty: list[str], notes: list[str]) -> list[tuple[Split, str]]:
+    """Split and class of every image, by its path below the folder that holds all. empty: folders without an image.
 
     A class is known by its printable name in Unicode's form NFC: macOS writes the same name in another.
     """
-    parts = {path: PurePosixPath(path).parts for path in images}
-    depth = 0
-    while len({p[depth] for p in parts.values()}) == 1 and all(len(p) > depth + 2 for p in parts.values()):
-        if next(iter(parts.values()))[depth].lower() in SPLITS:
-            break
-        depth += 1
-    tops = {p[depth].lower() for p in parts.values() if len(p) > depth + 1}
+    paths = [PurePosixPath(image).parts for image in images]
+    around = PurePosixPath(os.path.commonpath([PurePosixPath(image).parent.parent for image in images])).parts
+    depth = next((depth for depth, folder in enumerate(around) if folder.lower() in SPLITS), len(around))
+    splits = _splits_by_folder(name, {path[depth].lower() for path in paths if len(path) > depth + 1}, empty)
+    notes += [f"{folder}/ is taken as {splits[folder]}/" for folder in sorted(splits.keys() - SPLITS.keys())]
+    val_is_test = "val" in splits.values() and "test" not in splits.values()
+    if val_is_test:
+        notes.append("val/ without test/: val is the test set; validation is cut from train by the recipe")
+    elif "val" in splits.values():
+        notes.append("val/ beside test/: packed as the split val; it replaces the recipe's cut")
+    layout = "split/class/image" if splits else "class/image"
+    places = list[tuple[Split, str]]()
+    for image, path in zip(images, paths, strict=True):
+        below = path[depth:]
+        if len(below) != len(layout.split("/")):
+            raise DataError(
+                f"{name}: {printable(image)} does not lie in {layout}\n"
+                "  do: move it into its class's folder; splits are called train, val, test"
+            )
+        split = splits[below[0].lower()] if splits else "train"
+        split = "test" if split == "val" and val_is_test else split
+        places.append((split, printable(unicodedata.normalize("NFC", below[-2]))))
+    return places
+
+
+def _splits_by_folder(name: str, tops: set[str], empty: list[str]) -> dict[str, Split]:
+    """Top folder, in lower case -> its split; empty if the top folders are classes."""
     names = SPLITS | SYNONYMS
-    splits = [names[top] for top in tops if top in names]
-    has_splits = "train" in splits and len(set(splits)) == len(tops)
-    names = names if has_splits else SPLITS
+    splits: dict[str, Split] = {top: names[top] for top in tops if top in names}
+    has_splits = "train" in splits.values() and len(set(splits.values())) == len(tops)
     for folder in map(PurePosixPath, empty):
-        if folder.name.lower() in names and len(folder.parts) <= 2:
+        if folder.name.lower() in (names if has_splits else SPLITS) and len(folder.parts) <= 2:
             shown = printable(folder)
             raise DataError(
                 f"{name}: the split {shown} is empty\n  do: put images into {shown}/<class>/, or remove the folder"
             )
-    if tops & SPLITS.keys() and not has_splits:
-        alone = "train" not in splits and len(splits) == len(tops)
+    if has_splits:
+        return splits
+    if tops & SPLITS.keys():
+        alone = "train" not in splits.values() and len(splits) == len(tops)
         wrong = "has no train/ beside" if alone else "mixes splits and other folders at its top:"
         raise DataError(
             f"{name} {wrong} {printable(', '.join(sorted(tops)))}\n  do: keep train/ with test/ or val/, or classes alone"
         )
-    val_is_test = has_splits and "val" in splits and "test" not in splits
-    notes += [f"{top}/ is taken as {names[top]}/" for top in sorted(tops - SPLITS.keys()) if has_splits]
-    if val_is_test:
-        notes.append("val/ without test/: val is the test set; validation is cut from train by the recipe")
-    if has_splits and {"val", "test"} <= set(splits):
-        notes.append("val/ beside test/: packed as the split val; it replaces the recipe's cut")
-    placed = {}
-    for path, content in images.items():
-        below = parts[path][depth:]
-        wanted = 3 if has_splits else 2
-        if len(below) != wanted:
-            layout = "split/class/image" if has_splits else "class/image"
-            raise DataError(
-                f"{name}: {printable(path)} does not lie in {layout}\n"
-                "  do: move it into its class's folder; splits are called train, val, test"
-            )
-        split = names[below[0].lower()] if has_splits else "train"
-        class_name = printable(unicodedata.normalize("NFC", below[-2]))
-        placed[path] = ("test" if split == "val" and val_is_test else split, class_name, content)
-    return placed
+    return {}
 
 
 def _cut_test(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
     train = [i for i, sample in enumerate(samples) if sample.split == "train"]
     labels = np.array([samples[i].label for i in train])
     cut = {train[i] for i in stratified_cut(labels, fraction=TEST_FRACTION, seed=CUT_SEED)[1]}
-    return tuple(Sample(s.path, s.label, "test", s.content) if i in cut else s for i, s in enumerate(samples))
+    return tuple(replace(sample, split="test") if i in cut else sample for i, sample in enumerate(samples))
 
 
 def _check_classes(name: str, class_names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
@@ -275,9 +279,3 @@ def _check_classes(name: str, class_names: tuple[str, ...], samples: tuple[Sampl
 
 def _identity(files: dict[str, Bytes]) -> str:
     return digest_of([[printable(path), content.size, content.changed_ns] for path, content in sorted(files.items())])
-
-
-def _from_cifar(path: Path, files: dict[str, Bytes]) -> Source:
-    class_names, rows = archives.cifar_rows(files)
-    samples = tuple(Sample(name, label, split, Pixels(pixels)) for name, label, split, pixels in rows)
-    return Source(printable(path.name), class_names, samples, ("CIFAR-10's arrays are packed as PNG",), _identity(files))

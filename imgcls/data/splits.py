@@ -7,7 +7,7 @@ import numpy as np
 from imgcls.data.order import Ids, stratified_cut
 from imgcls.errors import RecipeError
 from imgcls.recipe import BasicCNN, Recipe
-from imgcls.records import Manifest, Split
+from imgcls.records import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
 
     Raises RecipeError where too little is left to train on.
     """
-    train, val, test = (_rows(manifest, split) for split in ("train", "val", "test"))
     labels = np.array([label for shard in manifest.shards for label in shard.labels], dtype=np.int64)
+    packed = np.repeat([shard.split for shard in manifest.shards], [shard.num_samples for shard in manifest.shards])
+    train, val, test = (np.flatnonzero(packed == split) for split in ("train", "val", "test"))
     if not len(val):
         kept, cut = stratified_cut(labels[train], fraction=recipe.validation.fraction, seed=recipe.validation.seed)
         train, val = train[kept], train[cut]
@@ -44,29 +45,36 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
         flags = ["--set train_fraction=1.0"] * (recipe.train_fraction < 1)
         flags += [f"--set global_batch_size={_power_of_two_below(whole)}"] * (whole < recipe.global_batch_size)
         part = f"train_fraction {recipe.train_fraction} leaves {len(train):,} of {recipe.dataset}'s"
-        left = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
+        owner = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
         raise RecipeError(
-            f"recipe {recipe.name}: {left} {whole:,} training samples, fewer than a global batch of "
+            f"recipe {recipe.name}: {owner} {whole:,} training samples, fewer than a global batch of "
             f"{recipe.global_batch_size}\n  do: {' '.join(flags)}"
         )
     return Splits(train, val, test, whole - len(train))
 
 
 def fraction_note(recipe: Recipe, splits: Splits) -> str | None:
-    """What a person should know who trains on a part of the training samples; None where it is on all of them."""
+    """A note for users of a recipe that trains on a part of the training samples; None if it trains on all."""
     part = f"{len(splits.train):,} of {len(splits.train) + splits.unused:,}"
     note = f"{recipe.name} trains on {recipe.train_fraction:.0%} of {recipe.dataset}'s training part ({part})"
     return f"{note}; --set train_fraction=1.0 takes all" if splits.unused else None
 
 
 def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
-    """Every rank's smallest part can be normalized by a batch norm: two samples or more. Raises RecipeError."""
-    check_world(recipe, world_size=world_size)
-    ranks = "virtual ranks" if recipe.numerics == "elastic" else "workers"
-    num_ranks = recipe.virtual_ranks if recipe.numerics == "elastic" else world_size
-    smallest_batch = recipe.global_batch_size
-    if recipe.last_batch == "keep" and num_train % recipe.global_batch_size:
-        smallest_batch = num_train % recipe.global_batch_size
+    """Every rank's smallest part can be normalized by a batch norm: two samples or more.
+
+    Under elastic numerics every worker has the same number of virtual ranks. Raises RecipeError.
+    """
+    elastic = recipe.numerics == "elastic"
+    if elastic and recipe.virtual_ranks % world_size:
+        fitting = " or ".join(str(1 << i) for i in range(recipe.virtual_ranks.bit_length()))
+        raise RecipeError(
+            f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
+            f"  do: --num-workers {fitting}"
+        )
+    num_ranks, ranks = (recipe.virtual_ranks, "virtual ranks") if elastic else (world_size, "workers")
+    last_batch = num_train % recipe.global_batch_size if recipe.last_batch == "keep" else 0
+    smallest_batch = last_batch or recipe.global_batch_size
     needed = 1 if isinstance(recipe.model, BasicCNN) else 2
     if smallest_batch // num_ranks < needed:
         raise RecipeError(
@@ -74,25 +82,6 @@ def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
             f"each of {num_ranks} {ranks}; {recipe.model.kind} needs {needed}\n"
             f"  do: fewer {ranks}, a larger --set global_batch_size=, or --set last_batch=drop"
         )
-
-
-def check_world(recipe: Recipe, *, world_size: int) -> None:
-    """Elastic numerics: every worker has the same number of virtual ranks. Raises RecipeError, naming the worlds that do."""
-    if recipe.numerics == "elastic" and recipe.virtual_ranks % world_size:
-        fitting = " or ".join(str(1 << i) for i in range(recipe.virtual_ranks.bit_length()))
-        raise RecipeError(
-            f"recipe {recipe.name}: {recipe.virtual_ranks} virtual ranks cannot be shared alike by {world_size} workers\n"
-            f"  do: --num-workers {fitting}"
-        )
-
-
-def _rows(manifest: Manifest, split: Split) -> Ids:
-    rows, start = [np.empty(0, dtype=np.int64)], 0
-    for shard in manifest.shards:
-        if shard.split == split:
-            rows.append(np.arange(start, start + shard.num_samples))
-        start += shard.num_samples
-    return np.concatenate(rows)
 
 
 def _power_of_two_below(n: int) -> int:

@@ -30,5 +30,5 @@ def start_from(network: nn.Module, weights: dict[str, torch.Tensor], *, source: 
     """`network` begins with the source's features. Raises CheckpointError where they do not fit."""
     try:
         network.load_state_dict(transferred(weights, network.state_dict()))
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{source} cannot be the start of this network: {error}") from None

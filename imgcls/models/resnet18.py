@@ -1,6 +1,5 @@
 """torchvision's ResNet-18, untrained, for gray or RGB, and the way from a gray one to an RGB one."""
 
-import torch
 from torch import Tensor, nn
 
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -27,15 +26,10 @@ def inflate_gray_to_rgb(kernel: Tensor) -> Tensor:
 def transferred(source: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
     """`into` with the source's features; the classifier stays new, a gray `conv1` is inflated where `into` is RGB.
 
-    Both are state_dicts of ResNet-18. Raises ValueError where a feature does not fit.
+    Both are state_dicts of ResNet-18. Whether all features fit is for `load_state_dict` to say.
     """
-    result = dict(into)
-    for name, weight in source.items():
-        if name.startswith("fc."):
-            continue
-        if name == "conv1.weight" and weight.shape[1] == 1 and into[name].shape[1] == 3:
-            weight = inflate_gray_to_rgb(weight)
-        if weight.shape != into[name].shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)} in the source, {tuple(into[name].shape)} here")
-        result[name] = weight.clone()
-    return {name: torch.as_tensor(weight) for name, weight in result.items()}
+    features = {name: weight for name, weight in source.items() if not name.startswith("fc.")}
+    first = "conv1.weight"
+    if features[first].shape[1] == 1 and into[first].shape[1] == 3:
+        features[first] = inflate_gray_to_rgb(features[first])
+    return into | features
