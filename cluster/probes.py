@@ -206,15 +206,13 @@ def _disk(path: Path) -> Any:
 def describe_worker() -> Worker:
     """This process, which is to be a rank of the all-reduce."""
     import ray
-    import torch.distributed
+    import torch
+    from ray._common.network_utils import find_free_port
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     return Worker(
         node=ray.get_runtime_context().get_node_id(),
         address=ray.util.get_node_ip_address(),
-        port=port,
+        port=find_free_port(),
         cuda_build=torch.version.cuda is not None,
         num_gpus=torch.cuda.device_count(),
     )
