@@ -69,13 +69,8 @@ def _of_process(facts: NodeFacts, expected: Mapping[str, str]) -> Iterator[Row]:
     yield "versions", found, bool(others), "the same image for client and nodes, and the same commit"
     status = facts.dashboard_status
     found = f"{AUTH_MODE}={facts.auth_mode}" + (f", the dashboard answers {status} without a token" if status else "")
-    mode = f"{AUTH_MODE}=token on all nodes"
-    yield (
-        "auth",
-        found,
-        status == 200,
-        f"who reaches it runs code as you: {mode}, and `ray get-auth-token --generate`'s token",
-    )
+    remedy = f"who reaches it runs code as you: {AUTH_MODE}=token on all nodes, and `ray get-auth-token --generate`'s token"
+    yield "auth", found, status == 200, remedy
     found = f"closed to {facts.where}: {', '.join(facts.closed)}" if facts.closed else f"{facts.num_ports} open"
     yield "ports", found, bool(facts.closed), "let all nodes reach each other at all ports: security group, network policy"
     for place in facts.places:
@@ -258,7 +253,7 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
 
 
 def check_seen_by_nodes(urls: Sequence[str]) -> None:
-    """Each folder or file is the same on all nodes of the connected cluster. Raises StorageError, naming one where not."""
+    """Each folder or file is the same on all nodes of the connected cluster. Raises StorageError for one that is not."""
     import ray
 
     others = {node: entry for node, entry in _nodes().items() if node != ray.get_runtime_context().get_node_id()}

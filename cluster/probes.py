@@ -21,10 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcls import storage
-from imgcls.catalogue import suite_of
 from imgcls.cpus import usable_cpus
-from imgcls.data.cache import check_room
-from imgcls.data.shards import manifest_url, read_manifest
 from imgcls.disk import nearest
 from imgcls.errors import DataError, StorageError
 from imgcls.records import Manifest, Record
@@ -108,6 +105,8 @@ def facts_of_node(questions: Questions) -> NodeFacts:
     """What this process and its machine have, and whom they reach."""
     from ray._private import worker
 
+    from imgcls.data.cache import check_room
+
     ports = questions.ports
     env, cache, cache_error, sets = dict(os.environ), storage.cache_root(), "", list[Any]()
     with ThreadPoolExecutor(16) as pool:  # what has to wait waits at the same time
@@ -146,6 +145,9 @@ def facts_of_node(questions: Questions) -> NodeFacts:
 
 def _sets_to_cache(data: str) -> list[tuple[str, Manifest, int, int]]:
     """The packed sets, for `check_room`, at the size of the catalogue `quick`; one that it lacks as imagenette."""
+    from imgcls.catalogue import suite_of
+    from imgcls.data.shards import manifest_url, read_manifest
+
     inputs, sets = {recipe.dataset: recipe.input for recipe in suite_of("quick")}, []
     with storage.within(PLACE_S, request_s=storage.PREFLIGHT_REQUEST_S):
         for name in storage.folders(data):
