@@ -1,4 +1,4 @@
-"""A connection to Ray: a local one that we start and stop, or the cluster that `RAY_ADDRESS` names.
+"""A connection to Ray: to a local one that we start and stop, or to the cluster that `RAY_ADDRESS` names.
 
 The one place that reads or sets Ray's environment.
 """
@@ -10,8 +10,8 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ TRAIN = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 OBJECT_STORE_BYTES = 200 << 20
-"""Only reports and small records go through it."""
+"""Small: only reports and records go through it."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
@@ -76,20 +76,15 @@ def open_environment() -> dict[str, str] | None:
 @contextmanager
 def client(mode: str) -> Iterator[None]:
     """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
-    with _environment(NEEDED):
-        os.environ["RAY_AUTH_MODE"] = mode
+    with _environment(NEEDED, {"RAY_AUTH_MODE": mode}):
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # the client prefers them to the address that it is given
             os.environ.pop(name, None)
         yield
 
 
-@contextmanager
-def naming(address: str | None) -> Iterator[None]:
+def naming(address: str | None) -> AbstractContextManager[None]:
     """Inside, `RAY_ADDRESS` is this address; None leaves it as it is."""
-    with _environment({}):
-        if address is not None:
-            os.environ["RAY_ADDRESS"] = address
-        yield
+    return _environment({}, {} if address is None else {"RAY_ADDRESS": address})
 
 
 @contextmanager
@@ -136,7 +131,7 @@ def _refusals_named() -> Iterator[None]:
 
 
 def keep_credentials_here() -> None:
-    """Tune would put AWS keys into the runtime environment of its trials, which Ray logs and its dashboard shows."""
+    """Keeps Tune from copying AWS keys to its trials' runtime environment, which Ray logs and its dashboard shows."""
     from ray.tune.execution import class_cache
 
     names = class_cache.ENV_VARS_TO_PROPAGATE
@@ -165,11 +160,11 @@ def _agents_end_with_us() -> Iterator[None]:
 
 
 def set_train_environment(*, hang_timeout_s: float) -> None:
-    """Ray Train's settings for the runs of this process, where its environment says nothing; Train hands them on.
+    """Sets what the environment leaves open of Ray Train's settings; Train hands them on to the workers.
 
-    hang_timeout_s: until a worker that does not answer has ended.
+    hang_timeout_s: after which a worker that does not answer has ended.
     """
-    # Its process group is waited for (30 s, unless the cluster was started by us), then its last words (5 s).
+    # Train waits for its process group (30 s, unless we started the cluster), then for its last words (5 s).
     ending_s = float(os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "30")) + 6
     silence_s = max(hang_timeout_s / 2, hang_timeout_s - ending_s)
     for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s)}).items():
@@ -177,10 +172,10 @@ def set_train_environment(*, hang_timeout_s: float) -> None:
 
 
 @contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """This process's environment with `settings` where it says nothing; as it was, at the end."""
+def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Inside, the environment has `changes`, and `defaults` for what it leaves open; afterwards it is as it was."""
     before = dict(os.environ)
-    os.environ.update(settings | before)
+    os.environ.update({**defaults, **before, **(changes or {})})
     try:
         yield
     finally:
@@ -190,7 +185,7 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises ClusterError."""
+    """Raises ClusterError if nobody listens at `RAY_ADDRESS`: Ray itself would try for minutes."""
     if address == "auto":
         return
     if address.startswith("http"):
@@ -215,7 +210,7 @@ def _no_cluster(address: str, reason: str) -> str:
 
 
 def _check_loopback() -> None:
-    """Ray would wait for itself without end. Raises ClusterError."""
+    """Raises ClusterError without a loopback interface, where Ray would wait for itself for ever."""
     with socket.create_server((LOOPBACK, 0)) as server:
         try:
             socket.create_connection(server.getsockname(), timeout=CONNECT_TIMEOUT_S).close()
@@ -227,14 +222,14 @@ def _check_loopback() -> None:
 
 @contextmanager
 def _room_for_ray() -> Iterator[None]:
-    """Local Ray's own files are where it puts them by itself, or where they can be. Raises ClusterError."""
+    """Local Ray's own files go where Ray puts them, or, where its sockets do not fit, to a folder of `SHORT`."""
     temporary = os.environ.get("TMPDIR") or SHORT[0]
-    usual = (temporary, os.environ.get("RAY_TMPDIR", temporary))  # the dashboard has sockets of Python's own besides
-    there = next((place for place in SHORT if _has_room(f"{place}/imgcls-ray.01234567")), None)
+    usual = (temporary, os.environ.get("RAY_TMPDIR", temporary))  # Python makes sockets in TMPDIR, for the dashboard
+    parent = next((folder for folder in SHORT if _has_room(f"{folder}/imgcls-ray.01234567")), None)
     if all(map(_has_room, usual)):
         yield
-    elif there:
-        with storage.temporary_folder("ray", parent=there) as folder:
+    elif parent:
+        with storage.temporary_folder("ray", parent=parent) as folder:
             os.environ |= dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), folder)
             yield
     else:
@@ -245,18 +240,18 @@ def _room_for_ray() -> Iterator[None]:
 
 
 def _has_room(temporary: str) -> bool:
-    """Whether Ray can make its folder and its sockets below this one."""
+    """Whether Ray can make its folder and its sockets in this folder."""
     short = os.path.isabs(temporary) and len(os.fsencode(temporary)) <= ROOM
     return short and os.access(nearest(Path(temporary, "ray")), os.W_OK | os.X_OK)
 
 
 def _local_options() -> dict[str, Any]:
-    """A head of our own, on the loopback interface alone, beside whatever other Ray is on this machine."""
+    """For a head of our own, reached by the loopback interface alone, beside any other Ray of this machine."""
     os.environ |= {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # The name is old: on any system Ray then keeps to the loopback interface, and looks for no other address.
+        # On Linux too (the name is old) Ray then uses the loopback interface, and looks for no other address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Nobody takes this node away, and Train starts its workers anew: those that wait would never be used.
+        # Nobody takes this node away; and Train starts its own workers, so that prestarted ones would never be used.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
