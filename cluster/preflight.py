@@ -220,8 +220,8 @@ def _clock_ahead_s(actor: Any) -> float:
     """How far the actor's clock is outside the time between question and answer; 0 if it does not answer."""
     began = time.time()
     answers, _ = _answers({"now": actor.do.remote(time.time)}, NODE_S)
-    there, ended = answers.get("now", began), time.time()
-    return there - min(max(there, began), ended)
+    answer, ended = answers.get("now", began), time.time()
+    return answer - min(max(answer, began), ended)
 
 
 def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | None:

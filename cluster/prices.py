@@ -120,7 +120,7 @@ def _placement_on(node: Node, request: Request) -> Placement | None:
 
 
 def _cost(node: Node, price: NodePrice, table: PriceTable, placement: Placement, spans: Mapping[str, Span] | None) -> Cost:
-    """As many nodes as the runs can use at the same time, each paid from its first run to its last, and while it idles."""
+    """As many nodes as the runs can use at the same time; each is paid from its boot until its idle timeout is over."""
     workers = workers_on(node, placement)
     runs_per_node = max(1, workers // placement.num_workers)
     nodes_per_run = math.ceil(placement.num_workers / workers)
@@ -129,6 +129,6 @@ def _cost(node: Node, price: NodePrice, table: PriceTable, placement: Placement,
     by_node: dict[int, list[Span]] = {}
     for span in spans.values():
         by_node.setdefault(span.slot // runs_per_node, []).append(span)
-    busy_s = sum(max(s.end for s in spans) - min(s.start for s in spans) for spans in by_node.values())
+    busy_s = sum(max(span.end for span in group) - min(span.start for span in group) for group in by_node.values())
     paid_s = busy_s + len(by_node) * (table.boot_s + table.idle_timeout_s)
     return Cost(node.type, price, len(by_node) * nodes_per_run, paid_s * nodes_per_run / 3600)
