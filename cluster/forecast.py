@@ -1,7 +1,7 @@
 """What a request will take: steps, seconds, GPU-hours, from rates that were measured. Pure, starts nothing.
 
-Comes in: a plan, what is open of it, a placement, rates. Goes out: a `Forecast`. Called by a dry run, and before every
-run, to stand beside what it took.
+Comes in: a plan, the statuses of its runs, a placement, rates. Goes out: a `Forecast`. Called for a dry run, and before
+every command, whose results show it beside the seconds that it took.
 """
 
 import heapq
@@ -26,7 +26,7 @@ class RunForecast:
     train_images: int
     evaluated_images: int
     seconds: float | None
-    """None where a rate is unknown."""
+    """None if a rate is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class Forecast:
     hardware: str
     """Whose rates these are."""
     room: int
-    """Runs at once."""
+    """Runs at the same time."""
     runs: dict[str, RunForecast]
-    """Those that are open, in the order in which they start."""
+    """The open runs, in the order in which they start."""
     seconds: float | None
     """Of the command."""
 
     @property
     def gpu_hours(self) -> float | None:
-        taken = [run.seconds for run in self.runs.values()]
+        seconds = _sum([run.seconds for run in self.runs.values()])
         gpus = self.placement.num_workers * self.placement.gpus_per_worker
-        return sum(s for s in taken if s is not None) * gpus / 3600 if None not in taken else None
+        return None if seconds is None else seconds * gpus / 3600
 
 
 def forecast(
@@ -58,36 +58,33 @@ def forecast(
     hardware: str,
     cached: Collection[str] = (),
 ) -> Forecast:
-    """cached: decoded sets (`rates.decoding_of`) that lie on the nodes already."""
-    there, runs = set(cached), dict[str, RunForecast]()
+    """cached: decoded sets that lie on the nodes already, by `rates.decoding_of`."""
+    decoded, runs = set(cached), dict[str, RunForecast]()
     for name, status in state.statuses.items():
         if status is Status.OPEN:
             config = plan.configs[name]
-            runs[name] = _of_run(config, plan.manifests[config.recipe.dataset], placement, rates, hardware, there)
+            runs[name] = _of_run(config, plan.manifests[config.recipe.dataset], placement, rates, hardware, decoded)
     spans = schedule(state, {name: run.seconds for name, run in runs.items()}, room)
-    session_s = rates.get("session", "", hardware)
-    seconds = None
-    if spans is not None and session_s is not None:
-        seconds = max((span.end for span in spans.values()), default=0.0) + session_s
-    return Forecast(placement, hardware, room, runs, seconds)
+    runs_s = None if spans is None else max((span.end for span in spans.values()), default=0.0)
+    return Forecast(placement, hardware, room, runs, _sum([runs_s, rates.get("session", "", hardware)]))
 
 
 def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> str:
-    """Whose rates are to be asked for: of this machine, or of the GPU that the cluster's nodes name."""
+    """The name of the hardware whose rates count: this machine, or the GPU that the cluster's nodes name."""
     fitting = [node for node in nodes if workers_on(node, placement)]
     gpus = {node.gpu for node in fitting if node.gpu}
     if placement.gpus_per_worker and len(gpus) == 1:
-        named = gpus.pop()
-        return next((rate.hardware for rate in rates.rates if named in rate.hardware), named)
+        gpu = gpus.pop()
+        return next((rate.hardware for rate in rates.rates if gpu in rate.hardware), gpu)
     if len(fitting) == 1:  # this machine, or the one node of the cluster: a command joins on a node
         return hardware_name(environment.hardware())
     return "nodes of several kinds" if len(gpus) > 1 else "this cluster's nodes"
 
 
 def _of_run(
-    config: RunConfig, manifest: Manifest, placement: Placement, rates: Rates, hardware: str, there: set[str]
+    config: RunConfig, manifest: Manifest, placement: Placement, rates: Rates, hardware: str, decoded: set[str]
 ) -> RunForecast:
-    """there: decoded sets; this run's is added."""
+    """decoded: sets that lie on the nodes by then; this run's is added."""
     recipe, splits = config.recipe, split_ids(config.recipe, manifest)
     steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
     trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
@@ -98,22 +95,27 @@ def _of_run(
         _over(evaluated, rates.get("evaluate", work, hardware)),
         rates.get("overhead", overhead_of(placement), hardware),
     ]
-    decoded = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
-    if decoded not in there:  # the first run on a set decodes it, the others wait or come later
-        there.add(decoded)
+    decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
+    if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
+        decoded.add(decoding)
         count = sum(shard.num_samples for shard in manifest.shards)
-        parts.append(_over(count, rates.get("decode", decoded, hardware)))
-    seconds = None if None in parts else sum(part for part in parts if part is not None)
-    return RunForecast(config.source_run, steps * recipe.length.epochs, trained, evaluated, seconds)
+        parts.append(_over(count, rates.get("decode", decoding, hardware)))
+    return RunForecast(config.source_run, steps * recipe.length.epochs, trained, evaluated, _sum(parts))
 
 
 def _over(count: int, per_s: float | None) -> float | None:
     return None if per_s is None else count / per_s
 
 
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    """None if one is unknown."""
+    known = [value for value in seconds if value is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When a run is under way, seconds from the first start, and in which of the places for a run."""
+    """When a run is under way, in seconds from the first start, and in which of the `room` slots."""
 
     start: float
     end: float
@@ -121,7 +123,7 @@ class Span:
 
 
 def schedule(state: SuiteState, seconds: Mapping[str, float | None], room: int) -> dict[str, Span] | None:
-    """When each open run is under way, as `decide` starts them; None where one's seconds are unknown."""
+    """When each open run is under way, as `decide` starts them; None if the seconds of one are unknown."""
     if None in seconds.values():
         return None
     spans, ends = dict[str, Span](), list[tuple[float, int, str]]()

@@ -1,4 +1,7 @@
-"""Workers, CPUs and GPUs of a run, and whether they will ever fit. Pure, but for those that ask this machine or Ray."""
+"""Workers, CPUs and GPUs of a run, and whether they will ever fit.
+
+Pure, except for `local_node`, which asks this machine, and for `cluster_nodes` and `autoscaling_config`, which ask Ray.
+"""
 
 import math
 from collections import Counter
@@ -14,7 +17,7 @@ from imgcls.records import Placement
 from imgcls.training.environment import gpus
 
 HEAD = "node:__internal_head__"
-"""Ray's resource that the head alone has."""
+"""Ray's resource that only the head has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,83 +25,83 @@ class Node:
     cpus: float
     gpus: float
     type: str = "this machine"
-    """Of a cluster: the name that its configuration gives to nodes of this kind; else `head` or `worker`."""
+    """Its name in the cluster's configuration; without one `head` or `worker`."""
     there: bool = True
-    """Else an autoscaler can add it."""
+    """False: an autoscaler can add it."""
     gpu: str | None = None
-    """As Ray names it, as A10G, where it does."""
+    """Ray's name for it, such as A10G, if Ray has one."""
 
     def __str__(self) -> str:
         return f"{self.type} ({self.cpus:g} CPUs and {self.gpus:g} GPUs)"
 
 
 def local_node() -> Node:
-    """What local Ray will have. The processes of this machine's other users are not counted."""
+    """What local Ray will have. What other processes of this machine use is not subtracted."""
     return Node(float(usable_cpus()), float(len(gpus())))
 
 
 def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
-    """What the connected cluster's nodes have, busy or not; then those that can be added. config: `autoscaling_config`."""
+    """The connected cluster's nodes, busy or not, then those that can be added. config: `autoscaling_config`."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    there = [_node_of(node["Resources"], node.get("Labels", {})) for node in alive]
-    return there + addable_nodes(there, config)
+    nodes = [_node_of(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
+    return nodes + addable_nodes(nodes, config)
 
 
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
-    named = labels.get("ray.io/node-group") or ("head" if HEAD in resources else "worker")
+    node_type = labels.get("ray.io/node-group") or ("head" if HEAD in resources else "worker")
     gpus = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
-    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), named, gpu=gpus[0] if gpus else None)
+    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), node_type, gpu=gpus[0] if gpus else None)
 
 
 def addable_nodes(there: Sequence[Node], config: dict[str, Any] | None) -> list[Node]:
-    """Nodes that an autoscaler of this configuration can still add."""
+    """Nodes that an autoscaler of this configuration can still add to those that are there."""
     if config is None:
         return []
-    head, counts = config.get("head_node_type"), Counter(node.type for node in there)
-    left = int(config.get("max_workers", 2)) - sum(count for name, count in counts.items() if name != head)
-    found: list[Node] = []
+    head, max_workers = config.get("head_node_type"), config.get("max_workers", 2)
+    counts = Counter(node.type for node in there)
+    left = int(max_workers) - sum(count for name, count in counts.items() if name != head)
+    addable: list[Node] = []
     for name, kind in config["available_node_types"].items():
-        has = kind.get("resources", {})
-        node = Node(float(has.get("CPU", 0)), float(has.get("GPU", 0)), name, there=False)
-        most = int(kind.get("max_workers", config.get("max_workers", 2))) if name != head else 0
-        found += [node] * max(0, min(left, most - counts[name]))
-    return found
+        if name != head:
+            resources, most = kind.get("resources", {}), int(kind.get("max_workers", max_workers))
+            node = Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False)
+            addable += [node] * max(0, min(left, most - counts[name]))
+    return addable
 
 
 def autoscaling_config() -> dict[str, Any] | None:
-    """What the connected cluster's head was started with; None where it has no autoscaler that runs on the head."""
+    """The configuration that the connected cluster's head was started with; None if no autoscaler runs on the head."""
     import ray
 
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     context = ray.get_runtime_context()
     if head == context.get_node_id():
         return find_autoscaling_config(context.gcs_address)
-    elsewhere = ray.remote(num_cpus=0, resources={HEAD: 0.001})(find_autoscaling_config)
-    return ray.get(elsewhere.remote(context.gcs_address), timeout=30)
+    on_head = ray.remote(num_cpus=0, resources={HEAD: 0.001})(find_autoscaling_config)
+    return ray.get(on_head.remote(context.gcs_address), timeout=30)
 
 
 def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
-    """Of this cluster's autoscaler on this machine: Ray itself tells nobody which nodes it may add. Runs on the head."""
+    """That of this cluster's autoscaler, by its command line: Ray does not say which nodes it may add. Runs on the head."""
     import yaml
 
     flag = b"--autoscaling-config="
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().split(b"\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
-        named = [word.removeprefix(flag) for word in words if word.startswith(flag)]
-        if named and f"--gcs-address={gcs_address}".encode() in words:
-            return yaml.safe_load(Path(named[0].decode()).expanduser().read_bytes())
+        paths = [word.removeprefix(flag) for word in words if word.startswith(flag)]
+        if paths and f"--gcs-address={gcs_address}".encode() in words:
+            return yaml.safe_load(Path(paths[0].decode()).expanduser().read_bytes())
     return None
 
 
 def choose(
     nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float | None
 ) -> Placement:
-    """The placement asked for; a GPU a worker where there are any, one CPU a worker unless said. Checked to fit."""
+    """The placement, checked to fit. Unless given, a worker has one CPU, and one GPU if any node has GPUs."""
     if num_workers < 1:
         raise PlacementError(f"--num-workers {num_workers}: one or more")
     for flag, value in (("--cpus-per-worker", cpus_per_worker), ("--gpus-per-worker", gpus_per_worker)):
@@ -125,31 +128,32 @@ def choose(
 def what_there_is(nodes: Sequence[Node]) -> str:
     """`1 head (0 CPUs and 0 GPUs), and can add 4 spot (8 CPUs and 1 GPUs)`"""
 
-    def counted(some: list[Node]) -> str:
-        return ", ".join(f"{count} {node}" for node, count in Counter(some).items()) or "no node"
+    def counted(group: list[Node]) -> str:
+        return ", ".join(f"{count} {node}" for node, count in Counter(group).items()) or "no node"
 
     addable = [node for node in nodes if not node.there]
-    more = f", and can add {counted(addable)}" if addable else ""
-    return counted([node for node in nodes if node.there]) + more
+    text = counted([node for node in nodes if node.there])
+    return f"{text}, and can add {counted(addable)}" if addable else text
 
 
 def how_many_fit(nodes: Sequence[Node], placement: Placement) -> int:
-    """Runs that can have all their workers at the same time."""
+    """How many runs can have all their workers at the same time."""
     return sum(workers_on(node, placement) for node in nodes) // placement.num_workers
 
 
 def workers_on(node: Node, placement: Placement) -> int:
-    wanted = ((node.cpus, placement.cpus_per_worker), (node.gpus, placement.gpus_per_worker))
-    return min((math.floor(has / amount + 1e-9) for has, amount in wanted if amount), default=64)
+    """How many workers fit on the node."""
+    pairs = ((node.cpus, placement.cpus_per_worker), (node.gpus, placement.gpus_per_worker))
+    return min((math.floor(has / needs + 1e-9) for has, needs in pairs if needs), default=64)
 
 
 def scaling_config(placement: Placement) -> Any:
-    """The placement in Ray Train's words."""
+    """The placement as Ray Train takes it."""
     from ray.train import ScalingConfig
 
-    wanted = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
+    resources = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
     return ScalingConfig(
         num_workers=placement.num_workers,
         use_gpu=placement.gpus_per_worker > 0,
-        resources_per_worker={kind: amount for kind, amount in wanted.items() if amount},
+        resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
     )

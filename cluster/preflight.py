@@ -1,6 +1,6 @@
 """What would go wrong, before it costs anything: every node of a cluster is asked for facts, and the facts are judged.
 
-Comes in: an `Asked`. Goes out: `Check`s, for `jobs.doctor`. `probes` collects, `judge` is pure. Beside them
+Comes in: `Questions`. Goes out: `Check`s, for `jobs.doctor`. `probes` collects, `judge` is pure. Beside them
 `check_seen_by_nodes`, which suites and evaluations call before they hand a folder to other nodes.
 """
 
@@ -14,19 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import placement as placements
-from cluster import session
-from cluster.probes import (
-    AUTH_MODE,
-    REDUCE_BYTES,
-    REDUCE_S,
-    AllReduce,
-    Asked,
-    Facts,
-    begun_worker,
-    facts_of_node,
-    places_of,
-    reduce,
-)
+from cluster import probes, session
+from cluster.probes import AUTH_MODE, AllReduce, NodeFacts, Questions
 from imgcls import storage
 from imgcls.errors import ClusterError, ImgclsError, PlacementError, StorageError
 from imgcls.records import Record
@@ -50,21 +39,21 @@ class Check(Record):
     remedy: str = ""
 
     @classmethod
-    def refused(cls, name: str, where: str, error: Exception, remedy: str = "") -> "Check":
-        found, _, its_remedy = str(error).partition("\n  do: ")
-        return cls(name=name, where=where, ok=False, found=found, remedy=remedy or its_remedy)
+    def refused(cls, name: str, where: str, error: ImgclsError) -> "Check":
+        found, _, remedy = str(error).partition("\n  do: ")
+        return cls(name=name, where=where, ok=False, found=found, remedy=remedy)
 
 
 Row = tuple[str, str, bool, str]
-"""Name, what was found, whether that is a fault, and then what to do."""
+"""A check's name, what was found, whether that is a fault, and what to do about it."""
 
 
-def judge(client: Facts, nodes: Sequence[Facts], reduced: AllReduce | None) -> list[Check]:
+def judge(client: NodeFacts, nodes: Sequence[NodeFacts], reduced: AllReduce | None) -> list[Check]:
     expected = {**client.versions, "torch": nodes[0].versions.get("torch", "") if nodes else ""}
     rows = [("client", row) for row in _of_process(client, client.versions)]
     for node in nodes:
-        found = *_of_process(node, expected), *_of_machine(node), *_of_gpus(node, reduced)
-        rows += [(node.where, row) for row in found]
+        node_rows = *_of_process(node, expected), *_of_machine(node), *_of_gpus(node, reduced)
+        rows += [(node.where, row) for row in node_rows]
     rows += [("workers", _of_all_reduce(reduced))] if reduced else []
     return [
         Check(name=name, where=where, ok=not fault, found=found, remedy=remedy if fault else "")
@@ -72,10 +61,10 @@ def judge(client: Facts, nodes: Sequence[Facts], reduced: AllReduce | None) -> l
     ]
 
 
-def _of_process(facts: Facts, expected: Mapping[str, str]) -> Iterator[Row]:
-    mine = {name: facts.versions[name] for name in ("ray", "python", "torch", "commit") if name in facts.versions}
-    others = [f"{name} {expected[name]}" for name, own in mine.items() if expected.get(name, own) != own]
-    found = ", ".join([*map(" ".join, mine.items()), facts.platform])
+def _of_process(facts: NodeFacts, expected: Mapping[str, str]) -> Iterator[Row]:
+    own = {name: facts.versions[name] for name in ("ray", "python", "torch", "commit") if name in facts.versions}
+    others = [f"{name} {expected[name]}" for name in own if expected.get(name, own[name]) != own[name]]
+    found = ", ".join([*map(" ".join, own.items()), facts.platform])
     found += f"; elsewhere {', '.join(others)}" if others else ""
     yield "versions", found, bool(others), "the same image for client and nodes, and the same commit"
     status = facts.dashboard_status
@@ -89,16 +78,15 @@ def _of_process(facts: Facts, expected: Mapping[str, str]) -> Iterator[Row]:
         yield place.name, found, bool(place.error), remedy_for(place.error)
 
 
-def _of_machine(facts: Facts) -> Iterator[Row]:
+def _of_machine(facts: NodeFacts) -> Iterator[Row]:
     many = [f"{name}={value}" for name, value in facts.threads.items() if value.isdigit() and int(value) > facts.cpus]
     found = f"{facts.cpus} CPUs, {' '.join(map('='.join, facts.threads.items())) or 'as torch chooses'}"
     yield "threads", found, bool(many), f"at most {facts.cpus} on this node in place of {', '.join(many)}"
     found = facts.cache_error or f"{facts.cache_free / 1e9:,.1f} GB free at {facts.cache}"
     little = bool(facts.cache_error) or facts.cache_free < FREE_BYTES
     yield "cache", found, little, "make room, or name another place with IMGCLS_CACHE"
-    found = f"{facts.session_free:.0%} free where Ray's own files are"
-    full = facts.session_free < RAY_FREE
-    yield "disk", found, full, "make room, or `ray start --temp-dir`: Ray takes no work on a full disk"
+    full, remedy = facts.session_free < RAY_FREE, "make room, or `ray start --temp-dir`: Ray takes no work on a full disk"
+    yield "disk", f"{facts.session_free:.0%} free where Ray's own files are", full, remedy
     small = facts.shm_bytes < session.OBJECT_STORE_BYTES
     remedy = "docker run --shm-size=1g; in a pod an emptyDir with `medium: Memory` at /dev/shm"
     yield "shared memory", f"{facts.shm_bytes / 1e6:,.0f} MB at /dev/shm", small, remedy
@@ -108,7 +96,9 @@ def _of_machine(facts: Facts) -> Iterator[Row]:
     yield "clock", found, abs(ahead) > CLOCK_S, "chrony, or another NTP client: signatures, tokens and TLS need the time"
 
 
-def _of_gpus(facts: Facts, reduced: AllReduce | None) -> Iterator[Row]:
+def _of_gpus(facts: NodeFacts, reduced: AllReduce | None) -> Iterator[Row]:
+    if not facts.gpus and not facts.num_ray_gpus:
+        return
     workers = [worker for worker in reduced.workers if worker.node == facts.node] if reduced else []
     found, remedy = f"{', '.join(facts.gpus) or 'nvidia-smi finds none'}; Ray counts {facts.num_ray_gpus:g}", ""
     if not facts.gpus:
@@ -117,55 +107,53 @@ def _of_gpus(facts: Facts, reduced: AllReduce | None) -> Iterator[Row]:
         found, remedy = f"{found}; torch is built for CPUs", "torch's CUDA build in the nodes' image"
     elif reduced and reduced.backend == "nccl" and any(not worker.num_gpus for worker in workers):
         found, remedy = f"{found}; torch sees none", "a driver that is new enough for torch's CUDA"
-    if facts.gpus or facts.num_ray_gpus:
-        yield "GPUs", found, bool(remedy), remedy
+    yield "GPUs", found, bool(remedy), remedy
 
 
 def _of_all_reduce(reduced: AllReduce) -> Row:
     found = f"{reduced.num_workers} workers, {reduced.backend}: "
     if reduced.error:
-        begun = len(reduced.workers) == reduced.num_workers
-        remedy = INTERFACE if begun else ANSWER
-        return "all-reduce", found + reduced.error, True, remedy
-    size_mb = REDUCE_BYTES / 1e6
+        all_began = len(reduced.workers) == reduced.num_workers
+        return "all-reduce", found + reduced.error, True, INTERFACE if all_began else ANSWER
+    size_mb = probes.REDUCE_BYTES / 1e6
     found += f"{size_mb:.0f} MB in {reduced.seconds * 1e3:,.0f} ms, {size_mb / reduced.seconds:,.0f} MB/s"
     apart = len({worker.address for worker in reduced.workers}) > 1
     fault = apart and any(name.startswith("lo") for name in reduced.interfaces)
     return "all-reduce", f"{found}, by {', '.join(reduced.interfaces) or 'shared memory'}", fault, INTERFACE
 
 
-def examine(asked: Asked) -> list[Check]:
+def examine(questions: Questions) -> list[Check]:
     """The checks of the connected cluster, whose nodes are asked at the same time."""
     nodes = _nodes()
-    with ThreadPoolExecutor(1) as beside:
-        reducing = beside.submit(_all_reduced, asked, nodes)
+    with ThreadPoolExecutor(1) as pool:
+        reducing = pool.submit(_all_reduced, questions, nodes)
         actors = {node: _on(node) for node in nodes}
         warm, silent = _answers({node: actor.do.remote(time.time) for node, actor in actors.items()}, NODE_S)
-        clocks = {node: _clock_ahead_s(actors[node]) for node in warm}
-        calls = {node: actors[node].do.remote(facts_of_node, _asked_of(node, asked, nodes)) for node in warm}
-        client = facts_of_node(_asked_of(None, asked, nodes))
-        found, late = _answers(calls, NODE_S)
-        facts = [
-            one.model_copy(
-                update={"num_ray_gpus": nodes[node]["Resources"].get("GPU", 0.0), "clock_ahead_s": clocks[node]}
-            )
-            for node, one in found.items()
-        ]  # fmt: skip
-        checks = [Check.refused("answer", nodes[node]["where"], error, ANSWER) for node, error in (silent | late).items()]
-        return [*judge(client, facts, reducing.result()), *checks, *([] if checks else _of_cluster(asked))]
+        from_outside = {
+            node: {"num_ray_gpus": nodes[node]["Resources"].get("GPU", 0.0), "clock_ahead_s": _clock_ahead_s(actors[node])}
+            for node in warm
+        }
+        calls = {node: actors[node].do.remote(probes.facts_of_node, _questions_to(node, questions, nodes)) for node in warm}
+        client = probes.facts_of_node(_questions_to(None, questions, nodes))
+        answers, late = _answers(calls, NODE_S)
+        facts = [answer.model_copy(update=from_outside[node]) for node, answer in answers.items()]
+        checks = judge(client, facts, reducing.result())
+    for node, reason in (silent | late).items():
+        checks.append(Check(name="answer", where=nodes[node]["where"], ok=False, found=reason, remedy=ANSWER))
+    return checks if silent or late else [*checks, *_of_cluster(questions)]
 
 
-def _of_cluster(asked: Asked) -> Iterator[Check]:
+def _of_cluster(questions: Questions) -> Iterator[Check]:
     """Whether the workers fit, and whether places that are folders are the same on all nodes."""
     try:
         nodes = placements.cluster_nodes(placements.autoscaling_config())
-        workers = asked.num_workers if asked.num_workers is not None else 1
-        placements.choose(nodes, num_workers=workers, cpus_per_worker=None, gpus_per_worker=asked.gpus_per_worker)
+        workers = questions.num_workers if questions.num_workers is not None else 1
+        placements.choose(nodes, num_workers=workers, cpus_per_worker=None, gpus_per_worker=questions.gpus_per_worker)
         yield Check(name="placement", where="cluster", ok=True, found=placements.what_there_is(nodes))
     except PlacementError as error:
         yield Check.refused("placement", "cluster", error)
     try:
-        check_seen_by_nodes([url for _, url in places_of(asked)])
+        check_seen_by_nodes([*questions.places.values()])
     except ImgclsError as error:
         yield Check.refused("places", "cluster", error)
 
@@ -175,26 +163,26 @@ def _nodes() -> dict[str, dict[str, Any]]:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    named = zip(alive, placements.cluster_nodes(None), strict=False)
-    return {node["NodeID"]: node | {"where": f"{kind.type} {node['NodeManagerAddress']}"} for node, kind in named}
+    pairs = zip(alive, placements.cluster_nodes(None), strict=False)
+    return {node["NodeID"]: node | {"where": f"{kind.type} {node['NodeManagerAddress']}"} for node, kind in pairs}
 
 
-def _asked_of(node: str | None, asked: Asked, nodes: Mapping[str, Any]) -> Asked:
-    """With the ports that this node needs; None is the client. A dashboard on the loopback interface is its head's alone."""
+def _questions_to(node: str | None, questions: Questions, nodes: Mapping[str, Any]) -> Questions:
+    """With the ports that this node has to reach; None is the client. Only the head reaches a dashboard on its loopback."""
     import ray
     from ray._private.worker import get_dashboard_url
 
     context, dashboard = ray.get_runtime_context(), get_dashboard_url() or ""
     entry = nodes[node or context.get_node_id()]
-    reached = placements.HEAD in entry["Resources"] or not dashboard.startswith(("127.", "localhost"))
-    found = {"GCS": context.gcs_address, **({"dashboard": dashboard} if dashboard and reached else {})}
+    ports = {"GCS": context.gcs_address}
+    if dashboard and (placements.HEAD in entry["Resources"] or not dashboard.startswith(("127.", "localhost"))):
+        ports["dashboard"] = dashboard
     for other in nodes.values() if node else ():
         if other is not entry:
             for name in ("NodeManagerPort", "ObjectManagerPort"):
-                found[f"{name} of {other['where']}"] = f"{other['NodeManagerAddress']}:{other[name]}"
-    ports = {name: (at.rpartition(":")[0], int(at.rpartition(":")[2])) for name, at in found.items()}
-    named = {"node": node, "where": entry["where"]} if node else {}
-    return asked.model_copy(update={**named, "ports": ports, "dashboard": found.get("dashboard", "")})
+                ports[f"{name} of {other['where']}"] = f"{other['NodeManagerAddress']}:{other[name]}"
+    identity = {"node": node, "where": entry["where"]} if node else {}
+    return questions.model_copy(update={"ports": ports, **identity})
 
 
 class _Actor:
@@ -203,7 +191,7 @@ class _Actor:
 
 
 def _on(node: str | None, num_gpus: float = 0) -> Any:
-    """A process on this node; None: on any that has so many GPUs."""
+    """A process on this node; None: on any that has so many GPUs free."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -211,60 +199,61 @@ def _on(node: str | None, num_gpus: float = 0) -> Any:
     return ray.remote(_Actor).options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=where).remote()
 
 
-def _answers(calls: Mapping[Any, Any], timeout_s: float) -> tuple[dict[Any, Any], dict[Any, ClusterError]]:
+def _answers(calls: Mapping[Any, Any], timeout_s: float) -> tuple[dict[Any, Any], dict[Any, str]]:
     """What came back within so many seconds, and why the rest did not."""
     import ray
     from ray.exceptions import GetTimeoutError
 
-    found, silent = {}, {}
+    answers, silent = {}, {}
     until = time.monotonic() + timeout_s
     for key, call in calls.items():
         try:
-            found[key] = ray.get(call, timeout=max(0, until - time.monotonic()))
+            answers[key] = ray.get(call, timeout=max(0, until - time.monotonic()))
         except GetTimeoutError:
-            silent[key] = ClusterError(f"no answer within {timeout_s:.0f} s")
+            silent[key] = f"no answer within {timeout_s:.0f} s"
         except Exception as error:
-            silent[key] = ClusterError(str(error).strip().splitlines()[-1])
-    return found, silent
+            silent[key] = str(error).strip().splitlines()[-1]
+    return answers, silent
 
 
 def _clock_ahead_s(actor: Any) -> float:
+    """How far the actor's clock is outside the time between question and answer; 0 if it does not answer."""
     began = time.time()
-    found, _ = _answers({"now": actor.do.remote(time.time)}, NODE_S)
-    there, ended = found.get("now", began), time.time()
-    return there - min(max(there, began), ended)
+    answers, _ = _answers({"now": actor.do.remote(time.time)}, NODE_S)
+    answer, ended = answers.get("now", began), time.time()
+    return answer - min(max(answer, began), ended)
 
 
-def _all_reduced(asked: Asked, nodes: Mapping[str, Any]) -> AllReduce | None:
-    """On GPUs only where enough of them are free: nothing here makes an autoscaler start a node."""
+def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | None:
+    """On GPUs only if enough of them are free: nothing here makes an autoscaler start a node. None for a single worker."""
     import ray
 
     cpus = sum(node["Resources"].get("CPU", 0) for node in nodes.values())
-    at_least = max(2, len(nodes))
-    count = at_least if asked.num_workers is None else min(asked.num_workers, max(at_least, int(cpus)))
-    each = asked.gpus_per_worker or 0
-    on_gpus = each >= 1 and ray.available_resources().get("GPU", 0) >= count * each
-    ids = list(nodes)
+    count = at_least = max(2, len(nodes))
+    if questions.num_workers is not None:
+        count = min(questions.num_workers, max(at_least, int(cpus)))
     if count < 2:
         return None
-    actors = [_on(None, each) if on_gpus else _on(ids[rank % len(ids)]) for rank in range(count)]
-    there, silent = _answers({rank: actor.do.remote(begun_worker) for rank, actor in enumerate(actors)}, REDUCE_S)
-    workers = tuple(there.values())
-    reduced = AllReduce(backend="nccl" if on_gpus else "gloo", num_workers=count, workers=workers)
+    gpus, ids = questions.gpus_per_worker or 0, list(nodes)
+    on_gpus = gpus >= 1 and ray.available_resources().get("GPU", 0) >= count * gpus
+    actors = {rank: _on(None, gpus) if on_gpus else _on(ids[rank % len(ids)]) for rank in range(count)}
+    calls = {rank: actor.do.remote(probes.describe_worker) for rank, actor in actors.items()}
+    workers, silent = _answers(calls, probes.REDUCE_S)
+    reduced = AllReduce(backend="nccl" if on_gpus else "gloo", num_workers=count, workers=tuple(workers.values()))
+    answers = {}
     if not silent:
-        calls = {rank: actor.do.remote(reduce, rank, reduced) for rank, actor in enumerate(actors)}
-        there, silent = _answers(calls, REDUCE_S)
+        calls = {rank: actor.do.remote(probes.all_reduce, rank, reduced) for rank, actor in actors.items()}
+        answers, silent = _answers(calls, probes.REDUCE_S)
     if silent:
         rank = min(silent)
         where = "" if on_gpus else f" on {nodes[ids[rank % len(ids)]]['where']}"
         return reduced.model_copy(update={"error": f"rank {rank}{where}: {silent[rank]}"})
-    names = {name for _, some in there.values() for name in some}
-    seconds = max(seconds for seconds, _ in there.values())
-    return reduced.model_copy(update={"seconds": seconds, "interfaces": tuple(sorted(names))})
+    seconds, interfaces = zip(*answers.values(), strict=True)
+    return reduced.model_copy(update={"seconds": max(seconds), "interfaces": tuple(sorted(set().union(*interfaces)))})
 
 
 def check_seen_by_nodes(urls: Sequence[str]) -> None:
-    """Each folder or file is the same on all nodes of the connected cluster. Raises StorageError, naming one where not."""
+    """Each folder or file is the same on all nodes of the connected cluster. Raises StorageError for one that is not."""
     import ray
 
     others = {node: entry for node, entry in _nodes().items() if node != ray.get_runtime_context().get_node_id()}
@@ -274,20 +263,22 @@ def check_seen_by_nodes(urls: Sequence[str]) -> None:
     actors = {node: _on(node) for node in others}
     for path in local:
         with marked(path) as (folder, names):
-            seen, silent = _answers({node: actor.do.remote(sees, folder, names) for node, actor in actors.items()}, SEEN_S)
-        for node, error in silent.items():
-            raise ClusterError(f"{others[node]['where']} cannot say whether it sees {path}: {error}\n  do: {ANSWER}")
-        for node in (node for node, sees in seen.items() if not sees):
-            raise StorageError(
-                f"{path} is not the same place on {others[node]['where']} as here\n"
-                "  do: a file system that all nodes share, at the same path, or s3://"
-            )
+            calls = {node: actor.do.remote(sees, folder, names) for node, actor in actors.items()}
+            answers, silent = _answers(calls, SEEN_S)
+        for node, reason in silent.items():
+            raise ClusterError(f"{others[node]['where']} cannot say whether it sees {path}: {reason}\n  do: {ANSWER}")
+        for node, is_same in answers.items():
+            if not is_same:
+                raise StorageError(
+                    f"{path} is not the same place on {others[node]['where']} as here\n"
+                    "  do: a file system that all nodes share, at the same path, or s3://"
+                )
 
 
 @contextmanager
 def marked(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The folder at the place, or nearest to it, and names in it: a new one's, or where none can be made, all."""
-    folder = next(one for one in (path, *path.parents) if os.path.isdir(one))
+    """The folder at the path, or nearest to it, and names in it: of a new file, or of all if none can be made."""
+    folder = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))
     probe = folder / f".seen-{secrets.token_hex(8)}"
     try:
         probe.touch()

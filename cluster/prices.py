@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -17,10 +17,10 @@ from cluster.placement import Node, choose, workers_on
 from cluster.plan import Plan, Request
 from imgcls.errors import DataError, PlacementError, RecipeError
 from imgcls.rates import Rates
-from imgcls.records import Record
+from imgcls.records import Placement, Record
 
 HEAD = "head"
-"""The entry that is up as long as the request takes; all others are types on which workers run."""
+"""The entry of the node that is up as long as the request takes; workers run on all the others."""
 OLD_DAYS = 90
 
 
@@ -30,9 +30,9 @@ class NodePrice(Record):
     instance: str
     gpus: int
     cpus: int | None = None
-    """Unless said, they do not limit; of a type without GPUs they are as many as this machine has."""
+    """Unless given: no limit for a type with GPUs, as many as this machine has for a type without."""
     hardware: str | None = None
-    """The name that its rates have; unless said, it is taken to be as fast as the hardware at hand."""
+    """The name of its rates; unless given, it counts as being as fast as the hardware at hand."""
 
 
 class PriceTable(Record):
@@ -40,13 +40,13 @@ class PriceTable(Record):
     as_of: date
     source: str
     node_types: dict[str, NodePrice]
-    """By the names that the cluster's configuration gives to them; `head` is the head."""
+    """By their names in the cluster's configuration; `head` is the head."""
     idle_timeout_s: float = 600.0
-    """So long a node stays, and is paid for, when nothing runs on it."""
+    """A node on which nothing runs is kept, and paid for, this long."""
     boot_s: float = 0.0
     """From a node's allocation to its first run."""
     extras: dict[str, Decimal] = Field(default_factory=dict)
-    """For whoever reads the table: not used."""
+    """Notes for readers of the table; not used."""
 
     @property
     def is_old(self) -> bool:
@@ -54,7 +54,7 @@ class PriceTable(Record):
 
 
 def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
-    """node_types: those of a cluster. Raises RecipeError where it is no price table, or a type has no price."""
+    """node_types: those of a cluster. Raises RecipeError if the file is no price table, or a type has no price."""
     import yaml
 
     try:
@@ -78,7 +78,7 @@ class Cost:
     node_type: str
     price: NodePrice
     num_nodes: int = 0
-    """At once, at the most; none where no worker fits."""
+    """The most at the same time; 0 where no worker fits."""
     node_hours: float | None = None
     """None where a rate is unknown."""
 
@@ -90,53 +90,45 @@ class Cost:
 def costs(
     table: PriceTable, request: Request, plan: Plan, state: SuiteState, found: Forecast, rates: Rates, *, cpus_here: float
 ) -> list[Cost]:
-    """By node type; of the head, where the table has one, for as long as `found` says."""
-    some = [
-        _cost(name, price, table, state, of, node)
-        for name, price in table.node_types.items()
-        if name != HEAD
-        for node in [_node_of(name, price, cpus_here)]
-        for of in [_forecast_on(node, price, request, plan, state, found, rates)]
-    ]
-    if HEAD in table.node_types:
-        hours = None if found.seconds is None else found.seconds / 3600
-        some.insert(0, Cost(HEAD, table.node_types[HEAD], 1, hours))
-    return some
+    """By node type. First the head, where the table has one, for the seconds of `found`, the forecast for this hardware."""
+    results = []
+    for name, price in table.node_types.items():
+        if name == HEAD:
+            results.insert(0, Cost(name, price, 1, None if found.seconds is None else found.seconds / 3600))
+            continue
+        cpus = price.cpus if price.cpus is not None else (1e9 if price.gpus else cpus_here)
+        node = Node(float(cpus), float(price.gpus), name)
+        placement = _placement_on(node, request)
+        if placement is None:
+            results.append(Cost(name, price))
+            continue
+        runs, room = found.runs, max(1, len(found.runs))
+        if price.hardware is not None:
+            runs = forecast(plan, state, placement=placement, room=room, rates=rates, hardware=price.hardware).runs
+        spans = schedule(state, {run: predicted.seconds for run, predicted in runs.items()}, room)
+        results.append(_cost(node, price, table, placement, spans))
+    return results
 
 
-def _node_of(name: str, price: NodePrice, cpus_here: float) -> Node:
-    cpus = price.cpus if price.cpus is not None else (1e9 if price.gpus else cpus_here)
-    return Node(float(cpus), float(price.gpus), name)
-
-
-def _forecast_on(
-    node: Node, price: NodePrice, request: Request, plan: Plan, state: SuiteState, found: Forecast, rates: Rates
-) -> Forecast | None:
-    """None where no worker fits on such a node."""
-    fewer = (request.options.cpus_per_worker, request.options.gpus_per_worker)
+def _placement_on(node: Node, request: Request) -> Placement | None:
+    """None where not even one worker fits on such a node; a run's workers may need several."""
+    wish = {"cpus_per_worker": request.options.cpus_per_worker, "gpus_per_worker": request.options.gpus_per_worker}
     try:
-        placement = choose([node], num_workers=1, cpus_per_worker=fewer[0], gpus_per_worker=fewer[1])
+        return choose([node], num_workers=1, **wish).model_copy(update={"num_workers": request.options.num_workers})
     except PlacementError:
         return None
-    placement = placement.model_copy(update={"num_workers": request.options.num_workers})
-    if price.hardware is None:
-        return replace(found, placement=placement)
-    room = len(found.runs)
-    return forecast(plan, state, placement=placement, room=room, rates=rates, hardware=price.hardware)
 
 
-def _cost(name: str, price: NodePrice, table: PriceTable, state: SuiteState, found: Forecast | None, node: Node) -> Cost:
-    """As many nodes as the runs can use at once, each from its first run to its last, and until it is idle long enough."""
-    if found is None:
-        return Cost(name, price)
-    workers, num_workers = workers_on(node, found.placement), found.placement.num_workers
-    runs_per_node, nodes_per_run = max(1, workers // num_workers), math.ceil(num_workers / workers)
-    spans = schedule(state, {run: one.seconds for run, one in found.runs.items()}, max(1, len(found.runs)))
+def _cost(node: Node, price: NodePrice, table: PriceTable, placement: Placement, spans: Mapping[str, Span] | None) -> Cost:
+    """As many nodes as the runs can use at the same time; each is paid from its boot until its idle timeout is over."""
+    workers = workers_on(node, placement)
+    runs_per_node = max(1, workers // placement.num_workers)
+    nodes_per_run = math.ceil(placement.num_workers / workers)
     if spans is None:
-        return Cost(name, price, nodes_per_run)
+        return Cost(node.type, price, nodes_per_run)
     by_node: dict[int, list[Span]] = {}
     for span in spans.values():
         by_node.setdefault(span.slot // runs_per_node, []).append(span)
-    busy_s = sum(max(s.end for s in some) - min(s.start for s in some) for some in by_node.values())
+    busy_s = sum(max(span.end for span in group) - min(span.start for span in group) for group in by_node.values())
     paid_s = busy_s + len(by_node) * (table.boot_s + table.idle_timeout_s)
-    return Cost(name, price, len(by_node) * nodes_per_run, paid_s * nodes_per_run / 3600)
+    return Cost(node.type, price, len(by_node) * nodes_per_run, paid_s * nodes_per_run / 3600)

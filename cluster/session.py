@@ -1,4 +1,4 @@
-"""A connection to Ray: a local one that we start and stop, or the cluster that `RAY_ADDRESS` names.
+"""A connection to Ray: to a local one that we start and stop, or to the cluster that `RAY_ADDRESS` names.
 
 The one place that reads or sets Ray's environment.
 """
@@ -10,8 +10,8 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,35 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     # print() in a worker would appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Every Train run has helper processes, and the raylet warns of their number; a lost worker is told by us.
+    # The raylet warns of the number of Train's helper processes; of a lost worker we tell ourselves.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started|A worker died or was killed",
 }
 NEEDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Token authentication is set on purpose; left alone it depends on how Ray was started.
+    # Without it, whether a token is needed would depend on how Ray was started.
     "RAY_AUTH_MODE": "token",
-    # Else Tune starts runs one after another.
+    # With fewer Tune starts runs one after another.
     "TUNE_MAX_PENDING_TRIALS_PG": "8",
-    # Ctrl-C comes to us as KeyboardInterrupt, instead of Tune ending as if nothing were wrong.
+    # Ctrl-C raises KeyboardInterrupt here; Tune would end as if nothing were wrong.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # Train waits so long for the process group of a worker that hangs, before it ends it.
+    # For the process group of a worker that hangs, before Train ends the worker.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     # Under `uv run` Ray would start every worker with uv again.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 TRAIN = {
-    # Train takes one report at each health check; at its 2 s every report of a short epoch would wait.
+    # Train takes one report at each health check; every 2 s, as is its default, reports of short epochs would wait.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # A node's notice may leave 30 s.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 OBJECT_STORE_BYTES = 200 << 20
-"""Only reports and small records go through it."""
+"""Small: only reports and records go through it."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 ROOM = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead")
-"""Bytes of the path of a temporary folder, below which are Ray's sockets: theirs have at most 107."""
+"""The longest path of Ray's temporary folder, in bytes: its sockets lie below, and their paths have at most 107."""
 
 
 def names_cluster() -> bool:
@@ -69,66 +69,69 @@ def in_job() -> bool:
 
 
 def open_environment() -> dict[str, str] | None:
-    """This process's environment with Ray's authentication off; None where it is off already."""
+    """A copy of this process's environment with Ray's authentication off; None if it is off already."""
     return None if os.environ.get("RAY_AUTH_MODE") == "disabled" else os.environ | {"RAY_AUTH_MODE": "disabled"}
 
 
 @contextmanager
 def client(mode: str) -> Iterator[None]:
-    """Inside, Ray's job client speaks to a cluster of this authentication mode. Before `ray` is imported."""
-    with _environment(NEEDED):
-        os.environ["RAY_AUTH_MODE"] = mode
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # it would ask there, and not where it is told to
+    """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
+    with _environment(NEEDED, {"RAY_AUTH_MODE": mode}):
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # the client prefers them to the address that it is given
             os.environ.pop(name, None)
         yield
 
 
-@contextmanager
-def naming(address: str | None) -> Iterator[None]:
-    """Inside, this is the cluster's address in place of `RAY_ADDRESS`; None leaves it as it is."""
-    with _environment({}):
-        if address is not None:
-            os.environ["RAY_ADDRESS"] = address
-        yield
+def naming(address: str | None) -> AbstractContextManager[None]:
+    """Inside, `RAY_ADDRESS` is this address; None leaves it as it is."""
+    return _environment({}, {} if address is None else {"RAY_ADDRESS": address})
 
 
 @contextmanager
 def session(*, verbose: bool) -> Iterator[None]:
-    """Ray is connected inside; what was started here is stopped at the end, whatever happens."""
+    """Ray is connected inside. What was started here is stopped at the end, whatever happens."""
     joins = names_cluster()
-    with _environment(NEEDED if verbose else NEEDED | QUIET), nullcontext() if joins else _room_for_ray():
+    with ExitStack() as stack:
+        stack.enter_context(_environment(NEEDED if verbose else NEEDED | QUIET))
         if joins:
-            options = {}
             _check_answers(os.environ["RAY_ADDRESS"])
         else:
+            stack.enter_context(_room_for_ray())
             _check_loopback()
-            options = _local_options()
+        options = {} if joins else _local_options()
         import ray
-        from ray.exceptions import AuthenticationError
 
         if not verbose:
             logging.getLogger("ray").setLevel(logging.ERROR)
+        stack.callback(ray.shutdown)
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            try:
-                ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
-            except AuthenticationError:
-                raise ClusterError(
-                    f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} wants its token, and has not got it\n"
-                    "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-                ) from None
-            except ConnectionError as error:
-                raise ClusterError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
-            with nullcontext() if joins else _agents_end_with_us():
-                yield
-        finally:
-            ray.shutdown()
+        with _refusals_named():
+            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
+        if not joins:
+            stack.enter_context(_agents_end_with_us())
+        yield
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """A cluster that wants a token, or does not answer, raises ClusterError."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError:
+        raise ClusterError(
+            f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} wants its token, and has not got it\n"
+            "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except ConnectionError as error:
+        raise ClusterError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
 
 
 def keep_credentials_here() -> None:
-    """Tune would put AWS keys into the runtime environment of its trials, which Ray logs and its dashboard shows."""
+    """Keeps Tune from copying AWS keys to its trials' runtime environment, which Ray logs and its dashboard shows."""
     from ray.tune.execution import class_cache
 
     names = class_cache.ENV_VARS_TO_PROPAGATE
@@ -137,41 +140,31 @@ def keep_credentials_here() -> None:
 
 @contextmanager
 def _agents_end_with_us() -> Iterator[None]:
-    """Ray's two agents end with this process even where it is killed: else they look for the rest of Ray for a minute.
+    """Ray's two agents end with this process even if it is killed; else they look for the rest of Ray for a minute.
 
     A shell waits for the end of a pipe that only this process holds, and then ends the agents that are left.
     """
+    import psutil  # pyright: ignore
     from ray._private import worker
 
     node = worker._global_node
     raylets = [info.process.pid for info in (node.all_processes.get("raylet", []) if node else [])]
-    children = [pid for raylet in raylets for pid in _children(raylet)]
-    reaper = 'cat; sleep 5; for p; do grep -qi agent "/proc/$p/cmdline" && kill -9 "$p"; done'
-    waiting = subprocess.Popen(
-        ["sh", "-c", reaper, "imgcls", *map(str, children)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        waiting.kill()
-        waiting.communicate()
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path("/proc", str(pid), "task").glob("*/children")  # none where there is no /proc
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    children = [str(child.pid) for raylet in raylets for child in psutil.Process(raylet).children()]
+    script = 'cat; sleep 5; for p; do grep -qi agent "/proc/$p/cmdline" && kill -9 "$p"; done'
+    words, nothing = ["sh", "-c", script, "imgcls", *children], subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True) as shell:
+        try:
+            yield
+        finally:
+            shell.kill()
 
 
 def set_train_environment(*, hang_timeout_s: float) -> None:
-    """Ray Train's settings for the runs of this process, where its environment says nothing; Train hands them on.
+    """Sets what the environment leaves open of Ray Train's settings; Train hands them on to the workers.
 
-    hang_timeout_s: until a worker that does not answer has ended.
+    hang_timeout_s: after which a worker that does not answer has ended.
     """
-    # Its process group is waited for (30 s, unless the cluster was started by us), then its last words (5 s).
+    # Train waits for its process group (30 s, unless we started the cluster), then for its last words (5 s).
     ending_s = float(os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "30")) + 6
     silence_s = max(hang_timeout_s / 2, hang_timeout_s - ending_s)
     for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s)}).items():
@@ -179,10 +172,10 @@ def set_train_environment(*, hang_timeout_s: float) -> None:
 
 
 @contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """This process's environment with `settings` where it says nothing; as it was, at the end."""
+def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Inside, the environment has `changes`, and `defaults` for what it leaves open; afterwards it is as it was."""
     before = dict(os.environ)
-    os.environ.update(settings | before)
+    os.environ.update({**defaults, **before, **(changes or {})})
     try:
         yield
     finally:
@@ -192,7 +185,7 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Someone listens at `RAY_ADDRESS`: Ray itself would try for minutes. Raises ClusterError."""
+    """Raises ClusterError if nobody listens at `RAY_ADDRESS`: Ray itself would try for minutes."""
     if address == "auto":
         return
     if address.startswith("http"):
@@ -217,7 +210,7 @@ def _no_cluster(address: str, reason: str) -> str:
 
 
 def _check_loopback() -> None:
-    """Ray would wait for itself without end. Raises ClusterError."""
+    """Raises ClusterError without a loopback interface, where Ray would wait for itself for ever."""
     with socket.create_server((LOOPBACK, 0)) as server:
         try:
             socket.create_connection(server.getsockname(), timeout=CONNECT_TIMEOUT_S).close()
@@ -229,14 +222,14 @@ def _check_loopback() -> None:
 
 @contextmanager
 def _room_for_ray() -> Iterator[None]:
-    """Local Ray's own files are where it puts them by itself, or where they can be. Raises ClusterError."""
+    """Local Ray's own files go where Ray puts them, or, where its sockets do not fit, to a folder of `SHORT`."""
     temporary = os.environ.get("TMPDIR") or SHORT[0]
-    usual = (temporary, os.environ.get("RAY_TMPDIR", temporary))  # the dashboard has sockets of Python's own besides
-    there = next((place for place in SHORT if _has_room(f"{place}/imgcls-ray.01234567")), None)
+    usual = (temporary, os.environ.get("RAY_TMPDIR", temporary))  # Python makes sockets in TMPDIR, for the dashboard
+    parent = next((folder for folder in SHORT if _has_room(f"{folder}/imgcls-ray.01234567")), None)
     if all(map(_has_room, usual)):
         yield
-    elif there:
-        with storage.temporary_folder("ray", parent=there) as folder:
+    elif parent:
+        with storage.temporary_folder("ray", parent=parent) as folder:
             os.environ |= dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), folder)
             yield
     else:
@@ -247,18 +240,18 @@ def _room_for_ray() -> Iterator[None]:
 
 
 def _has_room(temporary: str) -> bool:
-    """Whether Ray can make its folder and its sockets below this one."""
+    """Whether Ray can make its folder and its sockets in this folder."""
     short = os.path.isabs(temporary) and len(os.fsencode(temporary)) <= ROOM
     return short and os.access(nearest(Path(temporary, "ray")), os.W_OK | os.X_OK)
 
 
 def _local_options() -> dict[str, Any]:
-    """A head of our own, on the loopback interface alone, beside whatever other Ray is on this machine."""
+    """For a head of our own, reached by the loopback interface alone, beside any other Ray of this machine."""
     os.environ |= {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # The name is old: on any system Ray then keeps to the loopback interface, and looks for no other address.
+        # On Linux too (the name is old) Ray then uses the loopback interface, and looks for no other address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Nobody takes this node away, and Train starts its workers anew: those that wait would never be used.
+        # Nobody takes this node away; and Train starts its own workers, so that prestarted ones would never be used.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",

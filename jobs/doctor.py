@@ -13,7 +13,7 @@ import tyro
 
 from cluster import session
 from cluster.preflight import Check, examine
-from cluster.probes import Asked
+from cluster.probes import Questions
 from cluster.staging import prepare
 from cluster.submission import connected
 from imgcls.errors import ClusterError, DataError
@@ -55,25 +55,25 @@ def doctor(
     if address is not None and address.startswith("http"):
         report = report_of_job(address)
     else:
-        asked = Asked(
+        questions = Questions(
             data=data and place(data, "--data"),
             storage=storage and place(storage, "--storage"),
             num_workers=num_workers,
             gpus_per_worker=gpus_per_worker,
         )
-        report = report_of(asked, address=address, verbose=verbose)
+        report = report_of(questions, address=address, verbose=verbose)
     lines = Lines()
     for line in [report.model_dump_json(indent=1)] if json else told(report):
         lines.say(line)
     return DONE if report.healthy else MISSING_OR_BROKEN
 
 
-def report_of(asked: Asked, *, address: str | None, verbose: bool) -> Report:
+def report_of(questions: Questions, *, address: str | None, verbose: bool) -> Report:
     """Of the cluster at this address, or that `RAY_ADDRESS` names, or of local Ray; that none answers is a fault too."""
     began = time.monotonic()
     try:
         with session.naming(address), session.session(verbose=verbose):
-            checks = examine(asked)
+            checks = examine(questions)
     except ClusterError as error:
         if (report := _report_of_open_cluster()) is not None:
             return report

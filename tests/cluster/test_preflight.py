@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from cluster.preflight import Check, judge, marked, remedy_for, sees
-from cluster.probes import AllReduce, Facts, Place, Worker, look_at
+from cluster.probes import AllReduce, NodeFacts, Place, Worker, look_at
 from infra.s3.server import READER, Server
 from jobs.doctor import mismatch
 from tests.conftest import reached_by
 
 VERSIONS = {"ray": "2.60.0", "python": "3.11.7", "torch": "2.14.1", "commit": "abc"}
-CLIENT = Facts(
+CLIENT = NodeFacts(
     node="",
     where="client",
     versions=VERSIONS,
@@ -34,7 +34,7 @@ CLIENT = Facts(
 )
 
 
-def node(name: str = "one", **changed: Any) -> Facts:
+def node(name: str = "one", **changed: Any) -> NodeFacts:
     return CLIENT.model_copy(update={"node": name, "where": f"worker {name}", **changed})
 
 
@@ -44,7 +44,7 @@ def reduced(*, address: str = "10.0.0.2", backend: str = "gloo", interfaces: tup
     return AllReduce(backend=backend, num_workers=2, workers=(first, here), seconds=0.1, interfaces=interfaces)
 
 
-def faults(nodes: list[Facts], all_reduce: AllReduce | None = None, client: Facts = CLIENT) -> list[Check]:
+def faults(nodes: list[NodeFacts], all_reduce: AllReduce | None = None, client: NodeFacts = CLIENT) -> list[Check]:
     return [check for check in judge(client, nodes, all_reduce) if not check.ok]
 
 
