@@ -5,6 +5,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -17,7 +19,7 @@ from imgcls.catalogue import suite_of
 from imgcls.errors import DataError
 from imgcls.rates import keep
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.measurement import Figures, Measurement, check_commit, measure, table_of
+from imgcls.results.measurement import Figures, Measurement, check_commit, measure
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
@@ -76,8 +78,8 @@ def faults(kills: int = 3) -> int:
     Args:
         kills: So many runs are killed.
     """
-    from tests.proof.bench_faults import measure_faults
-
+    with _in_checkout("bench faults"):
+        from tests.proof.bench_faults import measure_faults
     check_commit({environment.commit() or "unknown"}, "bench faults")
     measured = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
     _write(measured)
@@ -92,8 +94,8 @@ def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False
         to: Folder of records and runs.
         small: Few steps on synthetic images; so too where there is no GPU.
     """
-    from jobs._gpu import measure_gpu
-
+    with _in_checkout("bench gpu"):
+        from tests.proof.gpu import measure_gpu
     return measure_gpu(to, seconds, small=small, say=Lines().say)
 
 
@@ -103,6 +105,20 @@ def readme() -> int:
     file.write_text(with_tables(file.read_text()))
     Lines().say(f"wrote {file}")
     return DONE
+
+
+@contextmanager
+def _in_checkout(command: str) -> Iterator[None]:
+    """What is measured to prove something stands beside the tests, and is not installed. Raises DataError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("tests"):
+            raise
+        raise DataError(
+            f"{command} needs a checkout: what it runs stands in tests/proof\n"
+            "  do: the same command in the checkout's folder, or with PYTHONPATH naming it"
+        ) from None
 
 
 def _write(found: Measurement | Figures) -> int:
@@ -142,12 +158,11 @@ def _compare_numerics(data: str, repeats: int) -> Measurement:
 
 def with_tables(text: str) -> str:
     """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it."""
-    from tests.proof.records import TABLES
+    with _in_checkout("bench readme"):
+        from tests.proof.records import table_of
 
     def table(match: re.Match[str]) -> str:
-        subject, folder = match[1], ROOT / MEASUREMENTS
-        content = TABLES[subject](folder) if subject in TABLES else table_of(subject, folder)
-        return f"<!-- table {subject} -->\n{content}\n<!-- end -->"
+        return f"<!-- table {match[1]} -->\n{table_of(match[1], ROOT / MEASUREMENTS)}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
