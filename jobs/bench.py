@@ -43,7 +43,8 @@ def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     rates = _calibrate.calibrate(recipes, storage.absolute(data))
     lines.say(f"rates of {rates[0].hardware}:")
     unit = {"overhead": "s a run", "session": "s a command"}
-    say_table(lines, [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}") for rate in rates])
+    rows = [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}", rate.source) for rate in rates]
+    say_table(lines, [("what", "of", "rate", "source"), *rows])
     lines.say(f"kept in {keep(rates)}")
     return DONE
 
