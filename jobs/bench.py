@@ -1,14 +1,8 @@
 """Records of figures: write one from a suite's results, and the README's tables from all of them."""
 
 import re
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +12,7 @@ from imgcls import records, storage
 from imgcls.catalogue import suite_of
 from imgcls.errors import DataError
 from imgcls.rates import keep
-from imgcls.records import RunResult, SuiteResults
+from imgcls.records import SuiteResults
 from imgcls.results.measurement import Figures, Measurement, check_commit, measure
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
@@ -70,7 +64,10 @@ def numerics(data: str = "data/packed", repeats: int = 3) -> int:
         data: Folder or URL of packed sets.
         repeats: Of each measurement.
     """
-    return _write(_compare_numerics(data, repeats))
+    with _in_checkout("bench numerics"):
+        from tests.proof.numerics import compare_numerics
+    check_commit({environment.commit() or "unknown"}, "bench numerics")
+    return _write(compare_numerics(data, repeats, Lines().say))
 
 
 def faults(kills: int = 3) -> int:
@@ -122,39 +119,12 @@ def _in_checkout(command: str) -> Iterator[None]:
         ) from None
 
 
-def _write(found: Measurement | Figures) -> int:
-    path = MEASUREMENTS / found.file_name
+def _write(measured: Measurement | Figures) -> int:
+    path = MEASUREMENTS / measured.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(found.to_bytes())
+    path.write_bytes(measured.to_bytes())
     Lines().say(f"wrote {path}")
     return DONE
-
-
-def _compare_numerics(data: str, repeats: int) -> Measurement:
-    """One epoch of `resnet18` on 1,024 images at 1 and 2 workers, ddp and elastic one after the other, again and again."""
-    check_commit({environment.commit() or "unknown"}, "bench numerics")
-    began, runs = time.monotonic(), list[RunResult]()
-    few = ("length.epochs=1", f"train_fraction={1024 / 8500:.4f}", "global_batch_size=128")
-    with tempfile.TemporaryDirectory() as folder:
-        for num_workers, repeat, numerics in product((1, 2), range(repeats), ("ddp", "elastic")):
-            name = f"{num_workers}-{repeat}-{numerics}"
-            words = ["resnet18", "--data", data, "--storage", folder, "--id", name, "--num-workers", str(num_workers)]
-            words += [word for change in (*few, f"numerics={numerics}") for word in ("--set", change)]
-            # A command each: a process has one local Ray in its life.
-            done = subprocess.run([sys.executable, "-m", "jobs.train", *words], check=False, capture_output=True, text=True)
-            if done.returncode != 0 or "SYNTHETIC" in done.stdout:
-                raise DataError(f"jobs.train {name}: no figure to record\n{done.stdout}{done.stderr}")
-            run = records.read(RunResult, storage.join(folder, name, "resnet18-seed0", "result.json"))
-            Lines().say(f"{num_workers} workers, {numerics}: {run.images_per_s} images/s")
-            runs.append(run.model_copy(update={"examples": ()}))
-    return Measurement(
-        subject="numerics",
-        claim="images/s in training under elastic numerics (4 virtual ranks) beside ddp",
-        command=f"python -m jobs.bench numerics --repeats {repeats}",
-        date=date.today().isoformat(),
-        seconds=round(time.monotonic() - began, 1),
-        runs=tuple(runs),
-    )
 
 
 def with_tables(text: str) -> str:
