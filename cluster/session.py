@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,6 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def open_environment() -> dict[str, str] | None:
-    """A copy of this process's environment with Ray's authentication off; None if it is off already."""
-    return None if os.environ.get("RAY_AUTH_MODE") == "disabled" else os.environ | {"RAY_AUTH_MODE": "disabled"}
-
-
 @contextmanager
 def client(mode: str) -> Iterator[None]:
     """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
@@ -82,9 +77,32 @@ def client(mode: str) -> Iterator[None]:
         yield
 
 
-def naming(address: str | None) -> AbstractContextManager[None]:
-    """Inside, `RAY_ADDRESS` is this address; None leaves it as it is."""
-    return _environment({}, {} if address is None else {"RAY_ADDRESS": address})
+@contextmanager
+def naming(address: str | None) -> Iterator[None]:
+    """Inside, this is the cluster's address in place of `RAY_ADDRESS`; None leaves it as it is.
+
+    A cluster that wants no token can be joined without one. Before `ray` is imported, which fixes the mode.
+    """
+    with _environment({}, {} if address is None else {"RAY_ADDRESS": address}):
+        if names_cluster() and _wants_no_token(os.environ["RAY_ADDRESS"]):
+            os.environ["RAY_AUTH_MODE"] = "disabled"
+        yield
+
+
+def _wants_no_token(address: str) -> bool:
+    """Whether the cluster's head answers a client that has none."""
+    import grpc
+
+    if address == "auto":  # the cluster that was started here last
+        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0]
+        current = Path(temporary, "ray", "ray_current_cluster")
+        address = current.read_text().strip() if current.exists() else address
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import requests
 
 from cluster import session
@@ -72,7 +73,8 @@ class Jobs:
 
     def python(self) -> str:
         """The interpreter by which the head runs its own workers: the one that has the packages. Else the PATH's."""
-        with suppress(Exception):  # the dashboard promises none of this
+        # The dashboard promises none of this.
+        with suppress(requests.RequestException, LookupError, TypeError, StopIteration):
             nodes = self.client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
             head = next(node["raylet"]["nodeId"] for node in nodes if node["raylet"]["isHeadNode"])
             words = self.client._do_request("GET", f"/nodes/{head}").json()["data"]["detail"]["cmdline"]
@@ -139,7 +141,8 @@ class Jobs:
                 say(f"connected again after {time.monotonic() - lost_s:.0f} s")
                 lost_s = None
             before = log.written
-            with suppress(Exception):  # whatever ends the stream: the job's status decides
+            # Whatever ends the stream: the job's status decides.
+            with suppress(ClusterError, OSError, RuntimeError, aiohttp.ClientError):
                 await self._tail(job_id, log, silence_s)
             silence_s = SILENCE_S if log.written > before else min(2 * silence_s, LONGEST_SILENCE_S)
             await asyncio.sleep(0.2)
@@ -202,7 +205,7 @@ def connected(address: str) -> Iterator[Jobs]:
     if not address.startswith(("http://", "https://")):
         raise RecipeError(f"--address {address}: the URL of the cluster's dashboard, as http://127.0.0.1:8265")
     address = address.rstrip("/")
-    with _named(address):
+    with _answered(address):
         answer = requests.get(f"{address}/api/authentication_mode", timeout=(CONNECT_S, ANSWER_S))
         mode = answer.json()["authentication_mode"]
     with session.client(mode):
@@ -212,22 +215,38 @@ def connected(address: str) -> Iterator[Jobs]:
 
 
 @contextmanager
-def _named(address: str) -> Iterator[None]:
-    """What goes wrong between here and the dashboard is said in our words."""
+def _answered(address: str) -> Iterator[None]:
+    """That nobody answers there, or another than a dashboard, is said in our words."""
+    no_dashboard = ClusterError(
+        f"what answers at {address} is no Ray dashboard, or one of another version\n"
+        "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
+    )
     try:
         yield
-    except (requests.RequestException, ConnectionError, KeyError, ValueError) as error:
+    except (requests.JSONDecodeError, KeyError):
+        raise no_dashboard from None
+    except (requests.RequestException, ConnectionError) as error:
         reason = str(error).splitlines()[0].rstrip("')\"").rpartition(": ")[2]
         raise ClusterError(
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
         ) from None
-    except RuntimeError as error:  # Ray's client, of an answer that is no success
-        raise ClusterError(f"the dashboard at {address} refuses: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if type(error).__name__ == "AuthenticationError":  # Ray is not imported here
+    except ValueError:  # Ray's client, of an answer with other fields
+        raise no_dashboard from None
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """What goes wrong between Ray's client and the dashboard is said in our words."""
+    from ray.exceptions import AuthenticationError
+
+    with _answered(address):
+        try:
+            yield
+        except AuthenticationError:
             raise ClusterError(
                 f"the cluster at {address} wants its token, and has not got it, or another\n"
                 "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `ray get-auth-token` on the head prints it"
             ) from None
-        raise
+        except RuntimeError as error:  # an answer that is no success
+            raise ClusterError(f"the dashboard at {address} refuses: {str(error).splitlines()[0]}") from None

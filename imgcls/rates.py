@@ -18,6 +18,8 @@ from imgcls.records import Manifest, Placement, Record, RunResult
 MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements"
 
 What = Literal["train", "evaluate", "decode", "overhead", "session"]
+Source = Literal["run", "calibrate", "record", "guess"]
+"""guess: multiplied out of something else that was measured; it stands until a run has shown the rate itself."""
 
 
 class Rate(Record):
@@ -28,7 +30,7 @@ class Rate(Record):
     """What it depends on, beside the hardware."""
     hardware: str
     value: float
-    source: Literal["run", "calibrate", "record"]
+    source: Source
     date: str
 
     @property
@@ -41,8 +43,12 @@ class Rates(Record):
 
     rates: tuple[Rate, ...] = ()
 
+    def find(self, what: What, of: str, hardware: str) -> Rate | None:
+        return next((rate for rate in self.rates if rate.key == (what, of, hardware)), None)
+
     def get(self, what: What, of: str, hardware: str) -> float | None:
-        return next((rate.value for rate in self.rates if rate.key == (what, of, hardware)), None)
+        rate = self.find(what, of, hardware)
+        return rate and rate.value
 
 
 def work_of(recipe: Recipe, placement: Placement) -> str:
@@ -65,7 +71,7 @@ def hardware_name(hardware: dict[str, str]) -> str:
     return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cpus']} CPUs, {hardware['vectors']}"
 
 
-def rates_of(run: RunResult, *, took_s: float | None = None, source: Literal["run", "record"] = "run") -> list[Rate]:
+def rates_of(run: RunResult, *, took_s: float | None = None, source: Source = "run") -> list[Rate]:
     """What a finished run shows. took_s: of the whole run, from its start to its end, where it was not cut in two."""
     assert run.placement is not None
     assert run.val is not None
@@ -82,7 +88,7 @@ def rates_of(run: RunResult, *, took_s: float | None = None, source: Literal["ru
     return [new(what, of, hardware, value, source) for what, of, value in values if value and value > 0]
 
 
-def new(what: What, of: str, hardware: str, value: float, source: Literal["run", "calibrate", "record"]) -> Rate:
+def new(what: What, of: str, hardware: str, value: float, source: Source) -> Rate:
     return Rate(
         what=what, of=of, hardware=hardware, value=round(value, 3), source=source, date=date.today().isoformat()
     )  # fmt: skip
@@ -94,7 +100,7 @@ def known(measurements: Path = MEASUREMENTS) -> Rates:
 
 
 def keep(rates: Sequence[Rate]) -> Path:
-    """Beside the cache, in place of earlier ones of their kind. Raises StorageError."""
+    """Beside the cache, in place of earlier ones of their kind; a guess of none that was measured. Raises StorageError."""
     path = _path()
     storage.check_places(writes=[str(path.parent)])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,8 @@ def _kept() -> Rates:
 
 
 def _newest(rates: Iterable[Rate]) -> tuple[Rate, ...]:
-    return tuple({rate.key: rate for rate in rates}.values())
+    guesses_first = sorted(rates, key=lambda rate: rate.source != "guess")
+    return tuple({rate.key: rate for rate in guesses_first}.values())
 
 
 def _recorded(measurements: Path) -> list[Rate]:

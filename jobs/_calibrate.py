@@ -20,9 +20,10 @@ SECONDS = 10.0
 """After imports, all together."""
 IMPORTS_OF_A_RUN, IMPORTS_OF_A_COMMAND = 7.0, 2.0
 """What a run takes beside its training, and a command beside its runs, in imports of Lightning: that is most of what their
-processes do. By records of suites; none is started here, and the first finished run replaces it."""
+processes do. By records of suites; none is started here, so these two are guesses, until a run has shown them."""
+GUESSED = ("overhead", "session")
 
-Found = dict[tuple[What, str], float]
+Values = dict[tuple[What, str], float]
 
 
 def calibrate(recipes: Sequence[Recipe], data_url: str) -> list[Rate]:
@@ -31,23 +32,24 @@ def calibrate(recipes: Sequence[Recipe], data_url: str) -> list[Rate]:
     placement = placements.choose([node], num_workers=1, cpus_per_worker=None, gpus_per_worker=None)
     side_by_side = min(placements.how_many_fit([node], placement), len(recipes))
     with ProcessPoolExecutor(side_by_side, mp_context=get_context("spawn")) as pool:
-        asked = [pool.submit(_measure, tuple(recipes), placement, data_url, side_by_side) for _ in range(side_by_side)]
-        found = [one.result() for one in asked]
+        futures = [pool.submit(_measure, tuple(recipes), placement, data_url, side_by_side) for _ in range(side_by_side)]
+        processes = [future.result() for future in futures]
     hardware = rates.hardware_name(environment.hardware())
-    return [
-        rates.new(what, of, hardware, statistics.median(one[what, of] for one in found), "calibrate")
-        for what, of in found[0]
-    ]  # fmt: skip
+    return [_median(what, of, hardware, [values[what, of] for values in processes]) for what, of in processes[0]]
 
 
-def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, side_by_side: int) -> Found:
+def _median(what: What, of: str, hardware: str, values: Sequence[float]) -> Rate:
+    return rates.new(what, of, hardware, statistics.median(values), "guess" if what in GUESSED else "calibrate")
+
+
+def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, side_by_side: int) -> Values:
     """Runs in a process of its own, beside others that do the same."""
     began = time.perf_counter()
     from jobs._training_rates import decoding_rate, training_rates
 
     silence_libraries(False)
     import_s = time.perf_counter() - began
-    found: Found = {
+    values: Values = {
         ("overhead", rates.overhead_of(placement)): import_s * IMPORTS_OF_A_RUN,
         ("session", ""): import_s * IMPORTS_OF_A_COMMAND,
     }
@@ -57,7 +59,7 @@ def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, sid
     threads, each_s = max(1, int(placement.cpus_per_worker)), 0.8 * SECONDS / len(works)
     for work, recipe in works.items():
         train, evaluate = training_rates(recipe, accelerator=accelerator, threads=threads, seconds=each_s)
-        found |= {("train", work): train, ("evaluate", work): evaluate}
+        values |= {("train", work): train, ("evaluate", work): evaluate}
     for dataset, px, channels in sorted(sets):
         set_url = storage.join(data_url, dataset)
         if storage.exists(manifest_url(set_url)):
@@ -65,5 +67,5 @@ def _measure(recipes: Sequence[Recipe], placement: Placement, data_url: str, sid
             alone = decoding_rate(set_url, manifest, px=px, channels=channels, seconds=0.1 * SECONDS / len(sets))
             # A process a core, and the other runs have their share of them.
             rate = alone * usable_cpus() / side_by_side
-            found["decode", rates.decoding_of(manifest, px=px, channels=channels)] = rate
-    return found
+            values["decode", rates.decoding_of(manifest, px=px, channels=channels)] = rate
+    return values

@@ -1,5 +1,6 @@
 """`--dry-run`: what a request would do, fetch, take and cost, as a page of lines; nothing is started."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,79 +25,68 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None) ->
     with session.session(verbose=request.options.verbose) if joins else nullcontext():
         nodes = placements.cluster_nodes(placements.autoscaling_config()) if joins else [placements.local_node()]
     table = read_prices(prices, {node.type for node in nodes} if joins else ()) if prices else None
-    found = forecast_of(plan, state, nodes, choose(request, nodes))
-    open_runs = len(found.runs)
+    forecast, known = forecast_of(plan, state, nodes, choose(request, nodes)), rates.known()
+    open_runs = len(forecast.runs)
     lines.say(f"{request.id}: {open_runs} runs to do, {len(plan.configs) - open_runs} are over; nothing is started")
-    _say_runs(lines, plan, found)
-    p = found.placement
+    _say_runs(lines, plan, forecast)
+    p = forecast.placement
     lines.say(
         f"each run: {p.num_workers} workers with {p.cpus_per_worker:g} CPUs and {p.gpus_per_worker:g} GPUs; "
-        f"{min(found.room, max(open_runs, 1))} at once on {placements.what_there_is(nodes)}"
+        f"{min(forecast.room, max(open_runs, 1))} at once on {placements.what_there_is(nodes)}"
     )
     _say_data(lines, request, plan)
-    _say_time(lines, found)
+    _say_time(lines, forecast, known)
     if table is not None:
         here = placements.local_node().cpus
-        _say_costs(lines, table, costs(table, request, plan, state, found, rates.known(), cpus_here=here), prices)
+        _say_costs(lines, table, costs(table, request, plan, state, forecast, known, cpus_here=here), prices)
     return DONE
 
 
-def _say_runs(lines: Lines, plan: Plan, found: Forecast) -> None:
-    rows = [("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")]
-    for name, run in found.runs.items():
+def _say_runs(lines: Lines, plan: Plan, forecast: Forecast) -> None:
+    header = ("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")
+    rows: list[Sequence[str]] = [header]
+    for name, run in forecast.runs.items():
         recipe = plan.configs[name].recipe
-        rows.append(
-            (
-                name,
-                run.source or "",
-                recipe.dataset,
-                str(recipe.input.px),
-                f"{run.steps:,}",
-                f"{run.train_images:,}",
-                f"{run.evaluated_images:,}",
-                _seconds(run.seconds),
-            )
-        )
+        counts = (f"{count:,}" for count in (run.steps, run.train_images, run.evaluated_images))
+        rows.append((name, run.source or "", recipe.dataset, str(recipe.input.px), *counts, _seconds(run.seconds)))
     say_table(lines, rows)
 
 
 def _say_data(lines: Lines, request: Request, plan: Plan) -> None:
     for dataset, manifest in plan.manifests.items():
         set_url, shards = storage.join(request.data_url, dataset), manifest.shards
-        told = f"{dataset}: {len(shards)} shards, {sum(shard.num_bytes for shard in shards):,} bytes"
+        size = f"{dataset}: {len(shards)} shards, {sum(shard.num_bytes for shard in shards):,} bytes"
         if storage.is_local(set_url):
-            lines.say(f"{told}, read from {storage.shown(set_url)}")
+            lines.say(f"{size}, read from {storage.shown(set_url)}")
         else:
             missing = missing_shards(manifest)
-            lines.say(f"{told}; to fetch: {len(missing)}, {sum(s.num_bytes for s in missing):,} bytes (not in the seconds)")
+            lines.say(f"{size}; to fetch: {len(missing)}, {sum(s.num_bytes for s in missing):,} bytes (not in the seconds)")
 
 
-def _say_time(lines: Lines, found: Forecast) -> None:
-    gpu_hours = UNKNOWN if found.gpu_hours is None else f"{found.gpu_hours:.3f}"
-    lines.say(f"predicted: {_seconds(found.seconds)} for the command, {gpu_hours} GPU-hours; rates of {found.hardware}")
-    if found.seconds is None:
+def _say_time(lines: Lines, forecast: Forecast, known: rates.Rates) -> None:
+    seconds, hours = _seconds(forecast.seconds), UNKNOWN if forecast.gpu_hours is None else f"{forecast.gpu_hours:.3f}"
+    lines.say(f"predicted: {seconds} for the command, {hours} GPU-hours; rates of {forecast.hardware}")
+    if forecast.seconds is None:
         lines.say("  a rate is unknown here; `python -m jobs.bench calibrate` measures it, and so does every finished run")
+    overhead = known.find("overhead", rates.overhead_of(forecast.placement), forecast.hardware)
+    session_rate = known.find("session", "", forecast.hardware)
+    for rate, where in ((overhead, "of each run beside its training"), (session_rate, "of the command beside its runs")):
+        if rate is not None and rate.source == "guess":
+            lines.say(f"  {rate.value:.0f} s {where} are a guess; the first finished run measures them")
 
 
-def _say_costs(lines: Lines, table: PriceTable, some: list[Cost], path: Path | None) -> None:
+def _say_costs(lines: Lines, table: PriceTable, by_type: list[Cost], path: Path | None) -> None:
     lines.say(f"cost in {table.currency}, by {path} of {table.as_of} ({table.source}), if all workers run on one type:")
     rows = [("node type", "instance", "market", "nodes", "node-hours", "cost", "")]
-    for cost in some:
-        notes = [] if cost.node_type == HEAD or cost.price.hardware else ["as fast as the hardware at hand"]
-        notes += ["a spot price is an estimate"] if cost.price.market == "spot" else []
-        notes = notes if cost.num_nodes else ["no worker fits"]
+    for cost in by_type:
+        price, notes = cost.price, list[str]()
         hours, amount = (UNKNOWN, UNKNOWN) if cost.node_hours is None else (f"{cost.node_hours:.3f}", f"{cost.amount:.4f}")
-        rows.append(
-            (
-                cost.node_type,
-                cost.price.instance,
-                cost.price.market,
-                str(cost.num_nodes),
-                hours if cost.num_nodes else "",
-                amount if cost.num_nodes else "",
-                "; ".join(notes),
-            )
-        )
+        if not cost.num_nodes:
+            hours, amount, notes = "", "", ["no worker fits"]
+        else:
+            notes += ["as fast as the hardware at hand"] if cost.node_type != HEAD and not price.hardware else []
+            notes += ["a spot price is an estimate"] if price.market == "spot" else []
+        rows.append((cost.node_type, price.instance, price.market, str(cost.num_nodes), hours, amount, "; ".join(notes)))
     say_table(lines, rows)
     lines.say(f"  a node is paid until it has been idle for {table.idle_timeout_s:g} s, {HEAD} as long as it all takes")
     if table.is_old:

@@ -22,18 +22,18 @@ def source_of(dataset: str, lines: Lines) -> Source:
 
     Raises NoSourceError where there is none within reach, DataError where there is one that cannot be used.
     """
-    found = find_source(dataset)
-    if found is None and dataset in archives.OFFICIAL:
+    place = find_source(dataset)
+    if place is None and dataset in archives.OFFICIAL:
         archive = archives.OFFICIAL[dataset]
         with bar(lines, f"fetching {archive.url}") as progress:
             try:
-                found = archives.download(archive, DOWNLOADS, progress=progress)
+                place = archives.download(archive, DOWNLOADS, progress=progress)
             except NoSourceError as error:
                 raise NoSourceError(f"{error}\n{_remedies(dataset)}") from None
-    if found is None:
+    if place is None:
         raise NoSourceError(f"no source for {dataset}\n{_remedies(dataset)}")
-    lines.say(f"{dataset}: from {printable(found)}")
-    return open_source(found)
+    lines.say(f"{dataset}: from {printable(place)}")
+    return open_source(place)
 
 
 def _remedies(dataset: str) -> str:

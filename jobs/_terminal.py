@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -60,10 +60,9 @@ class SuiteView:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        if not self.lines.console.is_terminal:
-            yield
-            return
-        with Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True):
+        console = self.lines.console
+        live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
+        with live if console.is_terminal else nullcontext():
             yield
 
     def already(self, run: str, status: "Status") -> None:
@@ -85,10 +84,11 @@ class SuiteView:
             self.rows[run].setdefault("since", (time.monotonic(), progress["step"]))
         row = progress.get("row")
         if row:
+            left = _left(self.rows[run])
             self.lines.say(
                 f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train/loss']:.4f}  "
                 f"val/loss {row['val/loss']:.4f}  val/accuracy {row['val/accuracy']:.4f}  "
-                f"{progress['images_per_s']:,.0f} images/s{self._left(self.rows[run])}"
+                f"{progress['images_per_s']:,.0f} images/s{f'  about {left} left' if left else ''}"
             )
 
     def ended(self, run: str, status: "Status") -> None:
@@ -98,23 +98,18 @@ class SuiteView:
     def say(self, text: str) -> None:
         self.lines.say(text)
 
-    def _left(self, row: Mapping[str, Any]) -> str:
-        seconds = _seconds_left(row)
-        return "" if seconds is None else f"  about {duration(seconds)} left"
-
     def _table(self) -> Table:
         elapsed = duration(time.monotonic() - self.began)
         table = Table("run", "state", "epoch", "step", "images/s", "left", title=f"{self.lines.mark}{elapsed}")
         for run, row in self.rows.items():
             epochs, steps = row.get("epochs"), row.get("total_steps")
-            seconds = _seconds_left(row)
             table.add_row(
                 run,
                 str(row["state"]),
                 f"{row['epoch']}/{epochs}" if epochs else "",
                 f"{row['step']}/{steps}" if steps else "",
                 f"{row['images_per_s']:,.0f}" if row.get("images_per_s") else "",
-                duration(seconds) if seconds is not None else "",
+                _left(row),
             )
         return table
 
@@ -123,11 +118,12 @@ def _waiting(source: str | None) -> str:
     return f"waits for {source}" if source else "waits for room"
 
 
-def _seconds_left(row: Mapping[str, Any]) -> float | None:
+def _left(row: Mapping[str, Any]) -> str:
+    """Until its training ends, where that can be told."""
     if row.get("state") != "train" or row["step"] in (row["since"][1], row["total_steps"]):
-        return None
+        return ""
     began, first = row["since"]
-    return (time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first)
+    return duration((time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first))
 
 
 def duration(seconds: float) -> str:

@@ -1,12 +1,8 @@
 """Records of figures: write one from a suite's results, and the README's tables from all of them."""
 
 import re
-import subprocess
-import sys
-import tempfile
-import time
-from datetime import date
-from itertools import product
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +12,8 @@ from imgcls import records, storage
 from imgcls.catalogue import suite_of
 from imgcls.errors import DataError
 from imgcls.rates import keep
-from imgcls.records import RunResult, SuiteResults
-from imgcls.results.measurement import Figures, Measurement, check_commit, measure, table_of
+from imgcls.records import SuiteResults
+from imgcls.results.measurement import Figures, Measurement, check_commit, measure
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
@@ -41,7 +37,8 @@ def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     rates = _calibrate.calibrate(recipes, storage.absolute(data))
     lines.say(f"rates of {rates[0].hardware}:")
     unit = {"overhead": "s a run", "session": "s a command"}
-    say_table(lines, [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}") for rate in rates])
+    rows = [(rate.what, rate.of, f"{rate.value:,.1f} {unit.get(rate.what, 'images/s')}", rate.source) for rate in rates]
+    say_table(lines, [("what", "of", "rate", "source"), *rows])
     lines.say(f"kept in {keep(rates)}")
     return DONE
 
@@ -67,7 +64,10 @@ def numerics(data: str = "data/packed", repeats: int = 3) -> int:
         data: Folder or URL of packed sets.
         repeats: Of each measurement.
     """
-    return _write(_compare_numerics(data, repeats))
+    with _in_checkout("bench numerics"):
+        from tests.proof.numerics import compare_numerics
+    check_commit({environment.commit() or "unknown"}, "bench numerics")
+    return _write(compare_numerics(data, repeats, Lines().say))
 
 
 def faults(kills: int = 3) -> int:
@@ -76,8 +76,8 @@ def faults(kills: int = 3) -> int:
     Args:
         kills: So many runs are killed.
     """
-    from tests.proof.bench_faults import measure_faults
-
+    with _in_checkout("bench faults"):
+        from tests.proof.bench_faults import measure_faults
     check_commit({environment.commit() or "unknown"}, "bench faults")
     measured = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
     _write(measured)
@@ -92,8 +92,8 @@ def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False
         to: Folder of records and runs.
         small: Few steps on synthetic images; so too where there is no GPU.
     """
-    from jobs._gpu import measure_gpu
-
+    with _in_checkout("bench gpu"):
+        from tests.proof.gpu import measure_gpu
     return measure_gpu(to, seconds, small=small, say=Lines().say)
 
 
@@ -105,49 +105,35 @@ def readme() -> int:
     return DONE
 
 
-def _write(found: Measurement | Figures) -> int:
-    path = MEASUREMENTS / found.file_name
+@contextmanager
+def _in_checkout(command: str) -> Iterator[None]:
+    """What is measured to prove something stands beside the tests, and is not installed. Raises DataError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("tests"):
+            raise
+        raise DataError(
+            f"{command} needs a checkout: what it runs stands in tests/proof\n"
+            "  do: the same command in the checkout's folder, or with PYTHONPATH naming it"
+        ) from None
+
+
+def _write(measured: Measurement | Figures) -> int:
+    path = MEASUREMENTS / measured.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(found.to_bytes())
+    path.write_bytes(measured.to_bytes())
     Lines().say(f"wrote {path}")
     return DONE
 
 
-def _compare_numerics(data: str, repeats: int) -> Measurement:
-    """One epoch of `resnet18` on 1,024 images at 1 and 2 workers, ddp and elastic one after the other, again and again."""
-    check_commit({environment.commit() or "unknown"}, "bench numerics")
-    began, runs = time.monotonic(), list[RunResult]()
-    few = ("length.epochs=1", f"train_fraction={1024 / 8500:.4f}", "global_batch_size=128")
-    with tempfile.TemporaryDirectory() as folder:
-        for num_workers, repeat, numerics in product((1, 2), range(repeats), ("ddp", "elastic")):
-            name = f"{num_workers}-{repeat}-{numerics}"
-            words = ["resnet18", "--data", data, "--storage", folder, "--id", name, "--num-workers", str(num_workers)]
-            words += [word for change in (*few, f"numerics={numerics}") for word in ("--set", change)]
-            # A command each: a process has one local Ray in its life.
-            done = subprocess.run([sys.executable, "-m", "jobs.train", *words], check=False, capture_output=True, text=True)
-            if done.returncode != 0 or "SYNTHETIC" in done.stdout:
-                raise DataError(f"jobs.train {name}: no figure to record\n{done.stdout}{done.stderr}")
-            run = records.read(RunResult, storage.join(folder, name, "resnet18-seed0", "result.json"))
-            Lines().say(f"{num_workers} workers, {numerics}: {run.images_per_s} images/s")
-            runs.append(run.model_copy(update={"examples": ()}))
-    return Measurement(
-        subject="numerics",
-        claim="images/s in training under elastic numerics (4 virtual ranks) beside ddp",
-        command=f"python -m jobs.bench numerics --repeats {repeats}",
-        date=date.today().isoformat(),
-        seconds=round(time.monotonic() - began, 1),
-        runs=tuple(runs),
-    )
-
-
 def with_tables(text: str) -> str:
     """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it."""
-    from tests.proof.records import TABLES
+    with _in_checkout("bench readme"):
+        from tests.proof.records import table_of
 
     def table(match: re.Match[str]) -> str:
-        subject, folder = match[1], ROOT / MEASUREMENTS
-        content = TABLES[subject](folder) if subject in TABLES else table_of(subject, folder)
-        return f"<!-- table {subject} -->\n{content}\n<!-- end -->"
+        return f"<!-- table {match[1]} -->\n{table_of(match[1], ROOT / MEASUREMENTS)}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

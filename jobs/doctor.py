@@ -1,13 +1,11 @@
 """What would go wrong on a cluster, before it costs anything: facts of every node, judged, with what to do."""
 
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,6 +24,8 @@ from jobs._terminal import Lines, stderr
 class Report(Record):
     """What `--json` prints."""
 
+    kind: Literal["imgcls-doctor"] = "imgcls-doctor"
+    """By which it is known in a job's log."""
     healthy: bool
     seconds: float
     checks: tuple[Check, ...]
@@ -52,92 +52,67 @@ def doctor(
         json: Print one JSON object.
         verbose: Ray's own lines too, and tracebacks.
     """
-    if address is not None and address.startswith("http"):
-        report = report_of_job(address)
-    else:
-        questions = Questions(
-            data=data and place(data, "--data"),
-            storage=storage and place(storage, "--storage"),
-            num_workers=num_workers,
-            gpus_per_worker=gpus_per_worker,
-        )
-        report = report_of(questions, address=address, verbose=verbose)
+    began = time.monotonic()
+    sizes = {"num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
+    try:
+        if address is not None and address.startswith("http"):
+            checks = checks_by_job(address, Questions(data=data, storage=storage, **sizes), verbose=verbose)
+        else:
+            places = {"data": data and place(data, "--data"), "storage": storage and place(storage, "--storage")}
+            checks = checks_from_here(address, Questions(**places, **sizes), verbose=verbose)
+    except ClusterError as error:
+        checks = [Check.refused("cluster", "client", error)]
+    seconds = round(time.monotonic() - began, 1)
+    report = Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
+    # The log of a job has lines of others too: there the report is one line.
+    indent = None if session.in_job() else 1
     lines = Lines()
-    for line in [report.model_dump_json(indent=1)] if json else told(report):
+    for line in [report.model_dump_json(indent=indent)] if json else table(report):
         lines.say(line)
     return DONE if report.healthy else MISSING_OR_BROKEN
 
 
-def report_of(questions: Questions, *, address: str | None, verbose: bool) -> Report:
-    """Of the cluster at this address, or that `RAY_ADDRESS` names, or of local Ray; that none answers is a fault too."""
-    began = time.monotonic()
+def checks_from_here(address: str | None, questions: Questions, *, verbose: bool) -> list[Check]:
+    """Of the cluster at this address, or that `RAY_ADDRESS` names, or of local Ray. Raises ClusterError."""
     try:
         with session.naming(address), session.session(verbose=verbose):
-            checks = examine(questions)
-    except ClusterError as error:
-        if (report := _report_of_open_cluster()) is not None:
-            return report
-        checks = [Check.refused("cluster", "client", error)]
+            return examine(questions)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
-        checks = [mismatch(str(error))]
-    seconds = round(time.monotonic() - began, 1)
-    return Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
+        return [mismatch(str(error))]
 
 
-def _report_of_open_cluster() -> Report | None:
-    """Where nobody has given a token, perhaps since the cluster wants none: Ray's mode is fixed in this process by now."""
-    env = session.open_environment()
-    if env is None:
-        return None
-    words = [sys.executable, "-m", "jobs.doctor", *sys.argv[1:], "--json"]
-    done = subprocess.run(words, env=env, capture_output=True, check=False)
-    report = _parsed(done.stdout.decode())
-    return report if report and any(check.name == "auth" for check in report.checks) else None
-
-
-def report_of_job(address: str) -> Report:
+def checks_by_job(address: str, questions: Questions, *, verbose: bool) -> list[Check]:
     """Of a cluster that is reached by its dashboard alone: this command as a job of it, and how it was reached."""
-    began, said = time.monotonic(), list[str]()
-    words = [word for word in _without_address(sys.argv[1:]) if word != "--json"]
-    try:
-        with connected(address) as jobs:
-            job = prepare(["doctor", *words, "--json"])
-            jobs.submit(job)
-            ended = jobs.follow(job.id, said.append, stderr)
-            checks = [_same_ray(jobs.ray_version())]
-    except ClusterError as error:
-        return Report(
-            healthy=False, seconds=round(time.monotonic() - began, 1), checks=(Check.refused("cluster", "client", error),)
-        )
-    report = _parsed("".join(said))
+    options = questions.model_dump(exclude_defaults=True).items()
+    words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
+    log: list[str] = []
+    with connected(address) as jobs:
+        job = prepare(["doctor", *words, *["--verbose"] * verbose, "--json"])
+        jobs.submit(job)
+        ended = jobs.follow(job.id, log.append, stderr)
+        client = _same_ray(jobs.ray_version())
+    report = report_in("".join(log))
     if report is None:
-        refused = ClusterError(f"the job ended without a report: {ended.told}\n  do: its log: {''.join(said)[-1000:]}")
-        checks.append(Check.refused("cluster", "head", refused))
-    else:
-        checks += report.checks
-    seconds = round(time.monotonic() - began, 1)
-    return Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
+        refused = ClusterError(f"the job ended without a report: {ended.told}\n  do: its log: {''.join(log)[-1000:]}")
+        return [client, Check.refused("cluster", "head", refused)]
+    return [client, *report.checks]
+
+
+def report_in(log: str) -> Report | None:
+    """The report that a job printed, in its log."""
+    for line in log.splitlines():
+        if line.startswith('{"kind":"imgcls-doctor"'):
+            with suppress(DataError):  # cut off
+                return Report.from_bytes(line.encode(), where="the job's report")
+    return None
 
 
 def _same_ray(theirs: str) -> Check:
     ours = version("ray")
     remedy = "" if ours == theirs else f"install ray=={theirs} here"
     return Check(name="versions", where="client", ok=not remedy, found=f"Ray {ours} here, {theirs} there", remedy=remedy)
-
-
-def _without_address(words: list[str]) -> list[str]:
-    at = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--address")
-    return words[:at] + words[at + (1 if "=" in words[at] else 2) :]
-
-
-def _parsed(text: str) -> Report | None:
-    """The report among what a command said."""
-    begin, end = text.find("{\n"), text.rfind("\n}")
-    with suppress(DataError):
-        return Report.from_bytes(text[begin : end + 2].encode(), where="report") if begin >= 0 else None
-    return None
 
 
 def mismatch(message: str) -> Check:
@@ -147,7 +122,7 @@ def mismatch(message: str) -> Check:
     return Check(name="versions", where="client", ok=False, found=f"the cluster has {theirs}, here is {ours}", remedy=remedy)
 
 
-def told(report: Report) -> Iterator[str]:
+def table(report: Report) -> Iterator[str]:
     """The table, a line a check; those that say the same share one. Under each fault what to do."""
     rows: dict[Check, list[str]] = {}
     for check in report.checks:

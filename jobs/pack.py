@@ -56,24 +56,24 @@ def pack(
 
 def _verify(url: str) -> int:
     storage.check_places(reads=[url])
-    sets = [url] if storage.exists(shards.manifest_url(url)) else [storage.join(url, name) for name in storage.folders(url)]
-    sets = [one for one in sets if storage.exists(shards.manifest_url(one))]
+    is_set = storage.exists(shards.manifest_url(url))
+    folders = [url] if is_set else [storage.join(url, name) for name in storage.folders(url)]
+    sets = [folder for folder in folders if storage.exists(shards.manifest_url(folder))]
     if not sets:
         raise DataError(f"{url} holds no packed set")
-    failed, lines = 0, Lines()
-    for one in sets:
+    code, lines = DONE, Lines()
+    for set_url in sets:
         try:
-            with bar(lines, f"checking {one}") as progress:
-                manifest = shards.verify(one, progress=progress)
-            mark = "SYNTHETIC " if manifest.synthetic else ""
-            count = sum(shard.num_samples for shard in manifest.shards)
-            lines.say(
-                f"{mark}{one}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {manifest.digest[:12]}"
-            )
+            with bar(lines, f"checking {set_url}") as progress:
+                manifest = shards.verify(set_url, progress=progress)
         except DataError as error:
-            failed += 1
+            code = MISSING_OR_BROKEN
             stderr(f"error: {error}")
-    return MISSING_OR_BROKEN if failed else DONE
+            continue
+        count, digest = sum(shard.num_samples for shard in manifest.shards), manifest.digest[:12]
+        whole = f"{set_url}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {digest}"
+        Lines(synthetic=manifest.synthetic).say(whole)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Classes of single images by a checkpoint; a file that is no image is named and the rest goes on."""
 
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -11,6 +12,9 @@ from imgcls.data.archives import printable
 from imgcls.errors import RecipeError
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._terminal import Lines, stderr
+
+if TYPE_CHECKING:
+    from imgcls.training.predict import Predictor
 
 TOP = 5
 
@@ -36,37 +40,35 @@ def predict(
         raise RecipeError("name an IMAGE, or several")
     storage.check_places(reads=[storage.absolute(checkpoint)])
     found = find_model(storage.absolute(checkpoint))
-    predictor = Predictor(found.model)
-    answers: list[dict[str, object]] = []
-    for image in images:
-        try:
-            top = predictor.top(image.read_bytes(), TOP)
-            answers.append({"image": printable(image), "top": [{"class": name, "probability": p} for name, p in top]})
-        except Exception as error:  # Pillow raises many kinds on what is no image
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            answers.append({"image": printable(image), "error": printable(reason)})
-    synthetic = found.model.synthetic
-    if json:
-        print(
-            json_module.dumps(
-                {"checkpoint": found.url, "synthetic": synthetic, "predictions": answers}, indent=1, ensure_ascii=False
-            )
-        )
-    else:
-        _print(answers, Lines(synthetic=synthetic))
+    predictor, lines = Predictor(found.model), Lines(synthetic=found.model.synthetic)
+    answers = [_answer(predictor, image) for image in images]
     failed = [answer for answer in answers if "error" in answer]
+    if json:
+        content = {"checkpoint": found.url, "synthetic": found.model.synthetic, "predictions": answers}
+        print(json_module.dumps(content, indent=1, ensure_ascii=False))
+    else:
+        for answer in answers:
+            _say_top(lines, answer)
     for answer in failed:
         stderr(f"error: {answer['image']} cannot be used: {answer['error']}")
     return SOME_FAILED if failed else DONE
 
 
-def _print(answers: list[dict[str, object]], lines: Lines) -> None:
-    for answer in answers:
-        top = answer.get("top")
-        if isinstance(top, list):
-            lines.say(f"{answer['image']}")
-            for one in top:
-                lines.say(f"  {one['probability']:7.2%}  {one['class']}")
+def _say_top(lines: Lines, answer: Mapping[str, Any]) -> None:
+    if "top" in answer:
+        lines.say(answer["image"])
+    for line in answer.get("top", ()):
+        lines.say(f"  {line['probability']:7.2%}  {line['class']}")
+
+
+def _answer(predictor: "Predictor", image: Path) -> dict[str, Any]:
+    """Its most probable classes, or why it cannot be used."""
+    try:
+        top = predictor.top(image.read_bytes(), TOP)
+    except Exception as error:  # Pillow raises many kinds on what is no image
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return {"image": printable(image), "error": printable(reason)}
+    return {"image": printable(image), "top": [{"class": name, "probability": p} for name, p in top]}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,13 +43,12 @@ def run(
         dry_run: Print what would be asked of the cluster; nothing is sent.
     """
     from cluster.staging import prepare
-    from cluster.submission import connected
 
     job, lines = prepare(words, id=job_id, env=env, driver_resource=driver_resource), Lines()
     if dry_run:
         lines.say(json.dumps(job.request(python or "python") | {"files": len(job.files), "bytes": job.num_bytes}, indent=1))
         return DONE
-    with connected(address) as jobs:
+    with _connected(address) as jobs:
         jobs.submit(job, python=python)
         lines.say(f"{job.id}: submitted, {job.num_bytes:,} bytes")
         _say_next(lines, address, job)
@@ -62,9 +62,7 @@ def follow(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    from cluster.submission import connected
-
-    with connected(address) as jobs:
+    with _connected(address) as jobs:
         return _follow(jobs, job_id, address)
 
 
@@ -75,9 +73,7 @@ def status(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    from cluster.submission import connected
-
-    with connected(address) as jobs:
+    with _connected(address) as jobs:
         info = jobs.known(job_id)
     Lines().say(f"{job_id}: {str(info.status).lower()}; {info.message}")
     return DONE
@@ -90,17 +86,21 @@ def stop(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    from cluster.submission import connected
-
-    with connected(address) as jobs:
+    with _connected(address) as jobs:
         jobs.stop(job_id)
     Lines().say(f"{job_id}: asked to stop; the same command goes on where it stopped")
     return DONE
 
 
+def _connected(address: str) -> AbstractContextManager["Jobs"]:
+    from cluster.submission import connected
+
+    return connected(address)
+
+
 def _follow(jobs: "Jobs", job_id: str, address: str) -> int:
     try:
-        ended = jobs.follow(job_id, _write, stderr)
+        ended = jobs.follow(job_id, partial(print, end="", flush=True), stderr)
     except KeyboardInterrupt:
         stderr(f"\ndetached: {job_id} goes on")
         stderr(_ways_back(job_id, address))
@@ -122,11 +122,6 @@ def _say_next(lines: Lines, address: str, job: "Job") -> None:
     if storage is not None and job.words[0] in ("suite", "train"):
         suite = value_of("--id", job.words) or value_of("--catalogue", job.words) or "quick"
         lines.say(f"  its page:  python -m jobs.report {suite} --storage {storage}")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

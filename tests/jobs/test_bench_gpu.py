@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from imgcls.errors import DataError
-from imgcls.results.measurement import newest
 from infra.processes import alive, descendants, title_of, until
 from jobs._door import DONE, SOME_FAILED
-from jobs._gpu import SMALL, STEPS, Bench, NotDoneError, Step, StepRecord, carry_out
 from tests.conftest import ROOT
+from tests.proof.gpu import SMALL, STEPS, Bench, NotDoneError, Step, StepRecord, carry_out
+from tests.proof.records import newest
 
 HARDWARE = {"cpu": "x", "cpus": "2", "vectors": "AVX2"}
 FOR_EVER = ("http.server", "0", "--bind", "127.0.0.1")

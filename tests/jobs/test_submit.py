@@ -1,12 +1,15 @@
 """`submit` as far as it goes without a cluster: the request that would be sent, and what is refused."""
 
 import json
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from jobs._door import WRONG_COMMAND
+from jobs._door import MISSING_OR_BROKEN, WRONG_COMMAND
 from tests.conftest import Command
 
 ADDRESS = ("--address", "http://head:8265")
@@ -46,3 +49,35 @@ def test_a_wrong_submission_is_refused_before_anything_is_sent(
 def test_a_traceback_is_shown_where_it_is_asked_for(enter_command: Command, flags: tuple[str, ...]):
     done = enter_command("submit", "run", *ADDRESS, *flags)
     assert ("Traceback" in done.stderr) == bool(flags)
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A server that answers every request with this text."""
+
+    def __init__(self, text: str, *connection: Any) -> None:
+        self.text = text
+        super().__init__(*connection)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("text", ["<html>", '{"status": "another program"}'])
+def test_another_program_at_the_address_is_called_no_dashboard(enter_command: Command, text: str):
+    with HTTPServer(("127.0.0.1", 0), partial(Answering, text)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = enter_command("submit", "status", "a-job", "--address", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == MISSING_OR_BROKEN
+    assert "is no Ray dashboard" in done.stderr
+
+
+def test_an_address_where_nobody_answers_is_named(enter_command: Command):
+    done = enter_command("submit", "status", "a-job", "--address", "http://127.0.0.1:1")
+    assert done.returncode == MISSING_OR_BROKEN
+    assert "no Ray dashboard answers at http://127.0.0.1:1" in done.stderr

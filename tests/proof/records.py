@@ -1,12 +1,16 @@
-"""What `make proof` and `bench faults` leave on record, and the README's tables of it."""
+"""What `make proof` and `bench faults` leave on record, and the README's tables of all records."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from imgcls.records import Record
-from imgcls.results.measurement import Figures, newest, rows_of, source
+from imgcls.catalogue.published import PUBLISHED
+from imgcls.records import Record, RunResult
+from imgcls.results.compare import HEADER, MEASURED, table_row
+from imgcls.results.measurement import Figures, Measurement
 
 
 class Proved(Record):
@@ -55,6 +59,57 @@ class FaultRecord(Figures):
     runs: tuple[FaultyRun, ...]
 
 
+R = TypeVar("R", bound=Record)
+
+
+def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:
+    paths = sorted(folder.glob(f"{subject}_*.json"), key=lambda path: path.stem.rpartition("_")[2])
+    return (paths[-1], kind.from_bytes(paths[-1].read_bytes(), where=str(paths[-1]))) if paths else None
+
+
+def table_of(subject: str, folder: Path) -> str:
+    """Markdown of the newest record of a subject: one of `TABLES`, else a suite."""
+    return TABLES[subject](folder) if subject in TABLES else suite_table(subject, folder)
+
+
+def suite_table(subject: str, folder: Path) -> str:
+    """A row a run; a recipe without one is unmeasured."""
+    found = newest(Measurement, folder, subject)
+    rows = []
+    for recipe, published in PUBLISHED.items():
+        measured = [table_row(run) for run in found[1].runs if run.recipe.name == recipe] if found else []
+        rows += measured or [(recipe, "unmeasured", *[""] * len(MEASURED), f"{published.accuracy:.4f}")]
+    text = rows_of(HEADER, rows)
+    if found is None:
+        return text
+    path, record = found
+    seeds = len({run.seed for run in record.runs})
+    num_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
+    about = f"{record.seconds / 60:.1f} min without packing; n = {num_seeds}"
+    return f"{text}\n\n{source(path, record.command, about, record.runs[0])}"
+
+
+def numerics_table(folder: Path) -> str:
+    """Images/s of elastic numerics beside those of ddp, by the number of workers."""
+    found = newest(Measurement, folder, "numerics")
+    header = ("workers", "ddp, images/s", "elastic, images/s", "elastic / ddp", "n each")
+    if found is None:
+        return rows_of(header, [("1", "unmeasured", "unmeasured", "", "")])
+    path, record = found
+    rates: dict[tuple[int, str], list[float]] = {}
+    for run in record.runs:
+        assert run.placement is not None
+        rates.setdefault((run.placement.num_workers, run.recipe.numerics), []).append(run.images_per_s or 0.0)
+    rows = []
+    for workers in sorted({workers for workers, _ in rates}):
+        ddp, elastic = rates[workers, "ddp"], rates[workers, "elastic"]
+        ratio = statistics.median(e / d for e, d in zip(elastic, ddp, strict=True))
+        medians = (f"{statistics.median(values):.0f}" for values in (ddp, elastic))
+        rows.append((str(workers), *medians, f"{ratio:.2f}", str(len(ddp))))
+    about = f"recipe {record.runs[0].recipe.name}; medians"
+    return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record.runs[0])}"
+
+
 def proof_table(folder: Path) -> str:
     found = newest(Proof, folder, "proof")
     header = ("tried", "as it has to be")
@@ -89,4 +144,17 @@ def faults_table(folder: Path) -> str:
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record)}"
 
 
-TABLES = {"proof": proof_table, "faults": faults_table}
+TABLES = {"numerics": numerics_table, "proof": proof_table, "faults": faults_table}
+
+
+def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+def source(path: Path, command: str, about: str, at: RunResult | Figures) -> str:
+    """The line under a table. at: what has its commit and its hardware."""
+    hardware, day = ", ".join(f"{name} {value}" for name, value in at.hardware.items()), path.stem.rpartition("_")[2]
+    return (
+        f"`{command}`: {about}; {hardware}; torch {at.versions['torch']}; commit {at.commit}; {day}. "
+        f"Record: [{path.name}](docs/measurements/{path.name})."
+    )

@@ -19,10 +19,11 @@ from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, answers, most_confused, table_row
-from imgcls.results.measurement import Measurement, measure, table_of
+from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render
 from imgcls.results.statistics import _student, accuracy_interval, difference_interval
 from tests.conftest import ROOT
+from tests.proof.records import table_of
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 HISTORY = b"""epoch,step,lr,samples,ledger,train/loss,train/accuracy,val/samples,val/loss,val/accuracy

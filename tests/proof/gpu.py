@@ -31,11 +31,13 @@ from imgcls.catalogue.published import PUBLISHED
 from imgcls.data.shards import manifest_url
 from imgcls.errors import ClusterError, DataError, ImgclsError
 from imgcls.records import RunResult
-from imgcls.results.measurement import Figures, measure, newest, where_of
+from imgcls.results.measurement import Figures, measure, where_of
 from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED
+from tests.proof.records import newest
 
+ROOT = Path(__file__).parents[2]
 END_S = 15.0
 """A command whose time is over gets SIGTERM, and after so long SIGKILL."""
 PR_SET_PDEATHSIG = 1
@@ -114,8 +116,9 @@ class Bench:
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         """`python -m WORDS`, its output in the step's log; it gets SIGTERM when this process dies."""
-        # The folder's own place is no part of a record.
-        self.commands.append(shlex.join(["python", "-m", *words]).replace(f"{self.folder}/", ""))
+        # Where the folder and the checkout lie is no part of a record.
+        command = shlex.join(["python", "-m", *words])
+        self.commands.append(command.replace(f"{self.folder}/", "").replace(f"{ROOT}/", ""))
         libc = ctypes.CDLL(None)
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -158,9 +161,9 @@ class Bench:
         return [f"jobs.{job}", *words, *places, *card, *fields]
 
     def device(self, *words: str) -> None:
-        """Finds what `jobs._device` printed, to its end or not."""
+        """Finds what `tests.proof.device` printed, to its end or not."""
         try:
-            self.run("jobs._device", *words)
+            self.run("tests.proof.device", *words)
         finally:
             for line in self.log.read_text(encoding="utf-8").splitlines():
                 self.found |= json.loads(line) if line.startswith("{") else {}
@@ -257,7 +260,7 @@ def _pytest(bench: Bench) -> None:
         raise NotDoneError("skipped", "no CUDA device")
     if importlib.util.find_spec("pytest") is None:
         raise NotDoneError("skipped", "pytest is not installed; `device` and `killed-*` try the same by commands")
-    bench.run("pytest", "-m", "gpu", "tests")
+    bench.run("pytest", "-m", "gpu", str(ROOT / "tests"))
 
 
 def _killed(bench: Bench, *, num_workers: int, gpus: float) -> None:
