@@ -1,4 +1,4 @@
-"""Figures as records that stay: what was found, by which command, on what. The README's tables read them."""
+"""Figures as records that stay: what was found, by which command, on what. The tables of README and guides read them."""
 
 import statistics
 from collections.abc import Callable, Sequence
