@@ -21,7 +21,7 @@ from imgcls.records import SuiteResults
 from imgcls.results.measurement import Measurement, newest
 from tests.conftest import ROOT, Command
 
-PAPERS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(ROOT.glob("docs/*.md"))]
+PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 RUNS, SUBMISSION = "tests/system/test_runs.py", "tests/system/test_submission.py"

@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("infra/*.md")]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -42,6 +43,31 @@ def test_each_guide_is_found_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for guide in ROOT.glob("docs/*.md"):
         assert f"](docs/{guide.name})" in readme
+
+
+def messages_of(file: Path) -> Iterator[str]:
+    """The strings in a module, each as a whole, whatever stands for the values in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    rows = re.findall(r"^\|([^|]*)\|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    files = [file for room in ("imgcls", "cluster", "jobs") for file in (ROOT / room).rglob("*.py")]
+    messages = [message for file in files for message in messages_of(file)]
+    for quoted in re.findall(r"`([^`]+)`", "".join(rows)):
+        assert any(quoted in message for message in messages), f"no message has: {quoted}"
+
+
+def test_the_variables_that_we_read_are_in_their_guide():
+    guide = (ROOT / "docs/environment.md").read_text()
+    kernels = importlib.import_module("imgcls.training.environment").KERNEL_CHOICES
+    sources = "".join(file.read_text() for room in ("imgcls", "cluster", "jobs") for file in (ROOT / room).rglob("*.py"))
+    for name in {*kernels, *re.findall(r"IMGCLS_[A-Z_]+", sources)}:
+        assert f"`{name}`" in guide, name
 
 
 def test_the_guides_price_table_is_one(tmp_path: Path):
