@@ -18,8 +18,9 @@ import tyro
 
 from imgcls import records
 from imgcls.records import SuiteResults
-from imgcls.results.measurement import Measurement, newest
-from tests.conftest import ROOT, Command
+from imgcls.results.measurement import Measurement, newest, where_of
+from imgcls.training import environment
+from tests.conftest import ROOT, Command, image_folder
 
 PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
@@ -43,14 +44,14 @@ RUN_BY = {
     "jobs.bench record": f"{SELF}::test_a_record_is_written_from_a_suites_results",
     "jobs.bench readme": f"{SELF}::test_the_tables_of_the_papers_are_written",
     "jobs.bench calibrate": f"{SELF}::test_this_machine_is_calibrated",
+    "jobs.bench numerics": f"{SELF}::test_elastic_numerics_are_measured_beside_ddp",
+    "jobs.bench gpu": f"{SELF}::test_what_is_wanted_of_a_gpu_is_tried_without_one",
     "infra.s3": "tests/imgcls/test_s3.py::test_a_server_for_trying_out_keeps_what_it_was_given",
     "make test-all": ".ci/run",
 }
 """The file, or the test in it, that runs a command."""
 ONLY_PARSED = {
-    "jobs.bench numerics": "trains on real images for minutes, and wants a commit without changes",
     "jobs.bench faults": "takes an hour, and wants a commit without changes; a part of `make proof`",
-    "jobs.bench gpu": "takes minutes; tests/jobs/test_bench_gpu.py runs its steps without the command line",
     "make run": "its recipe is `jobs.suite --pack`, which .ci/run runs",
     "make test": "its recipe is a part of that of `make test-all`",
     "make check": "a prerequisite of `make test-all`",
@@ -193,9 +194,33 @@ def test_a_record_is_written_from_a_suites_results(enter_command: Command, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_this_machine_is_calibrated(run_command: Command, packed: Path, tmp_path: Path):
     shutil.copytree(packed, tmp_path / "data" / "packed")
-    done = run_command("bench", "calibrate", env={"IMGCLS_CACHE": str(tmp_path / "cache")})
+    done = run_command("bench", "calibrate", env={"IMGCLS_CACHE": str(tmp_path / "cache")}, timeout_s=900)
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stdout
     assert (tmp_path / "cache" / "rates.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_elastic_numerics_are_measured_beside_ddp(run_command: Command, tmp_path: Path):
+    images = image_folder(tmp_path / "images", count=1200)  # a record is not of synthetic ones
+    assert run_command("pack", "imagenette", "--source", images).returncode == 0
+    env = {"IMGCLS_COMMIT": "0123456789ab", "RAY_ADDRESS": ""}
+    done = run_command("bench", "numerics", "--repeats", "1", env=env, timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = newest(Measurement, tmp_path / "docs/measurements", "numerics")
+    assert found is not None
+    assert [run.recipe.numerics for run in found[1].runs] == ["ddp", "elastic"] * 2
+
+
+@pytest.mark.slow
+def test_what_is_wanted_of_a_gpu_is_tried_without_one(run_command: Command, packed: Path, tmp_path: Path):
+    small = tmp_path / "gpu" / f"{where_of(environment.hardware())}-small"
+    shutil.copytree(packed, small / "packed")
+    done = run_command("bench", "gpu", "--small", "--seconds", "20", "--to", "gpu", env={"RAY_ADDRESS": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same command goes on with them" in done.stdout
+    assert list(small.glob("gpu-device_*.json"))
