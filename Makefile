@@ -50,7 +50,7 @@ lock:
 	uv pip compile --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 	  --python-version 3.11 --extra dev --exclude-newer "$$(date -d '14 days ago' +%F)" pyproject.toml -o requirements.txt
 
-# The README's tables, from the records in docs/measurements/.
+# The tables of README and guides, from the records in docs/measurements/.
 readme: setup
 	$(BIN)/python -m jobs.bench readme
 

@@ -61,7 +61,7 @@ def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         table = PriceTable.from_bytes(json.dumps(value, default=str).encode(), where=str(path))
     except (OSError, ValueError, yaml.YAMLError, DataError) as error:
-        raise RecipeError(f"--prices: {error}\n  do: its form is in the README, under Plan and cost") from None
+        raise RecipeError(f"--prices: {error}\n  do: docs/plan-and-cost.md has its form") from None
     missing = sorted(set(node_types) - table.node_types.keys())
     if missing or not table.node_types.keys() - {HEAD}:
         raise RecipeError(

@@ -1,5 +1,6 @@
-"""Records of figures: write one from a suite's results, and the README's tables from all of them."""
+"""Records of figures: write one from a suite's results, and the papers' tables from all of them."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,10 +99,12 @@ def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False
 
 
 def readme() -> int:
-    """Write the README's tables from the newest records."""
-    file = Path("README.md")
-    file.write_text(with_tables(file.read_text()))
-    Lines().say(f"wrote {file}")
+    """Write the tables of README and guides from the newest records."""
+    for paper in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        text = paper.read_text()
+        if (written := with_tables(text, folder=paper.parent)) != text:
+            paper.write_text(written)
+            Lines().say(f"wrote {paper}")
     return DONE
 
 
@@ -127,13 +130,18 @@ def _write(measured: Measurement | Figures) -> int:
     return DONE
 
 
-def with_tables(text: str) -> str:
-    """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it."""
+def with_tables(text: str, *, folder: Path) -> str:
+    """The text with each table between `<!-- table SUBJECT -->` and `<!-- end -->` as the newest record has it.
+
+    folder: of the paper that holds the text, from the root of the repository; links to records lead from there.
+    """
     with _in_checkout("bench readme"):
         from tests.proof.records import table_of
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{table_of(match[1], ROOT / MEASUREMENTS)}\n<!-- end -->"
+        content = table_of(match[1], ROOT / MEASUREMENTS)
+        content = content.replace(f"]({MEASUREMENTS}/", f"]({os.path.relpath(MEASUREMENTS, folder)}/")
+        return f"<!-- table {match[1]} -->\n{content}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

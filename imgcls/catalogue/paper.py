@@ -1,4 +1,4 @@
-"""The published settings, their faults corrected (README, "Faults of the published scripts").
+"""The published settings, their faults corrected (docs/published.md).
 
 Expected: see `docs/measurements/`; what is not there is unmeasured.
 """

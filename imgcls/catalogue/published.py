@@ -1,4 +1,4 @@
-"""The published figures that we stand beside, as their scripts report them; see the README for their faults."""
+"""The published figures that we stand beside, as their scripts report them; see docs/published.md for their faults."""
 
 from dataclasses import dataclass
 

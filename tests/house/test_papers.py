@@ -1,4 +1,4 @@
-"""The papers say what is so: links lead somewhere, commands exist, tables are those of the records."""
+"""The papers say what is so: links lead somewhere, and the house is as small as they say. Commands: test_commands.py."""
 
 import ast
 import importlib
@@ -7,21 +7,74 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("infra/*.md")]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 
+def anchors_of(paper: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", paper.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files(paper: Path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", paper.read_text()):
+def test_links_lead_to_files_and_headings(paper: Path):
+    for target in re.findall(r"\]\(([^)]+)\)", paper.read_text()):
         if "://" not in target:
-            assert (paper.parent / target).exists(), f"{paper.name} links to {target}"
+            name, _, anchor = target.partition("#")
+            file = paper.parent / name if name else paper
+            assert file.exists(), f"{paper.name} links to {target}"
+            assert not anchor or anchor in anchors_of(file), f"{paper.name} links to {target}"
+
+
+def test_the_readme_is_a_screen_and_a_half():
+    assert len((ROOT / "README.md").read_bytes()) <= 9000
+
+
+def test_each_guide_is_found_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for guide in ROOT.glob("docs/*.md"):
+        assert f"](docs/{guide.name})" in readme
+
+
+def messages_of(file: Path) -> Iterator[str]:
+    """The strings in a module, each as a whole, whatever stands for the values in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    rows = re.findall(r"^\|([^|]*)\|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    files = [file for room in ("imgcls", "cluster", "jobs") for file in (ROOT / room).rglob("*.py")]
+    messages = [message for file in files for message in messages_of(file)]
+    for quoted in re.findall(r"`([^`]+)`", "".join(rows)):
+        assert any(quoted in message for message in messages), f"no message has: {quoted}"
+
+
+def test_the_variables_that_we_read_are_in_their_guide():
+    guide = (ROOT / "docs/environment.md").read_text()
+    kernels = importlib.import_module("imgcls.training.environment").KERNEL_CHOICES
+    sources = "".join(file.read_text() for room in ("imgcls", "cluster", "jobs") for file in (ROOT / room).rglob("*.py"))
+    for name in {*kernels, *re.findall(r"IMGCLS_[A-Z_]+", sources)}:
+        assert f"`{name}`" in guide, name
+
+
+def test_the_guides_price_table_is_one(tmp_path: Path):
+    prices = importlib.import_module("cluster.prices")
+    (table,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/plan-and-cost.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "prices.yaml").write_text(table)
+    assert prices.read_prices(tmp_path / "prices.yaml").node_types["g5_spot"].gpus == 1
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -45,12 +98,6 @@ def test_help_asks_for_nothing_heavy():
         "import sys; import jobs.train, jobs.suite; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'lightning')))"
     )
     assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=False).returncode == 0
-
-
-def test_the_readmes_tables_are_those_of_the_records():
-    bench = importlib.import_module("jobs.bench")
-    readme = (ROOT / "README.md").read_text()
-    assert bench.with_tables(readme) == readme, "run `make readme`"
 
 
 def lines_of_code(file: Path) -> int:
