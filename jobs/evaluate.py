@@ -22,7 +22,7 @@ def evaluate(
     """Evaluate a checkpoint: each sample of the split is counted once.
 
     Args:
-        checkpoint: A run's folder, a checkpoint or a model.pt; a path or a URL.
+        checkpoint: A run's folder, a checkpoint or a model file; a path or a URL.
         data: Folder or URL of packed sets.
         split: train and val are cut as the checkpoint's recipe says.
         num_workers: Two or more share the split under Ray.

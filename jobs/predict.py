@@ -28,7 +28,7 @@ def predict(
     """Predict the classes of images: the five most probable of each.
 
     Args:
-        checkpoint: A run's folder, a checkpoint or a model.pt; a path or a URL.
+        checkpoint: A run's folder, a checkpoint or a model file; a path or a URL.
         images: Image files.
         json: Print one JSON object.
         verbose: Tracebacks too.

@@ -90,8 +90,8 @@ class RunFiles:
     def write(self, history: History) -> None:
         if not self.writes:
             return
-        storage.write_bytes(self.run.history_url, history.csv())
-        storage.write_bytes(self.run.timing_url, history.timing_csv(), durable=False)
+        storage.write_bytes(self.run.history_url, history.as_csv())
+        storage.write_bytes(self.run.timing_url, history.timing_as_csv(), durable=False)
         self._write_events(history)
 
     def _write_events(self, history: History) -> None:

@@ -242,7 +242,7 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         weights_sha256=last_sha256,
         best_weights_sha256=model.weights_sha256,
         model_sha256=model_sha256,
-        history_sha256=storage.sha256(history.csv()),
+        history_sha256=storage.sha256(history.as_csv()),
         num_parameters=sum(p.numel() for p in module.network.parameters()),
         lineage=tuple(seen.entry for seen in lineage),
         placement=world.placement,

@@ -64,10 +64,10 @@ class History:
         self.rows, self.timing = list(state["history"]), list(state["timing"])
         self.best = Scores.model_validate_json(state["best"]) if state["best"] else None
 
-    def csv(self) -> bytes:
+    def as_csv(self) -> bytes:
         return _csv(HISTORY, self.rows)
 
-    def timing_csv(self) -> bytes:
+    def timing_as_csv(self) -> bytes:
         return _csv(TIMING, self.timing)
 
 

@@ -13,10 +13,11 @@ from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.compare import answers, groups, interval_of, most_confused, published_beside
 from imgcls.results.page import figures
+from imgcls.runs import SuiteFolder
 
 
 def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
-    """histories: each run's history.csv, by run."""
+    """histories: each run's history as CSV, by run."""
     here = files("imgcls.results.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -50,7 +51,7 @@ def _rows(data: bytes) -> list[dict[str, float]]:
 def _command(results: SuiteResults, run: RunResult) -> str:
     """The command that repeats this run under the id `again`, at its commit, on the same packed data; its source's first."""
     base = next((recipe for recipe in CATALOGUES[run.catalogue] if recipe.name == run.recipe.name), None)
-    recipe = [run.recipe.name] if base else ["--recipe", f"{results.url}/{run.name}/config.json"]
+    recipe = [run.recipe.name] if base else ["--recipe", SuiteFolder(results.url).run(run.name).config_url]
     words = ["python", "-m", "jobs.train", *recipe, "--catalogue", run.catalogue, "--id", "again", "--data", results.data]
     words += ["--seed", str(run.seed)] if run.seed else []
     for path, value in changes_between(base, run.recipe).items() if base else ():
