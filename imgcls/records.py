@@ -1,7 +1,7 @@
 """What is written as JSON and read back at the door: manifest, run configuration, run result, suite.
 
 Strict and closed: a field that is missing, unknown or of another type is an error that names it. Written by
-`data.shards`, `training.fit` and `cluster.suite`; read by whoever needs a fact that another process found.
+`data.shards`, `training.fit` and `cluster.carry.suite`; read by whoever needs a fact that another process found.
 """
 
 from dataclasses import dataclass

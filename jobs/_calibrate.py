@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from cluster import placement as placements
-from cluster.run import silence_libraries
+from cluster.carry.run import silence_libraries
 from imgcls import rates, storage
 from imgcls.cpus import usable_cpus
 from imgcls.data.shards import manifest_url, read_manifest

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from cluster import placement as placements
 from cluster import session
-from cluster.experience import forecast_of
-from cluster.forecast import Forecast
-from cluster.plan import Plan, Request
-from cluster.prices import HEAD, Cost, PriceTable, costs, read_prices
-from cluster.suite import choose, state_of
+from cluster.carry.plan import Plan, Request
+from cluster.carry.suite import choose, state_of
+from cluster.foretell.experience import forecast_of
+from cluster.foretell.forecast import Forecast
+from cluster.foretell.prices import HEAD, Cost, PriceTable, costs, read_prices
 from imgcls import rates, storage
 from imgcls.data.cache import missing_shards
 from jobs._door import DONE

@@ -12,7 +12,7 @@ import tyro
 from pydantic import Field
 
 from cluster import session
-from cluster.staging import is_lasting, relative
+from cluster.send.staging import is_lasting, relative
 from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.data.archives import printable
@@ -95,8 +95,8 @@ def place(url: str, flag: str) -> str:
 
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
     """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them."""
-    from cluster.plan import Request, make_plan
-    from cluster.suite import run_suite
+    from cluster.carry.plan import Request, make_plan
+    from cluster.carry.suite import run_suite
 
     assert flags.id is not None
     check_flags(flags)

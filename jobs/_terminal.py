@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from cluster.decide import Status
+    from cluster.carry.decide import Status
     from imgcls.records import SuiteResults
 
 
@@ -51,7 +51,7 @@ def bar(lines: Lines, what: str) -> Iterator[Any]:
 
 
 class SuiteView:
-    """The runs of a suite while they run. A `cluster.searcher.View`."""
+    """The runs of a suite while they run. A `cluster.carry.searcher.View`."""
 
     def __init__(self, lines: Lines, runs: Mapping[str, str | None]) -> None:
         self.lines = lines

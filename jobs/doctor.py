@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 from cluster import session
-from cluster.preflight import Check, examine
-from cluster.probes import Questions
-from cluster.staging import prepare
-from cluster.submission import connected
+from cluster.look.preflight import Check, examine
+from cluster.look.probes import Questions
+from cluster.send.staging import prepare
+from cluster.send.submission import connected
 from imgcls.errors import ClusterError, DataError
 from imgcls.records import Record
 from jobs._door import DONE, MISSING_OR_BROKEN, enter

@@ -29,7 +29,7 @@ def evaluate(
         json: Print the scores as JSON.
         verbose: Ray's and Lightning's own lines too, and tracebacks.
     """
-    from cluster.evaluation import evaluate_checkpoint
+    from cluster.carry.evaluation import evaluate_checkpoint
 
     checkpoint, data = place(checkpoint, "CHECKPOINT"), place(data, "--data")
     storage.check_places(reads=[checkpoint, data])

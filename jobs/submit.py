@@ -12,8 +12,8 @@ from jobs._door import DONE, INTERRUPTED, enter
 from jobs._terminal import Lines, stderr
 
 if TYPE_CHECKING:
-    from cluster.staging import Job
-    from cluster.submission import Jobs
+    from cluster.send.staging import Job
+    from cluster.send.submission import Jobs
 
 
 Address = Annotated[str, tyro.conf.arg(metavar="URL")]
@@ -42,7 +42,7 @@ def run(
         python: The cluster's interpreter; that of its own workers unless said.
         dry_run: Print what would be asked of the cluster; nothing is sent.
     """
-    from cluster.staging import prepare
+    from cluster.send.staging import prepare
 
     job, lines = prepare(words, id=job_id, env=env, driver_resource=driver_resource), Lines()
     if dry_run:
@@ -93,7 +93,7 @@ def stop(job_id: JobId, address: Address) -> int:
 
 
 def _connected(address: str) -> AbstractContextManager["Jobs"]:
-    from cluster.submission import connected
+    from cluster.send.submission import connected
 
     return connected(address)
 
@@ -115,7 +115,7 @@ def _ways_back(job_id: str, address: str) -> str:
 
 
 def _say_next(lines: Lines, address: str, job: "Job") -> None:
-    from cluster.staging import value_of
+    from cluster.send.staging import value_of
 
     lines.say(_ways_back(job.id, address))
     storage = value_of("--storage", job.words)

@@ -1,6 +1,6 @@
 """A run's request + a packed set + a world -> the run's result. Plain Lightning; knows nothing of Ray.
 
-Called by `cluster.run` in every worker, and by a test in one process. Each rank calls `fit` with its own `World`;
+Called by `cluster.carry.run` in every worker, and by a test in one process. Each rank calls `fit` with its own `World`;
 rank 0 writes into the run's folder. Called again after a kill, it goes on from the last committed checkpoint.
 """
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.decide import (
+from cluster.carry.decide import (
     Done,
     GoOn,
     Leave,

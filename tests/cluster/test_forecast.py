@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.decide import Status, SuiteState
-from cluster.forecast import schedule
-from cluster.prices import read_prices
+from cluster.carry.decide import Status, SuiteState
+from cluster.foretell.forecast import schedule
+from cluster.foretell.prices import read_prices
 from imgcls.errors import RecipeError
 from imgcls.rates import Rates, keep, known, new
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import lease
-from cluster.lease import Leases, leases
+from cluster.carry import lease
+from cluster.carry.lease import Leases, leases
 from imgcls import records, storage
 from imgcls.errors import LeaseError, StorageError
 from imgcls.runs import Lease, RunFolder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import Request, check_alike, make_plan
+from cluster.carry.plan import Request, check_alike, make_plan
 from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data import shards

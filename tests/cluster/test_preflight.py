@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cluster.preflight import Check, judge, marked, remedy_for, sees
-from cluster.probes import AllReduce, NodeFacts, Place, Worker, look_at
+from cluster.look.preflight import Check, judge, marked, remedy_for, sees
+from cluster.look.probes import AllReduce, NodeFacts, Place, Worker, look_at
 from infra.s3.server import READER, Server
 from jobs.doctor import mismatch
 from tests.conftest import reached_by

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.staging import LIMIT_BYTES, PACKAGES, prepare
+from cluster.send.staging import LIMIT_BYTES, PACKAGES, prepare
 from imgcls.errors import RecipeError
 from tests.conftest import ROOT
 
@@ -94,7 +94,7 @@ def test_a_checkout_full_of_other_things_is_staged_without_them(tmp_path: Path):
         with (tmp_path / large).open("wb") as file:
             file.truncate(2 << 30)  # a hole: takes no room
     seen = (
-        "import sys, time; from pathlib import Path; from cluster.staging import prepare; "
+        "import sys, time; from pathlib import Path; from cluster.send.staging import prepare; "
         "job = prepare(('report', 'quick', '--storage', 's3://a')); job.stage(Path(sys.argv[1])); print(job.num_bytes)"
     )
     done = subprocess.run(

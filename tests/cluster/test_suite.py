@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import Plan, Request, make_plan
-from cluster.suite import write_down
+from cluster.carry.plan import Plan, Request, make_plan
+from cluster.carry.suite import write_down
 from imgcls.catalogue import quick
 from imgcls.errors import CheckpointError
 from imgcls.recipe import Recipe, derive

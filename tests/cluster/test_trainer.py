@@ -21,7 +21,7 @@ def free(cpus):
 with session(verbose=False):
     import ray
     from ray.util.placement_group import placement_group
-    from cluster.trainer import remove_workers
+    from cluster.carry.trainer import remove_workers
 
     class Trial:
         def start(self):

@@ -71,7 +71,7 @@ def test_the_variables_that_we_read_are_in_their_guide():
 
 
 def test_the_guides_price_table_is_one(tmp_path: Path):
-    prices = importlib.import_module("cluster.prices")
+    prices = importlib.import_module("cluster.foretell.prices")
     (table,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/plan-and-cost.md").read_text(), re.DOTALL | re.MULTILINE)
     (tmp_path / "prices.yaml").write_text(table)
     assert prices.read_prices(tmp_path / "prices.yaml").node_types["g5_spot"].gpus == 1

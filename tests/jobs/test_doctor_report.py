@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.preflight import Check
+from cluster.look.preflight import Check
 from jobs.doctor import Report, report_in
 
 REPORT = Report(healthy=True, seconds=1.5, checks=(Check(name="clock", where="head", ok=True, found="a {brace}\n}"),))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cluster.run import silence_libraries
+from cluster.carry.run import silence_libraries
 from imgcls.catalogue import recipe_of
 from imgcls.data import order
 from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-import cluster.decide as shipped
+import cluster.carry.decide as shipped
 from imgcls.runs import held_up
 
 STEPS = 3

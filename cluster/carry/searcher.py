@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from cluster.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
-from cluster.lease import Leases
-from cluster.trainer import remove_workers
+from cluster.carry.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
+from cluster.carry.lease import Leases
+from cluster.carry.trainer import remove_workers
 from imgcls.runs import RunState
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0

@@ -18,7 +18,7 @@ from imgcls.disk import local_path
 from imgcls.errors import RecipeError
 from imgcls.training.environment import commit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("jobs", "cluster", "imgcls")
 FILES = (
     *(f"{package}/**/*{suffix}" for package in PACKAGES for suffix in (".py", ".html", ".css")),

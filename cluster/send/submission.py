@@ -18,7 +18,7 @@ import aiohttp
 import requests
 
 from cluster import session
-from cluster.staging import Job
+from cluster.send.staging import Job
 from imgcls.errors import ClusterError, PlacementError, RecipeError
 
 CONNECT_S, ANSWER_S = 5.0, 30.0

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from cluster.decide import SuiteState
-from cluster.forecast import Forecast, Span, forecast, schedule
+from cluster.carry.decide import SuiteState
+from cluster.carry.plan import Plan, Request
+from cluster.foretell.forecast import Forecast, Span, forecast, schedule
 from cluster.placement import Node, choose, workers_on
-from cluster.plan import Plan, Request
 from imgcls.errors import DataError, PlacementError, RecipeError
 from imgcls.rates import Rates
 from imgcls.records import Placement, Record

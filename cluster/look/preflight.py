@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import placement as placements
-from cluster import probes, session
-from cluster.probes import AUTH_MODE, AllReduce, NodeFacts, Questions
+from cluster import session
+from cluster.look import probes
+from cluster.look.probes import AUTH_MODE, AllReduce, NodeFacts, Questions
 from imgcls import storage
 from imgcls.errors import ClusterError, ImgclsError, PlacementError, StorageError
 from imgcls.records import Record

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster.decide import GoOn, Leave, Stop, verdict
-from cluster.lease import when_answered
+from cluster.carry.decide import GoOn, Leave, Stop, verdict
+from cluster.carry.lease import when_answered
 from cluster.placement import scaling_config
 from cluster.session import set_train_environment
 from imgcls import storage
@@ -85,7 +85,7 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
     import ray.train
 
-    from cluster.trainer import Report, TrialTrainer, backend_config
+    from cluster.carry.trainer import Report, TrialTrainer, backend_config
 
     options, placement = given.options, given.placement
     restarts = options.max_failures + BACKSTOP
@@ -116,7 +116,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     if begun is None:
         return
     attempt, tries = begun
-    from cluster.watch import Watch
+    from cluster.carry.watch import Watch
     from imgcls.training.fit import fit
 
     rank = _rank()

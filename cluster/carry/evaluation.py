@@ -8,8 +8,8 @@ from typing import Any
 
 from cluster import placement as placements
 from cluster import session
-from cluster.preflight import check_seen_by_nodes
-from cluster.run import cause_of, silence_libraries, world_of
+from cluster.carry.run import cause_of, silence_libraries, world_of
+from cluster.look.preflight import check_seen_by_nodes
 from imgcls.records import Placement, Record, Scores, Split
 
 
@@ -55,7 +55,7 @@ def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:
 def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
     import ray.train
 
-    from cluster.trainer import LeanTrainer, backend_config
+    from cluster.carry.trainer import LeanTrainer, backend_config
 
     with tempfile.TemporaryDirectory() as folder, _causes_raised():
         result = LeanTrainer(

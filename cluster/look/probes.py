@@ -1,4 +1,4 @@
-"""What runs on a node, or in a worker, for `cluster.preflight`: facts are collected here, and judged there.
+"""What runs on a node, or in a worker, for `cluster.look.preflight`: facts are collected here, and judged there.
 
 Comes in: `Questions`, or an `AllReduce` to be carried out. Goes out: `NodeFacts`; seconds and interfaces of a worker.
 """

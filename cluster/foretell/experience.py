@@ -3,9 +3,9 @@
 from contextlib import suppress
 
 from cluster import placement as placements
-from cluster.decide import SuiteState
-from cluster.forecast import Forecast, forecast, hardware_of
-from cluster.plan import Plan, Request
+from cluster.carry.decide import SuiteState
+from cluster.carry.plan import Plan, Request
+from cluster.foretell.forecast import Forecast, forecast, hardware_of
 from imgcls import rates
 from imgcls.data.cache import is_cached
 from imgcls.errors import StorageError

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import placement as placements
 from cluster import session
-from cluster.decide import Done, Status, SuiteState, next_start, start_order
-from cluster.experience import cached_sets, forecast_of, keep_rates
-from cluster.forecast import Forecast
-from cluster.lease import Leases, leases, when_answered
-from cluster.plan import Plan, Request, check_alike
-from cluster.preflight import check_seen_by_nodes
-from cluster.run import BACKSTOP, Assignment, trial, worker_environment
+from cluster.carry.decide import Done, Status, SuiteState, next_start, start_order
+from cluster.carry.lease import Leases, leases, when_answered
+from cluster.carry.plan import Plan, Request, check_alike
+from cluster.carry.run import BACKSTOP, Assignment, trial, worker_environment
+from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
+from cluster.foretell.forecast import Forecast
+from cluster.look.preflight import check_seen_by_nodes
 from imgcls import records, storage
 from imgcls.data.cache import check_room
 from imgcls.errors import CheckpointError
@@ -28,7 +28,7 @@ from imgcls.records import Placement, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
 
 if TYPE_CHECKING:
-    from cluster.searcher import PlanSearcher, View
+    from cluster.carry.searcher import PlanSearcher, View
 
 
 def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
@@ -127,7 +127,7 @@ def _carry_out(
 ) -> "PlanSearcher":
     from ray import tune
 
-    from cluster.searcher import LeaseStopper, PlanSearcher, ProgressCallback
+    from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
     options = request.options
     searcher = PlanSearcher(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ray.train.v2._internal.execution.context import get_train_context
 
-from cluster.lease import RENEW_S
+from cluster.carry.lease import RENEW_S
 from imgcls import storage
 from imgcls.errors import ImgclsError
 from imgcls.runs import End, RunFolder

@@ -8,9 +8,9 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.decide import Start, Status, SuiteState, Wait, after_end, next_start
+from cluster.carry.decide import Start, Status, SuiteState, Wait, after_end, next_start
+from cluster.carry.plan import Plan
 from cluster.placement import Node, workers_on
-from cluster.plan import Plan
 from imgcls.data.order import num_steps
 from imgcls.data.splits import split_ids
 from imgcls.rates import Rates, decoding_of, hardware_name, overhead_of, work_of
