@@ -59,8 +59,10 @@ class S3(S3FileSystem):
         super().__init__(use_listings_cache=False, max_concurrency=1, config_kwargs=config, **options)
 
     async def attempt(self, operation: str, *arguments: Any, **options: Any) -> Any:
-        """One operation of fsspec. Of the failures in `ANSWERS`, a transient one is raised as TransientError or
-        TimeoutError, any other as another OSError."""
+        """One operation of fsspec.
+
+        Raises TransientError or TimeoutError for a transient failure, another OSError for any other of `ANSWERS`.
+        """
         try:
             return await getattr(self, f"_{operation}")(*arguments, **options)
         except TIMEOUTS as error:

@@ -1,4 +1,4 @@
-"""Processes that a command brings, by their title: to be counted, and to be killed."""
+"""The processes of a command, found by their titles, to count and to kill them."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def until(true: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Seconds until it was so."""
+    """Wait until `true()`; returns the seconds that it took."""
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < timeout_s, f"waited {timeout_s:.0f} s for {what}"
@@ -14,21 +14,26 @@ def until(true: Callable[[], bool], timeout_s: float, what: str) -> float:
     return time.monotonic() - began
 
 
+def _stat(folder: Path) -> list[str]:
+    """State, parent, group, session and more of a process that runs; nothing for one that has ended, or is a zombie."""
+    try:
+        fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] == "Z" else fields
+
+
 def descendants(pid: int) -> list[int]:
-    """`pid`, its children and theirs, and whatever else is in its session."""
+    """`pid`, its children and theirs, and all other processes of its session."""
     parents, sessions = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
+        if fields := _stat(folder):
             parents[int(folder.name)], sessions[int(folder.name)] = int(fields[1]), int(fields[3])
-    found, grows = {one for one, session in sessions.items() if session == pid}, True
+    family, grows = {child for child, session in sessions.items() if session == pid}, True
     while grows:
-        more = {one for one, parent in parents.items() if parent in found or one == pid} - found
-        found, grows = found | more, bool(more)
-    return sorted(found)
+        more = {child for child, parent in parents.items() if parent in family or child == pid} - family
+        family, grows = family | more, bool(more)
+    return sorted(family)
 
 
 def title_of(pid: int) -> str:
@@ -39,15 +44,5 @@ def title_of(pid: int) -> str:
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those that run; a zombie does not."""
-    found = []
-    for pid in pids:
-        try:
-            state = (
-                Path("/proc", str(pid), "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-            )
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
+    """The processes that run; a zombie does not."""
+    return [pid for pid in pids if _stat(Path("/proc", str(pid)))]

@@ -1,7 +1,7 @@
-"""A proxy that hands HTTP requests on to an S3 server, and some of them badly.
+"""A proxy that forwards HTTP requests to an S3 server, and spoils some of them.
 
-Bytes pass unchanged, the Host header too, so that signatures hold. Whether request number n goes wrong, and how, is a
-function of (seed, n). Every request is taken whole before it is handed on: it is slow, and meant to be.
+Bytes pass unchanged, also the Host header, so that signatures stay valid. Whether request number n fails, and how, is a
+function of (seed, n). The proxy receives a request whole before it forwards it: it is slow on purpose.
 
     500 503       an S3 error instead of the request
     reset         the connection is reset before anything happens
@@ -10,10 +10,10 @@ function of (seed, n). Every request is taken whole before it is handed on: it i
     short         half of the body, and a length that agrees with it
     corrupt       one byte of the body is another
     stall         `stall_s` of silence before the answer
-    lost          the server has done it; its answer is lost, the connection reset
+    lost          the server carried out the request; its answer is lost, the connection reset
     hang          no answer, as long as the client stays
 
-Beside faults it may be a store that `lacks` something: conditional puts (501), or bodies without a length (411).
+It can also act as a store that `lacks` something: conditional puts (501), or bodies without a length (411).
 """
 
 import asyncio
@@ -50,7 +50,7 @@ class Passed:
     request: str
     """METHOD /path"""
     fault: str
-    """Empty: handed on as it was."""
+    """Empty if the request was forwarded unchanged."""
     status: int
 
 
@@ -65,13 +65,13 @@ class Proxy:
     target: tuple[str, int]
     faults: tuple[str, ...] = FAULTS
     fail: float = 0.0
-    """Share of the requests that go wrong."""
+    """The share of the requests that fail."""
     match: str = ""
-    """Only of those whose `METHOD /path` this expression finds."""
+    """Only requests whose `METHOD /path` matches this expression fail."""
     most: int | None = None
-    """Not more than so many."""
+    """The number of requests that fail at most."""
     lacks: tuple[str, ...] = ()
-    """Of 501 and 411: to these requests the answer is always this."""
+    """501, 411 or both: the answer to each request that needs what the store lacks."""
     tls: ssl.SSLContext | None = None
     stall_s: float = 5.0
     seed: int = 0
