@@ -23,7 +23,7 @@ test-all: check
 # docs/measurements/.
 proof: setup
 	$(BIN)/python -m pytest tests/proof --proof --record --timeout 1800
-	$(BIN)/python -m pytest tests/imgcls/data/test_door.py --proof --timeout 1800
+	$(BIN)/python -m pytest tests/imgcls/data/test_door.py tests/house/test_commands.py --proof --timeout 1800
 	$(BIN)/python -m jobs.bench faults --kills 20
 
 check: setup

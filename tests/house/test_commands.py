@@ -21,7 +21,6 @@ from imgcls.records import SuiteResults
 from imgcls.results.measurement import Measurement, where_of
 from imgcls.training import environment
 from tests.conftest import ROOT, Command, image_folder
-from tests.proof.records import newest
 
 PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
@@ -206,7 +205,7 @@ def test_this_machine_is_calibrated(run_command: Command, packed: Path, tmp_path
     assert (tmp_path / "cache" / "rates.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("not config.option.proof", reason="make proof: it trains four times")
 @pytest.mark.timeout(1200)
 def test_elastic_numerics_are_measured_beside_ddp(run_command: Command, tmp_path: Path):
     images = image_folder(tmp_path / "images", count=1200)  # a record is not of synthetic ones

@@ -112,8 +112,35 @@ def lines_of_code(file: Path) -> int:
     return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - documentation)
 
 
+BOUND, JOBS_BOUND = 6571, 1008
+
+
+def files_of(*rooms: str) -> list[Path]:
+    return [file for room in rooms for file in (ROOT / room).rglob("*.py")]
+
+
 def test_the_house_stays_small():
-    assert sum(lines_of_code(file) for room in ("imgcls", "cluster") for file in (ROOT / room).rglob("*.py")) < 6700
+    """These bounds only go down, but for the allowance that an issue names."""
+    assert sum(map(lines_of_code, files_of("imgcls", "cluster"))) <= BOUND
+    assert sum(map(lines_of_code, files_of("jobs"))) <= JOBS_BOUND
+
+
+def test_functions_stay_small():
+    for file in files_of("imgcls", "cluster", "jobs"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                parameters = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert (node.end_lineno or node.lineno) - node.lineno < 45, f"{file}: {node.name} is too long"
+                assert len([name for name in parameters if name not in ("self", "cls")]) <= 9, f"{file}: {node.name}"
+
+
+NAMES = ("result.json", "config.json", "history.csv", "lease.json", "began.json", "committed.json", "model.pt")
+
+
+def test_the_names_of_a_runs_files_stand_in_one_module():
+    for file in files_of("imgcls", "cluster", "jobs", "infra"):
+        named = [name for name in NAMES if name in file.read_text()]
+        assert not named or file == ROOT / "imgcls" / "runs.py", f"{file} names {', '.join(named)}"
 
 
 def test_files_stay_small():

@@ -1,4 +1,4 @@
-"""What `make proof` and `bench faults` leave on record, and the README's tables of all records."""
+"""What `make proof` and `bench faults` leave on record, and the papers' tables of all records."""
 
 import statistics
 from collections.abc import Sequence
