@@ -214,26 +214,26 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
 
 def changes_between(base: Recipe, recipe: Recipe) -> dict[str, Any]:
     """What `derive` needs to make `recipe` of `base`, by path; a part of another kind is replaced as a whole."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     old = base.to_json()
     for name, new in recipe.to_json().items():
         if isinstance(new, dict) and new.keys() == old[name].keys():
-            found |= {f"{name}.{leaf}": value for leaf, value in new.items() if value != old[name][leaf]}
+            changes |= {f"{name}.{leaf}": value for leaf, value in new.items() if value != old[name][leaf]}
         elif new != old[name]:
-            found[name] = new
-    return found
+            changes[name] = new
+    return changes
 
 
 def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted paths at which two JSON objects differ, each with both values."""
-    found = []
+    differences = []
     for key in sorted(a.keys() | b.keys()):
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found += differing_fields(left, right, f"{prefix}{key}.")
+            differences += differing_fields(left, right, f"{prefix}{key}.")
         elif left != right:
-            found.append(f"{prefix}{key}: {left} / {right}")
-    return found
+            differences.append(f"{prefix}{key}: {left} / {right}")
+    return differences
 
 
 def _explain(value: Any, loc: tuple[int | str, ...], message: str) -> str:

@@ -188,7 +188,7 @@ class Scores(Record):
     """confusion[label][prediction]"""
 
 
-class Example(Record):
+class PredictedSample(Record):
     """One prediction for the page, with its image."""
 
     label: int
@@ -260,7 +260,7 @@ class RunResult(Record):
     """Of the best checkpoint."""
     test: Scores | None = None
     """Of the best checkpoint, looked at once."""
-    examples: tuple[Example, ...] = ()
+    examples: tuple[PredictedSample, ...] = ()
     seconds: dict[str, float] = {}
     """By phase."""
     images_per_s: float | None = None

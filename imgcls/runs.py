@@ -250,10 +250,8 @@ class RunFolder:
 
     def _attempt(self, name: str) -> Attempt:
         began = records.read(Began, self._place("attempts", name, "began.json"))
-        endings = self._endings(name)
-        return (
-            Attempt(began.command, endings[0].end, endings[0].error, endings[0].step) if endings else Attempt(began.command)
-        )
+        ending = next(iter(self._endings(name)), Ending(end=End.UNKNOWN))
+        return Attempt(began.command, ending.end, ending.error, ending.step)
 
     def _endings(self, name: str) -> list[Ending]:
         """Of all ranks that could say one: a preemption first, whoever saw it."""

@@ -68,10 +68,10 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
     bases = named or files or suite_of(flags.catalogue)
     changes = parse_changes(flags.set)
     recipes = tuple(derive(base, changes) for base in bases)
-    found = flags.catalogue
+    id = flags.catalogue
     if files or recipes != tuple(bases):
-        found += f"-{digest_of([changes, [recipe.to_json() for recipe in files]])[:8]}"
-    return replace(flags, id=checked_name(flags.id, "--id") if flags.id is not None else found), recipes
+        id += f"-{digest_of([changes, [recipe.to_json() for recipe in files]])[:8]}"
+    return replace(flags, id=checked_name(flags.id, "--id") if flags.id is not None else id), recipes
 
 
 def _from_file(path: Path) -> Recipe:
@@ -87,10 +87,10 @@ def place(url: str, flag: str) -> str:
     """The same place from any working folder. Raises RecipeError where it would go away with the job that this runs in."""
     if session.in_job() and not is_lasting(url):
         raise RecipeError(relative(flag, url))
-    found = storage.absolute(url)
-    if not found.isprintable():
-        raise RecipeError(f"{flag} {printable(found)}: records hold this path, and it cannot be printed\n  do: name another")
-    return found
+    url = storage.absolute(url)
+    if not url.isprintable():
+        raise RecipeError(f"{flag} {printable(url)}: records hold this path, and it cannot be printed\n  do: name another")
+    return url
 
 
 def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:

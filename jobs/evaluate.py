@@ -33,19 +33,19 @@ def evaluate(
 
     checkpoint, data = place(checkpoint, "CHECKPOINT"), place(data, "--data")
     storage.check_places(reads=[checkpoint, data])
-    found = evaluate_checkpoint(checkpoint, data_url=data, split=split, num_workers=num_workers, verbose=verbose)
-    lines, scores = Lines(synthetic=found.synthetic and not json), found.scores
+    result = evaluate_checkpoint(checkpoint, data_url=data, split=split, num_workers=num_workers, verbose=verbose)
+    lines, scores = Lines(synthetic=result.synthetic and not json), result.scores
     if json:
-        lines.say(found.model_dump_json(indent=1))
+        lines.say(result.model_dump_json(indent=1))
         return DONE
-    if found.data_digest != found.trained_on:
-        lines.say(f"note: these data have digest {found.data_digest[:12]}, it was trained on {found.trained_on[:12]}")
+    if result.data_digest != result.trained_on:
+        lines.say(f"note: these data have digest {result.data_digest[:12]}, it was trained on {result.trained_on[:12]}")
     lines.say(
-        f"{found.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}"
+        f"{result.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}"
     )
     lines.say("rows are labels, columns predictions, in the same order:")
-    width = max(map(len, found.class_names))
-    for name, row in zip(found.class_names, scores.confusion, strict=True):
+    width = max(map(len, result.class_names))
+    for name, row in zip(result.class_names, scores.confusion, strict=True):
         lines.say(f"  {name.ljust(width)}  {' '.join(f'{count:5d}' for count in row)}")
     return DONE
 

@@ -105,7 +105,7 @@ def _follow(jobs: "Jobs", job_id: str, address: str) -> int:
         stderr(f"\ndetached: {job_id} goes on")
         stderr(_ways_back(job_id, address))
         return INTERRUPTED
-    stderr(ended.told)
+    stderr(ended.message)
     return ended.code
 
 

@@ -26,9 +26,6 @@ class Status(StrEnum):
     """Another command has taken it over."""
 
 
-OVER = (Status.FINISHED, Status.FAILED)
-
-
 @dataclass(frozen=True, slots=True)
 class SuiteState:
     statuses: Mapping[str, Status]
@@ -90,7 +87,7 @@ def after_end(
     state: SuiteState, run: str, committed: RunState, *, command: str, max_failures: int
 ) -> tuple[SuiteState, Stop | None]:
     """Nobody carries the run out for this command any more. Told late or again, a run that is over stays so."""
-    if state.statuses[run] in OVER:
+    if state.statuses[run] in (Status.FINISHED, Status.FAILED):
         return state, None
     if committed.result is not None:
         return _with(state, run, Status(committed.result)), None

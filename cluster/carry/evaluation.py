@@ -13,6 +13,15 @@ from cluster.look.preflight import check_seen_by_nodes
 from imgcls.records import Placement, Record, Scores, Split
 
 
+class EvaluationRequest(Record):
+    checkpoint: str
+    data_url: str
+    split: Split
+    verbose: bool
+    command: str
+    """Its workers check a node's cache once."""
+
+
 class Evaluation(Record):
     """What a checkpoint scored."""
 
@@ -30,29 +39,29 @@ class Evaluation(Record):
 
 def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_workers: int, verbose: bool) -> Evaluation:
     """Raises CheckpointError, DataError, and PlacementError where the workers can never run."""
-    asked = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
-    asked["by"] = secrets.token_hex(8)  # so that its workers check a node's cache once
+    command = secrets.token_hex(8)
+    request = EvaluationRequest(checkpoint=checkpoint, data_url=data_url, split=split, verbose=verbose, command=command)
     if num_workers == 1 and not session.names_cluster():
-        return _evaluate(asked, placement=None)
+        return _evaluate(request, placement=None)
     from imgcls.training.weights import find_model
 
     # What is wrong with them is said before Ray starts.
-    found = find_model(checkpoint)
+    source = find_model(checkpoint)
     from imgcls.training.evaluate import manifest_for
 
-    manifest_for(found, data_url=data_url, split=split)
+    manifest_for(source, data_url=data_url, split=split)
     if not session.names_cluster():
         _choose([placements.local_node()], num_workers)
     with session.session(verbose=verbose):
         check_seen_by_nodes([checkpoint, data_url])
-        return _under_ray(asked, _choose(placements.cluster_nodes(placements.autoscaling_config()), num_workers))
+        return _under_ray(request, _choose(placements.cluster_nodes(placements.autoscaling_config()), num_workers))
 
 
 def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:
     return placements.choose(nodes, num_workers=num_workers, cpus_per_worker=None, gpus_per_worker=None)
 
 
-def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
+def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
     import ray.train
 
     from cluster.carry.trainer import LeanTrainer, backend_config
@@ -61,7 +70,7 @@ def _under_ray(asked: dict[str, Any], placement: Placement) -> Evaluation:
         result = LeanTrainer(
             _worker,
             backend_config=backend_config(placement),
-            train_loop_config={"asked": asked, "placement": placement.model_dump_json()},
+            train_loop_config={"request": request, "placement": placement},
             scaling_config=placements.scaling_config(placement),
             run_config=ray.train.RunConfig(
                 name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
@@ -82,28 +91,28 @@ def _causes_raised() -> Iterator[None]:
 
 
 def _worker(given: dict[str, Any]) -> str:
-    return _evaluate(given["asked"], placement=Placement.model_validate_json(given["placement"])).model_dump_json()
+    return _evaluate(given["request"], placement=given["placement"]).model_dump_json()
 
 
-def _evaluate(asked: dict[str, Any], *, placement: Placement | None) -> Evaluation:
+def _evaluate(request: EvaluationRequest, *, placement: Placement | None) -> Evaluation:
     from imgcls.training.weights import find_model
 
-    silence_libraries(asked["verbose"])
-    found = find_model(asked["checkpoint"])  # Lightning, whose import takes seconds, is not needed to miss it
+    silence_libraries(request.verbose)
+    source = find_model(request.checkpoint)  # Lightning, whose import takes seconds, is not needed to miss it
     from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
-    manifest = manifest_for(found, data_url=asked["data_url"], split=asked["split"])
-    world = world_of(placement, command=asked["by"]) if placement else World(accelerator="auto")
-    scores = evaluate(found, data_url=asked["data_url"], split=asked["split"], world=world)
+    manifest = manifest_for(source, data_url=request.data_url, split=request.split)
+    world = world_of(placement, command=request.command) if placement else World(accelerator="auto")
+    scores = evaluate(source, data_url=request.data_url, split=request.split, world=world)
     return Evaluation(
-        checkpoint=found.url,
-        weights_sha256=found.model.weights_sha256,
-        dataset=found.model.recipe.dataset,
+        checkpoint=source.url,
+        weights_sha256=source.model.weights_sha256,
+        dataset=source.model.recipe.dataset,
         data_digest=manifest.digest,
-        trained_on=found.model.data_digest,
-        split=asked["split"],
-        synthetic=found.model.synthetic,
-        class_names=found.model.class_names,
+        trained_on=source.model.data_digest,
+        split=request.split,
+        synthetic=source.model.synthetic,
+        class_names=source.model.class_names,
         scores=scores,
     )

@@ -37,7 +37,7 @@ class Ended:
     """How a job ended: the exit code of its command, and what to say of it."""
 
     code: int
-    told: str
+    message: str
 
 
 class Jobs:

@@ -49,12 +49,12 @@ def open_cache(
     *,
     px: int,
     channels: int,
-    asked_by: str | None = None,
+    command: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Cache:
     """The set's decoded images; built where they are missing or damaged.
 
-    asked_by: the command, whose runs check a cache once on each node; None checks it now.
+    command: the command, whose runs check a cache once on each node; None checks it now.
     Raises DataError where a shard or an image is not what the manifest says, StorageError where the disk is full.
     """
     root, folder = storage.cache_root(), _folder(manifest, px, channels)
@@ -62,14 +62,14 @@ def open_cache(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with shared_lock(folder):
-            if not (asked_by and _checked_by(folder) == asked_by):
+            if not (command and _checked_by(folder) == command):
                 if not _is_whole(folder, say):
                     for remains in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
                         shutil.rmtree(remains, ignore_errors=True)
                     _build(set_url, manifest, folder, px, channels)
-                if asked_by:
+                if command:
                     with suppress(PermissionError):  # of another user's cache: it is checked again by each run
-                        (folder / "checked").write_text(asked_by, encoding="utf-8")
+                        (folder / "checked").write_text(command, encoding="utf-8")
     except OSError as error:
         remedy = f"make room ({np.prod(shape) / 1e6:,.0f} MB)"
         if isinstance(error, PermissionError):

@@ -24,7 +24,7 @@ class CheckpointStore(CheckpointIO):
     """In a bucket a checkpoint is written while the training goes on, one at a time; `wait` returns when it is committed."""
 
     def __init__(self, url: str, *, say: Callable[[str], None] = lambda text: None) -> None:
-        """say: is told of what is damaged."""
+        """say: hears of what is damaged."""
         self.url, self.say = url, say
         self._uploads = None if storage.is_local(url) else ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None

@@ -25,13 +25,13 @@ KERNEL_CHOICES = (
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    facts = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return facts
 
 
 def origin() -> dict[str, Any]:
@@ -41,8 +41,8 @@ def origin() -> dict[str, Any]:
 
 def hardware() -> dict[str, str]:
     """CPU, its vector units, GPU: what decides speed and the last bits."""
-    found = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": _vectors()}
-    return found | dict(zip(("gpu",), gpus(), strict=False))  # the first one's name, where there is one
+    facts = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": _vectors()}
+    return facts | dict(zip(("gpu",), gpus(), strict=False))  # the first one's name, where there is one
 
 
 def gpus() -> list[str]:
@@ -73,17 +73,17 @@ def numerics(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, 
     """What decides the last bits of a run, beside its request. Which ranks share a node does not: see `gradients`."""
     import torch
 
-    found = {name: version(name) for name in ("torchvision", "lightning", "numpy", "pillow")}
-    found |= {"torch": torch.__version__} | {name: os.environ[name] for name in KERNEL_CHOICES if name in os.environ}
+    facts = {name: version(name) for name in ("torchvision", "lightning", "numpy", "pillow")}
+    facts |= {"torch": torch.__version__} | {name: os.environ[name] for name in KERNEL_CHOICES if name in os.environ}
     if accelerator == "gpu":
         cudnn = torch.backends.cudnn.version()
-        found["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+        facts["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     else:
         num_threads = 1 if recipe.numerics == "elastic" else torch.get_num_threads()
-        found |= {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}, {_cpu_model()}", "threads": str(num_threads)}
+        facts |= {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}, {_cpu_model()}", "threads": str(num_threads)}
     if recipe.numerics != "elastic":
-        found["workers"] = str(world_size)
-    return found
+        facts["workers"] = str(world_size)
+    return facts
 
 
 def numerics_of_all(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, str]:
@@ -94,8 +94,8 @@ def numerics_of_all(recipe: Recipe, *, world_size: int, accelerator: str) -> dic
     ranks = [mine] * world_size
     if world_size > 1:
         torch.distributed.all_gather_object(ranks, mine)
-    found = {name: [one.get(name, "") for one in ranks] for one in ranks for name in one}
-    return {name: values[0] if len(set(values)) == 1 else " | ".join(values) for name, values in found.items()}
+    facts = {name: [one.get(name, "") for one in ranks] for one in ranks for name in one}
+    return {name: values[0] if len(set(values)) == 1 else " | ".join(values) for name, values in facts.items()}
 
 
 def _vectors() -> str:
@@ -136,8 +136,8 @@ def commit() -> str | None:
 
     Handed on by `IMGCLS_COMMIT` where git is not.
     """
-    if told := os.environ.get("IMGCLS_COMMIT"):
-        return told
+    if named := os.environ.get("IMGCLS_COMMIT"):
+        return named
     here = Path(__file__).parent
 
     def git(*words: str) -> str:

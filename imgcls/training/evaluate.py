@@ -16,14 +16,14 @@ from imgcls.training.weights import FoundModel
 from imgcls.training.world import World, make_trainer
 
 
-def evaluate(found: FoundModel, *, data_url: str, split: Split, world: World) -> Scores:
+def evaluate(source: FoundModel, *, data_url: str, split: Split, world: World) -> Scores:
     """Each sample of the split counted once. Every rank returns the same scores."""
-    model = found.model
+    model = source.model
     set_url = storage.join(data_url, model.recipe.dataset)
-    manifest = manifest_for(found, data_url=data_url, split=split)
+    manifest = manifest_for(source, data_url=data_url, split=split)
     splits = split_ids(model.recipe, manifest)
     into = model.recipe.input
-    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, asked_by=world.command)
+    cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, command=world.command)
     num_classes = len(manifest.class_names)
     network = load_network(model, num_classes=num_classes)
     module = Classifier(network, model.recipe, num_classes=num_classes, world=world)
@@ -34,16 +34,16 @@ def evaluate(found: FoundModel, *, data_url: str, split: Split, world: World) ->
     return module.scores["test"]
 
 
-def manifest_for(found: FoundModel, *, data_url: str, split: Split) -> Manifest:
+def manifest_for(source: FoundModel, *, data_url: str, split: Split) -> Manifest:
     """Of the set that the model is evaluated on. Raises DataError where it does not fit."""
-    set_url, names = storage.join(data_url, found.model.recipe.dataset), found.model.class_names
+    set_url, names = storage.join(data_url, source.model.recipe.dataset), source.model.class_names
     manifest = read_manifest(set_url)
     do = "\n  do: name the data that it was trained on with --data"
     if names != manifest.class_names:
-        raise DataError(f"{found.url} knows {_shortly(names)}; {set_url} has {_shortly(manifest.class_names)}{do}")
-    if split != "test" and manifest.digest != found.model.data_digest:
+        raise DataError(f"{source.url} knows {_shortly(names)}; {set_url} has {_shortly(manifest.class_names)}{do}")
+    if split != "test" and manifest.digest != source.model.data_digest:
         raise DataError(
-            f"{set_url} has digest {manifest.digest[:12]}, {found.url} was trained on {found.model.data_digest[:12]}: "
+            f"{set_url} has digest {manifest.digest[:12]}, {source.url} was trained on {source.model.data_digest[:12]}: "
             f"its {split} split would hold other images, perhaps some that the model was trained on{do}, or --split test"
         )
     return manifest

@@ -19,14 +19,14 @@ from imgcls import storage
 from imgcls.data import order
 from imgcls.data.augment import inputs
 from imgcls.data.batches import EVALUATION_BATCH, ImageData
-from imgcls.data.cache import Cache, open_cache
+from imgcls.data.cache import open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
-from imgcls.data.splits import Splits, check_parts, split_ids
+from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import STORAGE_FAILED, CheckpointError, DataError, ImgclsError, LeaseError, NumericsError, StorageError
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
-from imgcls.records import Example, LineageEntry, Manifest, RunConfig, RunOptions, RunResult, Scores
+from imgcls.records import LineageEntry, Manifest, PredictedSample, RunConfig, RunOptions, RunResult, Scores
 from imgcls.runs import Committed, RunFolder
 from imgcls.training import environment, weights
 from imgcls.training.checkpoints import CheckpointStore
@@ -84,8 +84,6 @@ class Prepared:
     """What a run trains on, and from where."""
 
     manifest: Manifest
-    cache: Cache
-    splits: Splits
     data: ImageData
     module: Classifier
     lineage: tuple[Seen, ...]
@@ -99,10 +97,9 @@ def _fit(config: RunConfig, set_url: str, run: RunFolder, world: World, log: Run
     if world.rank == 0:
         store.clean()
     numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
-    commits = Commits(store, options, run_digest=config.digest(), numerics=numerics, log=log)
     recorder = Recorder(
         history,
-        commits,
+        Commits(store, options, run_digest=config.digest(), numerics=numerics, log=log),
         RunFiles(run, writes=world.rank == 0),
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
         planned_batches=prepared.data.planned_batches,
@@ -145,7 +142,7 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     world.report(Progress(phase="cache"))
     with clock.of("cache"):
         px, channels = recipe.input.stored_px, recipe.input.channels
-        cache = open_cache(set_url, manifest, px=px, channels=channels, asked_by=world.command, say=log.line)
+        cache = open_cache(set_url, manifest, px=px, channels=channels, command=world.command, say=log.line)
     # Reports wait for all ranks without a deadline: no rank meets a collective's while another node still decodes.
     world.report(Progress(phase="start"))
     splits = split_ids(recipe, manifest)
@@ -164,11 +161,11 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     steps = order.num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
     num_classes, total_steps = len(manifest.class_names), steps * recipe.length.epochs
     module = Classifier(network, recipe, num_classes=num_classes, total_steps=total_steps, seed=seed, world=world)
-    return Prepared(manifest, cache, splits, data, module, (*ancestors, own))
+    return Prepared(manifest, data, module, (*ancestors, own))
 
 
 def _plan(prepared: Prepared, world: World) -> str:
-    splits, steps = prepared.splits, len(prepared.data.train_dataloader())
+    splits, steps = prepared.data.splits, len(prepared.data.train_dataloader())
     return (
         f"{len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test samples of "
         f"{prepared.manifest.name}, {steps} steps an epoch, {world.size} workers"
@@ -213,7 +210,7 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
     with clock.of("test"):
         trainer.test(module, datamodule=prepared.data, verbose=False)
     test, class_names = module.scores["test"], prepared.manifest.class_names
-    check_counted(test, len(prepared.splits.test))
+    check_counted(test, len(prepared.data.splits.test))
     state, lineage = module.network.state_dict(), prepared.lineage
     model = weights.Model(config.recipe, class_names, state, lineage, config.synthetic)
     # Before rank 0 is alone with storage: others would wait for it in a collective.
@@ -230,7 +227,7 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         epochs=len(history.rows),
         steps=int(history.rows[-1]["step"]),
         best_epoch=int(history.best_row["epoch"]),
-        num_train=len(prepared.splits.train),
+        num_train=len(prepared.data.splits.train),
         val=history.best,
         test=test,
         examples=_examples(prepared) if world.rank == 0 else (),
@@ -259,9 +256,9 @@ def _traffic_of_others(trainer: pl.Trainer, traffic: TrafficMeter) -> dict[str, 
 
 
 @torch.no_grad()
-def _examples(prepared: Prepared) -> tuple[Example, ...]:
+def _examples(prepared: Prepared) -> tuple[PredictedSample, ...]:
     """Right and wrong predictions among one fixed batch of test samples, whatever the number of workers."""
-    ids, network, cache = prepared.splits.test, prepared.module.network.eval(), prepared.cache
+    ids, network, cache = prepared.data.splits.test, prepared.module.network.eval(), prepared.data.cache
     batch = np.sort(ids[order.permutation(0, 0, len(ids))[:EVALUATION_BATCH]])
     images = torch.from_numpy(cache.images[batch]).to(next(network.parameters()).device)
     top = network(inputs(images, prepared.module.recipe.input)).float().softmax(1).cpu().max(1)
@@ -271,7 +268,7 @@ def _examples(prepared: Prepared) -> tuple[Example, ...]:
         examples = right if label == prediction else wrong
         if len(examples) < NUM_EXAMPLES:
             png = base64.b64encode(encode_png(cache.images[sample])).decode()
-            examples.append(Example(label=label, prediction=prediction, probability=probability, png_base64=png))
+            examples.append(PredictedSample(label=label, prediction=prediction, probability=probability, png_base64=png))
     return (*right, *wrong)
 
 

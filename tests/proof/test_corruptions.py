@@ -125,7 +125,7 @@ def test_an_altered_cache_is_found_named_and_built_again(
         path = folder / ("images.u8", "labels.i64", "meta.json")[number % 3]
         path.write_bytes(altered(path.read_bytes(), chance))
         said: list[str] = []
-        again = open_cache(set_url, manifest, px=16, channels=3, asked_by=f"command {number}", say=said.append)
+        again = open_cache(set_url, manifest, px=16, channels=3, command=f"command {number}", say=said.append)
         assert len(said) == 1
         assert folder.name in said[0]
         assert np.array_equal(again.images, whole)

@@ -105,7 +105,7 @@ def test_a_cache_is_shared_by_users_and_a_lack_of_rights_is_told_as_that(packed:
         from imgcls.errors import StorageError
         os.setgid(12345), os.setuid(12345)
         manifest = read_manifest(sys.argv[1])
-        print(open_cache(sys.argv[1], manifest, px=8, channels=3, asked_by="another").images.shape)
+        print(open_cache(sys.argv[1], manifest, px=8, channels=3, command="another").images.shape)
         try:
             open_cache(sys.argv[1], manifest, px=4, channels=3)
         except StorageError as error:
@@ -116,7 +116,7 @@ def test_a_cache_is_shared_by_users_and_a_lack_of_rights_is_told_as_that(packed:
         os.chmod(shared, 0o755)
         url = str(shutil.copytree(packed / "cifar10", Path(shared, "cifar10")))
         monkeypatch.setenv("IMGCLS_CACHE", f"{shared}/cache")
-        open_cache(url, shards.read_manifest(url), px=8, channels=3, asked_by="one")
+        open_cache(url, shards.read_manifest(url), px=8, channels=3, command="one")
         done = subprocess.run([sys.executable, "-c", code, url], cwd=ROOT, capture_output=True, text=True, check=False)
     os.umask(before)
     assert done.stdout.startswith("(360, 8, 8, 3)\n"), done.stderr

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imgcls.catalogue import quick
 from imgcls.errors import DataError
 from imgcls.recipe import derive
-from imgcls.records import Example, InitSource, Placement, RunConfig, RunResult, Scores, SuiteResults
+from imgcls.records import InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, answers, most_confused, table_row
 from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render
@@ -48,7 +48,7 @@ def result(recipe, accuracy: float, *, seed: int = 0, n: int = 1000, **fields) -
     return RunResult.of(
         config(recipe, seed, **request), status="finished",
         class_names=("<cat> & co", "dog"), epochs=2, steps=20, best_epoch=2, num_train=80, val=scores, test=scores,
-        examples=(Example(label=0, prediction=1, probability=0.7, png_base64=PIXEL),), seconds={"fit": 12.0},
+        examples=(PredictedSample(label=0, prediction=1, probability=0.7, png_base64=PIXEL),), seconds={"fit": 12.0},
         images_per_s=100.0, checkpoint="checkpoints/step-00000020", weights_sha256="a" * 64, best_weights_sha256="b" * 64,
         num_parameters=10, versions={"torch": "2"}, hardware={"cpu": "x", "cpus": "2", "vectors": "AVX2"},
         commit="abc", **fields,
