@@ -162,8 +162,9 @@ def _agents_end_with_us() -> Iterator[None]:
 
     A shell waits for the end of a pipe that only this process holds, and then ends the agents that are left.
     """
-    import psutil  # pyright: ignore
     from ray._private import worker
+
+    import psutil  # pyright: ignore  # isort: skip  # Ray brings it, and has put it on the path by now
 
     node = worker._global_node
     raylets = [info.process.pid for info in (node.all_processes.get("raylet", []) if node else [])]

@@ -15,6 +15,7 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -261,9 +262,11 @@ class RunFolder:
         return sorted(endings, key=lambda ending: ending.end is not End.PREEMPTED)
 
     def _last_trace(self) -> str:
-        """The traceback of a rank of the last attempt, where one left it."""
-        endings = [ending for name in self._begun()[-1:] for ending in self._endings(name)]
-        return next((ending.trace for ending in endings if ending.trace), "")
+        """The traceback of a rank of the last attempt, where one left it, and it is whole."""
+        with suppress(DataError):
+            endings = [ending for name in self._begun()[-1:] for ending in self._endings(name)]
+            return next((ending.trace for ending in endings if ending.trace), "")
+        return ""
 
     def lease_url(self, number: int) -> str:
         return self._place("leases", f"{number:05d}.json")

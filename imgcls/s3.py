@@ -10,6 +10,8 @@ import errno
 import ssl
 import zlib
 from base64 import b64encode
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import aiohttp
@@ -31,10 +33,15 @@ LATE_CREDENTIALS = (boto.CredentialRetrievalError,)
 """The service that lends the credentials of a role failed."""
 TRANSIENT = BROKEN_CONNECTION + BROKEN_TRANSFER + DAMAGED_ANSWER + LATE_CREDENTIALS
 BROKEN_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
-OVERLOADED = {408, 429, 500, 502, 503, 504}
-"""HTTP status of a server that is overloaded, or broken for now."""
-TRY_AGAIN = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted"}
-"""Other codes of S3: the request was damaged on its way, or met another one at the same object."""
+OVERLOADED = {408, 425, 429, *range(500, 600)} - {501, 505, 507}
+"""HTTP status of a server, or of a gateway before it, that is overloaded or broken for now."""
+TRY_AGAIN = {
+    *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
+    *("ConditionalRequestConflict", "OperationAborted", "PriorRequestNotComplete"),
+    *("Throttling", "ThrottlingException", "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded"),
+}
+"""Other codes: the request was damaged on its way, met another one at the same object, or was one too many."""
+PARSER = str(Path("botocore", "parsers.py"))
 EXPIRED = "refreshed credentials are still expired"
 """botocore's words, in a RuntimeError."""
 ANSWERS = (OSError, boto.BotoCoreError, boto.ClientError, ResponseParserError, aiohttp.ClientError)
@@ -70,13 +77,17 @@ class S3(S3FileSystem):
         except ANSWERS as error:
             # aiobotocore makes an HTTPClientError of any exception, also of a fault in code.
             reason = error.kwargs["error"] if type(error) is boto.HTTPClientError else error
-            if is_transient(reason):
+            if is_transient(reason) or isinstance(reason, UnicodeDecodeError):  # a damaged header
                 raise TransientError(getattr(error, "strerror", None) or str(error)) from error
             # ENOENT: a file that the configuration names. What s3fs raises for a missing object has no errno.
             stays = isinstance(error, OSError) and error.errno != errno.ENOENT
             if stays or not isinstance(reason, ANSWERS):
                 raise
             raise OSError(errno.EINVAL, str(error)) from error
+        except (ValueError, KeyError, TypeError) as error:  # of botocore's parser: a number or date of a damaged answer
+            if not any(frame.f_code.co_filename.endswith(PARSER) for frame, _ in walk_tb(error.__traceback__)):
+                raise
+            raise TransientError(f"the answer is damaged: {error}") from error
         except RuntimeError as error:
             if EXPIRED not in str(error):
                 raise

@@ -60,6 +60,7 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
 
     The id is --id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time.
     """
+    check_flags(flags)
     suite_of(flags.catalogue)
     if flags.recipe and names is not None:
         raise RecipeError(f"{', '.join(names)} and --recipe {flags.recipe[0]}: give one or the other")
@@ -99,7 +100,6 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
     from cluster.carry.suite import run_suite
 
     assert flags.id is not None
-    check_flags(flags)
     request = Request(
         catalogue=flags.catalogue,
         recipes=recipes,

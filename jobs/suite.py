@@ -26,11 +26,11 @@ def suite(
         flags: Shared with jobs.train.
     """
     names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
-    flags, changed = chosen(flags, names)
+    flags, changed = chosen(replace(flags, num_seeds=num_seeds), names)
     if pack and not flags.dry_run:
         storage.check_places(writes=[place(flags.data, "--data")])
         flags = pack_what_is_missing(flags, changed)
-    return carry_out(replace(flags, num_seeds=num_seeds), changed)
+    return carry_out(flags, changed)
 
 
 if __name__ == "__main__":

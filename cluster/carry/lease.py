@@ -65,14 +65,14 @@ class Leases:
             self.say("storage answers again")
         self._answered_s, self._error = time.monotonic(), ""
 
-    def _renew(self, run: RunFolder) -> ImgclsError | None:
+    def _renew(self, run: RunFolder) -> Exception | None:
         try:
             with storage.within(LAPSE_S / 3):
                 if run.holder() == self.command:
                     records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
                 else:
                     self.lost.add(run.name)
-        except ImgclsError as error:
+        except Exception as error:  # the thread that renews does not end with one of them
             return error
         return None
 

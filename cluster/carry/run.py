@@ -16,7 +16,7 @@ from cluster.carry.lease import when_answered
 from cluster.placement import scaling_config
 from cluster.session import set_train_environment
 from imgcls import storage
-from imgcls.errors import ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
+from imgcls.errors import DataError, ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Placement, Record, RunConfig, RunOptions
 from imgcls.runs import End, Ending, RunFolder, RunState
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from imgcls.training.world import World
 
 BACKSTOP = 20
-"""Restarts by Train, and by Tune, beside those that `decide.verdict` counts: deaths before an attempt is on record."""
+"""Restarts by Train beside those that `decide.verdict` counts: deaths of workers before an attempt is on record."""
 
 
 class Assignment(Record):
@@ -73,13 +73,22 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.options.hang_timeout_s)
-    try:
-        _train(given, {"assignment": text, "started_s": time.time()})
-    except TrainingFailedError as error:
-        action = given.verdict(when_answered(given.run.state))
-        rank, cause = cause_of(error)
-        last = str(cause).strip().splitlines()[-1:]
-        given.fail(action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last]))
+    num_attempts = 0
+    while True:
+        try:
+            return _train(given, {"assignment": text, "started_s": time.time()})
+        except TrainingFailedError as error:
+            try:
+                state = when_answered(given.run.state)
+            except DataError as damage:  # no attempt can be counted: nobody tries again
+                return given.run.fail(given.config, str(damage))
+            action, known, num_attempts = given.verdict(state), num_attempts, len(state.attempts)
+            if isinstance(action, GoOn) and num_attempts > known and state.attempts[-1].end is End.PREEMPTED:
+                continue  # Train counted what the other ranks made of it
+            rank, cause = cause_of(error)
+            last = str(cause).strip().splitlines()[-1:]
+            reason = action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last])
+            return given.fail(reason)
 
 
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:

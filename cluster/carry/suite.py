@@ -17,7 +17,7 @@ from cluster import session
 from cluster.carry.decide import Done, Status, SuiteState, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike
-from cluster.carry.run import BACKSTOP, Assignment, trial, worker_environment
+from cluster.carry.run import Assignment, trial, worker_environment
 from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
 from cluster.foretell.forecast import Forecast
 from cluster.look.preflight import check_seen_by_nodes
@@ -151,7 +151,7 @@ def _carry_out(
                 verbose=0,
                 stop=LeaseStopper(searcher, held),
                 callbacks=[ProgressCallback(view)],
-                failure_config=tune.FailureConfig(max_failures=options.max_failures + BACKSTOP),
+                failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
     return searcher

@@ -13,7 +13,6 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.carry.lease import RENEW_S
 from imgcls import storage
-from imgcls.errors import ImgclsError
 from imgcls.runs import End, RunFolder
 from imgcls.training.world import Heartbeat
 
@@ -25,7 +24,9 @@ class EndAttempt(Protocol):
 
 
 class Watch(threading.Thread):
-    """Where Train's watcher puts its notice it is read: `ray.train.get_preemption_info` asks every rank, and would wait for
+    """Whatever storage answers, it goes on looking.
+
+    Where Train's watcher puts its notice it is read: `ray.train.get_preemption_info` asks every rank, and would wait for
     one that is gone.
     """
 
@@ -41,11 +42,11 @@ class Watch(threading.Thread):
         while not self._stop_watching.wait(0.5):
             if not self.leaving and self.notice.preemption_info is not None:
                 self.leaving = True
-                with suppress(ImgclsError), storage.within(RENEW_S):
+                with suppress(Exception), storage.within(RENEW_S):
                     self.end(End.PREEMPTED)
             if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
                 self._looked_s = time.monotonic()
-                with suppress(ImgclsError), storage.within(RENEW_S):
+                with suppress(Exception), storage.within(RENEW_S):
                     self.lost = self.run_folder.holder() != self.command
             # The rank that hangs is named before those that wait for it give up.
             waits, since_s = self.heartbeat.state or (False, math.inf)

@@ -143,8 +143,6 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     with clock.of("cache"):
         px, channels = recipe.input.stored_px, recipe.input.channels
         cache = open_cache(set_url, manifest, px=px, channels=channels, command=world.command, say=log.line)
-    # Reports wait for all ranks without a deadline: no rank meets a collective's while another node still decodes.
-    world.report(Progress(phase="start"))
     splits = split_ids(recipe, manifest)
     check_parts(recipe, len(splits.train), world_size=world.size)
     seed, waiting = config.seed, world.heartbeat.waiting
@@ -161,6 +159,8 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     steps = order.num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
     num_classes, total_steps = len(manifest.class_names), steps * recipe.length.epochs
     module = Classifier(network, recipe, num_classes=num_classes, total_steps=total_steps, seed=seed, world=world)
+    # Reports wait for all ranks without a deadline: no rank meets a collective's while another one still prepares.
+    world.report(Progress(phase="start"))
     return Prepared(manifest, data, module, (*ancestors, own))
 
 

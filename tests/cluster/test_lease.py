@@ -43,6 +43,18 @@ def test_a_lease_is_held_renewed_and_given_back(tmp_path: Path):
     assert RunFolder(str(tmp_path)).holder() is None
 
 
+def test_a_lease_is_renewed_on_whatever_a_look_at_it_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fault(run: RunFolder) -> str:
+        raise ValueError("a fault in code")
+
+    with leases([RunFolder(str(tmp_path))], command="me", say=print):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "holder", fault)
+            threading.Event().wait(0.5)
+        before = (tmp_path / "leases" / "00001.json").read_bytes()
+        until(lambda: (tmp_path / "leases" / "00001.json").read_bytes() != before, 5, "a renewal")
+
+
 def test_a_lease_that_is_renewed_is_refused(tmp_path: Path):
     said: list[str] = []
     with leases([RunFolder(str(tmp_path))], command="first", say=print):

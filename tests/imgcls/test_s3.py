@@ -16,7 +16,8 @@ import aiohttp
 import pytest
 import torch
 from botocore import exceptions as boto
-from botocore.parsers import ResponseParserError
+from botocore.parsers import ResponseParserError, create_parser
+from botocore.session import Session
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
@@ -143,6 +144,15 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], list[str]]
     return fail
 
 
+def damaged_listing() -> Exception:
+    """What botocore raises for a listing of which one byte is another."""
+    shape = Session().get_service_model("s3").operation_model("ListObjectsV2").output_shape
+    body = b"<ListBucketResult><Contents><Key>a</Key><Size>1k</Size></Contents></ListBucketResult>"
+    with pytest.raises(ValueError, match="1k") as raised:
+        create_parser("rest-xml").parse({"status_code": 200, "headers": {}, "body": body}, shape)
+    return raised.value
+
+
 URL = {"endpoint_url": "http://store"}
 TRANSIENT = (
     TimeoutError("late"),
@@ -170,7 +180,9 @@ TRANSIENT = (
     boto.CredentialRetrievalError(provider="role", error_msg="no answer"),
     RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired."),
     *(OSError(number, "network") for number in s3_errors.BROKEN_NETWORK),
-    *(answer(status, "Any") for status in s3_errors.OVERLOADED),
+    *(answer(status, "Any") for status in (408, 425, 429, 500, 502, 503, 504, 509, 520, 524)),
+    boto.HTTPClientError(error=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a damaged header")),
+    damaged_listing(),
     *(answer(400, code) for code in s3_errors.TRY_AGAIN),
     answer(500, "InternalError"),
     answer(503, "SlowDown"),

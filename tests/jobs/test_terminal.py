@@ -13,10 +13,20 @@ def test_the_time_left_counts_from_the_first_step_that_this_attempt_took(monkeyp
     lines.console = Console(file=io.StringIO(), width=200)
     view = SuiteView(lines, {"scratch-seed0": None})
     view.started("scratch-seed0")
-    train = {"phase": "train", "epoch": 3, "epochs": 5, "total_steps": 500, "images_per_s": 80.0}
+    train = {"phase": "train", "epoch": 3, "epochs": 5, "total_steps": 500, "images_per_s": 80.0, "tries": 1}
     now += 60  # imports and cache
     view.progress("scratch-seed0", train | {"step": 200})
     now += 10
     row = {"epoch": 3, "train/loss": 1.0, "val/loss": 1.0, "val/accuracy": 0.5}
     view.progress("scratch-seed0", train | {"step": 300, "row": row})
     assert "about 20 s left" in lines.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_run_that_is_begun_again_says_so_once_also_where_its_first_worker_reported_nothing():
+    lines = Lines()
+    lines.console = Console(file=io.StringIO(), width=200)
+    view = SuiteView(lines, {"scratch-seed0": None})
+    view.started("scratch-seed0")
+    for phase in ("cache", "start"):
+        view.progress("scratch-seed0", {"phase": phase, "tries": 2})
+    assert lines.console.file.getvalue().count("begun again") == 1  # pyright: ignore[reportAttributeAccessIssue]
