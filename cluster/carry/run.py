@@ -73,22 +73,32 @@ def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
     text = assignments[chosen["run"]]
     given = Assignment.model_validate_json(text)
     set_train_environment(hang_timeout_s=given.options.hang_timeout_s)
-    num_attempts = 0
-    while True:
+    num_attempts: int | None = 0
+    while num_attempts is not None:
         try:
-            return _train(given, {"assignment": text, "started_s": time.time()})
+            _train(given, {"assignment": text, "started_s": time.time()})
+            num_attempts = None
         except TrainingFailedError as error:
-            try:
-                state = when_answered(given.run.state)
-            except DataError as damage:  # no attempt can be counted: nobody tries again
-                return given.run.fail(given.config, str(damage))
-            action, known, num_attempts = given.verdict(state), num_attempts, len(state.attempts)
-            if isinstance(action, GoOn) and num_attempts > known and state.attempts[-1].end is End.PREEMPTED:
-                continue  # Train counted what the other ranks made of it
-            rank, cause = cause_of(error)
-            last = str(cause).strip().splitlines()[-1:]
-            reason = action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last])
-            return given.fail(reason)
+            num_attempts = after_giving_up(given, error, num_attempts)
+
+
+def after_giving_up(given: Assignment, error: Exception, num_attempts: int) -> int | None:
+    """Train has given up the workers. The attempts so far where the run is begun anew; None where it has failed for good.
+
+    num_attempts: when Train was last begun.
+    """
+    try:
+        state = when_answered(given.run.state)
+    except DataError as damage:  # no attempt can be counted: nobody tries again
+        given.run.fail(given.config, str(damage))
+        return None
+    action = given.verdict(state)
+    if isinstance(action, GoOn) and len(state.attempts) > num_attempts and state.attempts[-1].end is End.PREEMPTED:
+        return len(state.attempts)  # Train counted what the other ranks made of it
+    rank, cause = cause_of(error)
+    last = str(cause).strip().splitlines()[-1:]
+    given.fail(action.reason if isinstance(action, Stop) else ": ".join([f"rank {rank}", type(cause).__name__, *last]))
+    return None
 
 
 def _train(given: Assignment, loop_config: dict[str, Any]) -> None:

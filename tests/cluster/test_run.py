@@ -1,18 +1,25 @@
-"""What a trial makes of a run whose workers Train has given up, without Ray's processes."""
+"""What becomes of a run whose workers Train has given up. Without Ray, which would keep the settings of its first import."""
 
 from pathlib import Path
 
 import pytest
-from ray.train import WorkerGroupError
 
-from cluster.carry import run as carrying
-from cluster.carry.run import Assignment, trial
+from cluster.carry.run import Assignment, after_giving_up
 from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.records import Placement, RunConfig, RunOptions
 from imgcls.runs import End, Ending, Lease, RunFolder
 
 CONFIG = RunConfig(catalogue="quick", recipe=quick.SCRATCH, seed=0, data_digest="d", init=None, synthetic=True)
+PREEMPTED = Ending(end=End.PREEMPTED)
+
+
+class GivenUpError(Exception):
+    """As Train's own, it holds what each rank raised."""
+
+    def __init__(self) -> None:
+        super().__init__("given up")
+        self.worker_failures = {2: ValueError("x"), 1: RuntimeError("gloo: a rank has gone")}
 
 
 @pytest.fixture
@@ -23,68 +30,52 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-@pytest.fixture
-def tried(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    """Carries the run out; Train gives its workers up once after each of these endings of an attempt."""
-
-    def carry_out(*endings: Ending | None, max_failures: int = 0) -> int:
-        calls = []
-
-        def train(given: Assignment, loop_config: dict) -> None:
-            if len(calls) < len(endings):
-                number = run.begin("me")
-                calls.append(number)
-                if (ending := endings[number - 1]) is not None:
-                    run.end(number, ending, rank=0)
-                raise WorkerGroupError("given up", {1: RuntimeError("gloo: a rank has gone")})
-            run.finish(_finished())
-
-        monkeypatch.setattr(carrying, "_train", train)
-        placement = Placement(num_workers=2, cpus_per_worker=1, gpus_per_worker=0)
-        given = Assignment(
-            command="me",
-            config=CONFIG,
-            data_url="d",
-            run_url=run.url,
-            placement=placement,
-            options=RunOptions(max_failures=max_failures),
-            environment={},
-        )
-        trial({"run": CONFIG.name}, {CONFIG.name: given.model_dump_json()})
-        return len(calls)
-
-    return carry_out
+def given_up(run: RunFolder, ending: Ending | None, *, max_failures: int = 0, num_attempts: int = 0) -> int | None:
+    """After one more attempt, that ended so."""
+    number = run.begin("me")
+    if ending is not None:
+        run.end(number, ending, rank=0)
+    given = Assignment(
+        command="me",
+        config=CONFIG,
+        data_url="d",
+        run_url=run.url,
+        placement=Placement(num_workers=2, cpus_per_worker=1, gpus_per_worker=0),
+        options=RunOptions(max_failures=max_failures),
+        environment={},
+    )
+    return after_giving_up(given, GivenUpError(), num_attempts)
 
 
-def _finished():
-    from imgcls.records import RunResult
-
-    return RunResult.of(CONFIG, status="finished")
-
-
-def reason(run: RunFolder) -> str | None:
+def reason(run: RunFolder) -> str:
     result = run.result()
     assert result is not None
-    return result.error if result.status == "failed" else None
+    assert result.status == "failed"
+    return str(result.error)
 
 
-def test_what_the_other_ranks_make_of_preempted_nodes_does_not_fail_the_run(run: RunFolder, tried):
-    assert tried(*[Ending(end=End.PREEMPTED)] * 5) == 5
-    assert reason(run) is None
+def test_what_the_other_ranks_make_of_preempted_nodes_does_not_fail_the_run(run: RunFolder):
+    assert [given_up(run, PREEMPTED, num_attempts=number) for number in range(5)] == [1, 2, 3, 4, 5]
+    assert run.result() is None
 
 
-def test_a_run_that_failed_too_often_says_so(run: RunFolder, tried):
-    assert tried(Ending(end=End.CRASHED, error="OSError: x", step=3)) == 1
-    assert reason(run) == "failed 1 times, --max-failures is 0; at last: OSError: x"
-
-
-def test_a_run_that_train_gave_up_for_a_reason_on_no_record_says_what_the_first_rank_raised(run: RunFolder, tried):
-    tried(None, max_failures=9)
+def test_a_preemption_of_an_earlier_time_is_no_reason_to_begin_anew(run: RunFolder):
+    assert given_up(run, PREEMPTED, num_attempts=1) is None
     assert reason(run) == "rank 1: RuntimeError: gloo: a rank has gone"
 
 
-def test_a_damaged_record_of_an_attempt_fails_the_run_at_once_and_is_named(run: RunFolder, tried, tmp_path: Path):
+def test_a_run_that_failed_too_often_says_so(run: RunFolder):
+    assert given_up(run, Ending(end=End.CRASHED, error="OSError: x", step=3)) is None
+    assert reason(run) == "failed 1 times, --max-failures is 0; at last: OSError: x"
+
+
+def test_a_run_that_train_gave_up_for_a_reason_on_no_record_says_what_the_first_rank_raised(run: RunFolder):
+    assert given_up(run, None, max_failures=9) is None
+    assert reason(run) == "rank 1: RuntimeError: gloo: a rank has gone"
+
+
+def test_a_damaged_record_of_an_attempt_fails_the_run_and_is_named(run: RunFolder, tmp_path: Path):
     run.begin("me")
     next(tmp_path.rglob("began.json")).write_text("{}")
-    assert tried(None, Ending(end=End.PREEMPTED)) == 1
-    assert "began.json is damaged" in str(reason(run))
+    assert given_up(run, PREEMPTED) is None
+    assert "began.json is damaged" in reason(run)
