@@ -4,7 +4,6 @@ The training loader keeps no position: at each epoch it asks the trainer where i
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -17,23 +16,24 @@ from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs, inputs
 from imgcls.data.cache import Cache
 from imgcls.data.order import Ids
 from imgcls.data.splits import Splits
-from imgcls.recipe import Recipe
+from imgcls.recipe import Augment, Recipe
 
 EVALUATION_BATCH = 256
-Wait = Callable[[], AbstractContextManager[None]]
+_NOTHING = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
+"""Is drawn."""
 
 
 class Batch(NamedTuple):
     """A rank's part of a global batch. Gathered as pixels, turned into inputs on the device."""
 
-    ids: Tensor
-    """Sample ids, int64, (b,)."""
+    ids: Ids
+    """Sample ids, int64, (b,). They stay on the host."""
     images: Tensor
     """uint8, (b, h, w, c) as gathered; then the network's inputs, (b, c, px, px)."""
     labels: Tensor
     """int64, (b,)."""
     uniforms: Tensor
-    """[0, 1), (b, NUM_UNIFORMS); empty in evaluation."""
+    """[0, 1), (b, NUM_UNIFORMS); empty where nothing is drawn."""
     global_size: int
     """Samples in the global batch, over all ranks."""
     counted: int
@@ -43,21 +43,10 @@ class Batch(NamedTuple):
 class ImageData(pl.LightningDataModule):
     """Training, validation and test batches of one run on one rank."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        cache: Cache,
-        splits: Splits,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        waiting: Wait = nullcontext,
-    ) -> None:
-        """waiting: a context in which this process waits for its device."""
+    def __init__(self, recipe: Recipe, cache: Cache, splits: Splits, *, seed: int, rank: int, world_size: int) -> None:
         super().__init__()
         self.recipe, self.cache, self.splits = recipe, cache, splits
-        self.seed, self.rank, self.world_size, self.waiting = seed, rank, world_size, waiting
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.keep_last = recipe.last_batch == "keep"
 
     def train_dataloader(self) -> "Batches":
@@ -71,8 +60,10 @@ class ImageData(pl.LightningDataModule):
         return self._evaluation_batches(self.splits.test)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
-        with self.waiting():  # a copy to a GPU comes after all that it has to do, other ranks' gradients among it
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if device.type == "cuda":  # from other memory a copy waits until the device has done all that came before it
+            images, labels, uniforms = (one.pin_memory() for one in (batch.images, batch.labels, batch.uniforms))
+            batch = batch._replace(images=images, labels=labels, uniforms=uniforms)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         assert self.trainer is not None
@@ -93,19 +84,19 @@ class ImageData(pl.LightningDataModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
         for batch in batches[done if done < len(batches) else 0 :]:
             ids = order.rank_part(batch, rank=self.rank, world_size=self.world_size)
-            yield self._batch(ids, order.uniforms(self.seed, epoch, ids, NUM_UNIFORMS), len(batch), len(ids))
+            drawn = _NOTHING if self.recipe.augment == Augment() else order.uniforms(self.seed, epoch, ids, NUM_UNIFORMS)
+            yield self._batch(ids, drawn, len(batch), len(ids))
 
     def _evaluation_batches(self, ids: Ids) -> "Batches":
         size = min(EVALUATION_BATCH, max(1, len(ids)))
         batches = order.evaluation_batches(len(ids), rank=self.rank, world_size=self.world_size, size=size)
-        no_uniforms = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
         return Batches(
-            len(batches), lambda: (self._batch(ids[rows], no_uniforms, len(rows), counted) for rows, counted in batches)
+            len(batches), lambda: (self._batch(ids[rows], _NOTHING, len(rows), counted) for rows, counted in batches)
         )
 
     def _batch(self, ids: Ids, uniforms: np.ndarray, global_size: int, counted: int) -> Batch:
-        arrays = ids, self.cache.images[ids], self.cache.labels[ids], uniforms
-        return Batch(*map(torch.from_numpy, arrays), global_size=global_size, counted=counted)
+        arrays = map(torch.from_numpy, (self.cache.images[ids], self.cache.labels[ids], uniforms))
+        return Batch(ids, *arrays, global_size=global_size, counted=counted)
 
 
 class Batches:

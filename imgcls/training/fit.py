@@ -145,9 +145,8 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
         cache = open_cache(set_url, manifest, px=px, channels=channels, command=world.command, say=log.line)
     splits = split_ids(recipe, manifest)
     check_parts(recipe, len(splits.train), world_size=world.size)
-    seed, waiting = config.seed, world.heartbeat.waiting
-    data = ImageData(recipe, cache, splits, seed=seed, rank=world.rank, world_size=world.size, waiting=waiting)
-    network = build_model(recipe, num_classes=len(manifest.class_names), seed=seed)
+    data = ImageData(recipe, cache, splits, seed=config.seed, rank=world.rank, world_size=world.size)
+    network = build_model(recipe, num_classes=len(manifest.class_names), seed=config.seed)
     pixels = read_pixel_digests(set_url, manifest)
     ancestors: tuple[Seen, ...] = ()
     if config.init is not None:
@@ -158,7 +157,7 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     own = Seen(LineageEntry(dataset=recipe.dataset, digest=manifest.digest, run=config.name), np.sort(pixels))
     steps = order.num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
     num_classes, total_steps = len(manifest.class_names), steps * recipe.length.epochs
-    module = Classifier(network, recipe, num_classes=num_classes, total_steps=total_steps, seed=seed, world=world)
+    module = Classifier(network, recipe, num_classes=num_classes, total_steps=total_steps, seed=config.seed, world=world)
     # Reports wait for all ranks without a deadline: no rank meets a collective's while another one still prepares.
     world.report(Progress(phase="start"))
     return Prepared(manifest, data, module, (*ancestors, own))

@@ -37,9 +37,9 @@ class Ledger(Metric):
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("digest", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, ids: Tensor, step: int) -> None:
-        """ids: int64, (b,), of this rank's part; step: in the epoch."""
-        hashes = hash64(_KEY, step, ids.cpu().numpy())
+    def update(self, ids: Ids, step: int) -> None:
+        """ids: of this rank's part; step: in the epoch. Added on the device, hashed on the host: neither waits."""
+        hashes = hash64(_KEY, step, ids)
         self.samples += len(ids)
         self.digest += int(hashes.sum(dtype=np.uint64).astype(np.int64))
 

@@ -1,7 +1,6 @@
 """The LightningModule: loss, totals and optimizer around a network. Called by `fit` and `evaluate`."""
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, assert_never
 
 import lightning.pytorch as pl
@@ -15,10 +14,11 @@ from torchmetrics import Metric
 
 from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
-from imgcls.errors import LeaseError, TrainingError
+from imgcls.errors import TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import Scores
 from imgcls.training.elastic import VirtualRanks, virtual_parts
+from imgcls.training.flags import StepFlags
 from imgcls.training.gradients import make_repeatable, share_buffers
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
@@ -37,8 +37,7 @@ class Classifier(pl.LightningModule):
         self.network = network
         self.recipe, self.total_steps = recipe, total_steps
         self.seed, self.world, self.rank, self.world_size = seed, world, world.rank, world.size
-        self.someone_leaves = False
-        """Some rank's node is about to be taken away: known to all since the last step."""
+        self.flags = StepFlags(world)
         self.automatic_optimization = recipe.numerics != "elastic"
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
         self.ledger = Ledger()
@@ -52,13 +51,12 @@ class Classifier(pl.LightningModule):
             make_repeatable(self.trainer.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        with self.world.heartbeat.waiting():  # for the device
-            self.ledger.update(batch.ids, batch_idx)
+        self.ledger.update(batch.ids, batch_idx)
         if not self.automatic_optimization:
             self._elastic_step(batch)
             return None
         loss, finite = self._forward(batch, slice(None), self.rank)
-        self._share_flags(finite, batch)
+        self._tell(finite, batch)
         return loss  # gradients are added over ranks: to those of the mean over the global batch
 
     def on_after_backward(self) -> None:
@@ -90,7 +88,7 @@ class Classifier(pl.LightningModule):
             return loss
 
         def gather(mine: Tensor) -> Sequence[Tensor]:
-            self._share_flags(torch.stack(all_finite).all(), batch)
+            self._tell(torch.stack(all_finite).all(), batch)
             if self.world_size == 1:
                 return [mine]
             everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -108,29 +106,17 @@ class Classifier(pl.LightningModule):
         optimizer.zero_grad()
         scheduler.step()
 
-    def _share_flags(self, finite: Tensor, batch: Batch) -> None:
-        """Every rank knows of every other's loss and node, in step with the gradients: nobody is left in a collective.
+    def _tell(self, finite: Tensor, batch: Batch) -> None:
+        """In step with the gradients: nobody is left in a collective."""
 
-        Raises, on every rank, TrainingError where a loss is not finite, LeaseError where somebody else is at this run.
-        """
-        known = torch.tensor([self.world.leaving(), self.world.lost()], dtype=torch.int32).to(finite.device)
-        with self.world.heartbeat.waiting():
-            flags = self.trainer.strategy.reduce(torch.cat([(~finite).int().view(1), known]), reduce_op="max").tolist()
-        not_finite, self.someone_leaves, lost = map(bool, flags)
-        if lost:
-            raise LeaseError(f"another command has taken this run over at step {self.global_step}: it goes on there")
-        if not_finite:
-            mine = [] if finite else batch.ids[:8].tolist()
-            everyones: list[list[int]] = [mine] * self.world_size
-            if self.world_size > 1:
-                torch.distributed.all_gather_object(everyones, mine)
-            raise TrainingError(
-                f"the loss of {self.recipe.name} is not finite in epoch {self.current_epoch}, step {self.global_step}, "
-                f"samples {list(chain(*everyones))[:8]}..\n  do: a lower --set optimizer.lr="
-            )
+        def largest(flags: Tensor) -> Tensor:
+            return self.trainer.strategy.reduce(flags, reduce_op="max")
+
+        self.flags.tell(finite, batch.ids, epoch=self.current_epoch, step=self.global_step, largest=largest)
 
     # The part of an epoch that lies behind a checkpoint in its middle, over all ranks: it goes on from rank 0's sums.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.flags.read()
         checkpoint["epoch_so_far"] = {name: _summed(metric) for name, metric in self._counted.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -161,6 +147,9 @@ class Classifier(pl.LightningModule):
         with self.world.heartbeat.waiting():
             self.seen = self.ledger.compute()
         self.ledger.reset()
+
+    def on_validation_start(self) -> None:
+        self.flags.read()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.val_totals, batch)

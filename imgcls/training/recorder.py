@@ -159,7 +159,7 @@ class Recorder(Checkpoint):
         assert isinstance(pl_module, Classifier)
         steps, done = int(trainer.num_training_batches), batch_idx + 1
         every = self.commits.options.checkpoint_every_n_steps
-        leaves = pl_module.someone_leaves and not self._said_leaving
+        leaves = pl_module.flags.someone_leaves and not self._said_leaving
         if done < steps and (leaves or (every and trainer.global_step % every == 0)):
             self._commit(trainer, at_once=leaves)
         if leaves:

@@ -34,7 +34,7 @@ class Totals(Metric):
         losses = losses.nan_to_num(nan=_LOSS_LIMIT).clamp(max=_LOSS_LIMIT)
         self.loss += (losses / _LOSS_UNIT).round().long().sum()
         pairs = labels * self.num_classes + logits.argmax(dim=1)
-        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
+        self.confusion.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))  # `bincount` would ask for the largest
 
     def compute(self) -> Scores:
         """Raises TrainingError, on every rank, where a loss was not finite."""

@@ -39,11 +39,12 @@ class Heartbeat(pl.Callback):
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, this rank waits for other ranks, for its device, or for storage."""
+        waited = self.state is not None and self.state[0]
         self._turn(waits=True)
         try:
             yield
         finally:
-            self._turn(waits=False)
+            self._turn(waits=waited)
 
     def _turn(self, *, waits: bool) -> None:
         if self.state is not None:

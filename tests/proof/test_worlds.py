@@ -144,8 +144,8 @@ def test_training_batches_hold_the_same_samples_augmented_alike_at_any_number_of
         for step in zip(*parts, strict=True):
             sizes = [len(batch.ids) for batch in step]
             assert max(sizes) - min(sizes) <= 1
-            ids, inputs = torch.cat([batch.ids for batch in step]), torch.cat([batch.images for batch in step])
-            together.append((ids.numpy(), inputs.numpy()))
+            ids, inputs = np.concatenate([batch.ids for batch in step]), torch.cat([batch.images for batch in step])
+            together.append((ids, inputs.numpy()))
         return together
 
     one = epoch_of(1)

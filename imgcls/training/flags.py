@@ -1,0 +1,73 @@
+"""What one rank knows and every other has to: told in each training step, read a step later.
+
+By then the device has long been through with it, so that no step waits for what it has itself still to compute. A step
+that was not finite is found before its weights are tested or committed. Called by `module`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from imgcls.data.order import Ids
+from imgcls.errors import LeaseError, TrainingError
+from imgcls.training.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """By all ranks, in one step."""
+
+    epoch: int
+    step: int
+    ids: Ids
+    finite: Tensor
+    """This rank's loss is."""
+    flags: Tensor
+    """On the host, once `there`: of any rank, int32, (not finite, leaves, has lost its run)."""
+    there: torch.cuda.Event | None
+
+
+class StepFlags:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.someone_leaves = False
+        """Some rank's node is about to be taken away: known to all ranks at the same step."""
+        self._told: _Told | None = None
+
+    def tell(self, finite: Tensor, ids: Ids, *, epoch: int, step: int, largest: Callable[[Tensor], Tensor]) -> None:
+        """Every rank calls it in each step. finite: this rank's loss is; largest: over all ranks, elementwise."""
+        self.read()
+        known = [torch.full_like(finite, known) for known in (self.world.leaving(), self.world.lost())]
+        with self.world.heartbeat.waiting():  # for other ranks
+            flags = largest(torch.stack([~finite, *known]).int())
+        there = torch.cuda.Event() if flags.is_cuda else None
+        self._told = _Told(epoch, step, ids, finite, flags.to("cpu", non_blocking=True), there)
+        if there:
+            there.record()
+
+    def read(self) -> None:
+        """Every rank calls it before it goes on from the step that told last.
+
+        Raises, on every rank, TrainingError where a loss was not finite, LeaseError where somebody else is at this run.
+        """
+        told, self._told = self._told, None
+        if told is None:
+            return
+        with self.world.heartbeat.waiting():  # for the device
+            if told.there:
+                told.there.synchronize()
+        not_finite, self.someone_leaves, lost = map(bool, told.flags.tolist())
+        if lost:
+            raise LeaseError(f"another command has taken this run over at step {told.step}: it goes on there")
+        if not_finite:
+            mine = [] if told.finite else told.ids[:8].tolist()
+            everyones: list[list[int]] = [mine] * self.world.size
+            if self.world.size > 1:
+                torch.distributed.all_gather_object(everyones, mine)
+            raise TrainingError(
+                f"the loss is not finite in epoch {told.epoch}, step {told.step}, "
+                f"samples {list(chain(*everyones))[:8]}..\n  do: a lower --set optimizer.lr="
+            )
