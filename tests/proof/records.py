@@ -1,9 +1,10 @@
 """What `make proof` and `bench faults` leave on record, and the papers' tables of all records."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -57,6 +58,39 @@ class FaultRecord(Figures):
     seconds_without_faults: float
     """From the first of twelve steps to the last."""
     runs: tuple[FaultyRun, ...]
+
+
+Kind = Literal["peer", "ours", "limit", "by hand"]
+
+
+class Timed(Record):
+    """One way to do a thing, measured again and again in turn with the others of its group."""
+
+    group: str
+    """What is done: only members of one group are compared."""
+    name: str
+    kind: Kind
+    unit: str
+    """`images/s`, of which more is better, or a unit of which less is."""
+    values: tuple[float, ...]
+    """One a turn: those of one place were measured one after the other."""
+    median: float
+    n: int
+
+
+class SpeedRecord(Figures):
+    """What `jobs.bench speed` found."""
+
+    claim: str
+    command: str
+    seconds: float
+    timed: tuple[Timed, ...]
+    notes: tuple[str, ...] = ()
+
+    def groups(self) -> dict[str, list[Timed]]:
+        return {
+            name: [one for one in self.timed if one.group == name] for name in dict.fromkeys(o.group for o in self.timed)
+        }
 
 
 R = TypeVar("R", bound=Record)
@@ -144,7 +178,73 @@ def faults_table(folder: Path) -> str:
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record)}"
 
 
-TABLES = {"numerics": numerics_table, "proof": proof_table, "faults": faults_table}
+SPEEDS = ("data", "step", "start", "suite")
+
+
+def ratio(ours: Timed, other: Timed) -> float:
+    """Ours to the other: the median over the turns."""
+    return statistics.median(a / b for a, b in zip(ours.values, other.values, strict=True))
+
+
+def ours_of(group: Sequence[Timed]) -> Timed:
+    """The one that a user gets: the last of ours."""
+    return [one for one in group if one.kind == "ours"][-1]
+
+
+def best_other(group: Sequence[Timed]) -> Timed | None:
+    """Of peers and loops by hand."""
+    others = [one for one in group if one.kind in ("peer", "by hand")]
+    return max(others, key=lambda one: one.median if one.unit == "images/s" else -one.median, default=None)
+
+
+def speed_table(what: str, folder: Path) -> str:
+    """All that `bench speed WHAT` measured: ours, the peers, the limit."""
+    found = newest(SpeedRecord, folder, f"speed-{what}")
+    header = ("what", "by", "median", "least to most", "imgcls / it", "n")
+    if found is None:
+        return rows_of(header, [("", "unmeasured", "", "", "", "")])
+    path, record = found
+    rows = []
+    for group, members in record.groups().items():
+        ours = ours_of(members)
+        for number, one in enumerate(members):
+            spread = f"{_amount(min(one.values))} to {_amount(max(one.values))}"
+            beside = "" if one is ours else f"{ratio(ours, one):.2f}"
+            name = f"{one.name} ({one.kind})" if one.kind in ("limit",) else one.name
+            first = "" if number else group
+            rows.append((first, name, f"{_amount(one.median)} {one.unit}", spread, beside, str(one.n)))
+    return f"{rows_of(header, rows)}\n\n{source(path, record.command, 'medians, ratios by turn', record)}"
+
+
+def speeds_table(folder: Path) -> str:
+    """A row a group: ours beside the best of the others."""
+    header, rows, links = ("what", "best of the others", "imgcls", "imgcls / best", "n"), [], []
+    for what in SPEEDS:
+        found = newest(SpeedRecord, folder, f"speed-{what}")
+        if found is None:
+            rows.append((what, "unmeasured", "", "", ""))
+            continue
+        links.append(f"[{found[0].stem}](docs/measurements/{found[0].name})")
+        for group, members in found[1].groups().items():
+            ours, best = ours_of(members), best_other(members)
+            if best:
+                them = f"{best.name}, {_amount(best.median)}"
+                beside = f"{ratio(ours, best):.2f}"
+                rows.append((group, them, f"{_amount(ours.median)} {ours.unit}", beside, str(ours.n)))
+    return rows_of(header, rows) + (f"\n\nMedians, ratios by turn. Records: {', '.join(links)}." if links else "")
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "numerics": numerics_table,
+    "proof": proof_table,
+    "faults": faults_table,
+    "speed": speeds_table,
+    **{f"speed-{what}": partial(speed_table, what) for what in SPEEDS},
+}
 
 
 def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
