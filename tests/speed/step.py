@@ -1,4 +1,4 @@
-"""`bench speed step`: images/s of training by one thread: by hand, by `fit` without Ray, under Ray; one run, and two at once.
+"""`bench speed step`: images/s of training by one thread: by hand, by `fit` without Ray, under Ray; one run, and two.
 
 Every one trains three epochs, and the second counts: before it imports and kernels are warmed up, after it another run may
 have ended.

@@ -1,6 +1,5 @@
 """`bench speed data` at a tiny size: its record, its table, and that each loader gives every image once an epoch."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,9 @@ from imgcls.catalogue import paper
 from imgcls.data.shards import pack
 from imgcls.data.sources import open_source
 from imgcls.errors import DataError
-from tests.conftest import image_folder
-from tests.proof.records import Kind, SpeedRecord, Timed, table_of
+from imgcls.training import environment
+from tests.conftest import Command, image_folder
+from tests.proof.records import HEADLINES, Kind, SpeedRecord, Timed, table_of
 from tests.speed import bench, data, prepared
 from tests.speed.peers import ALWAYS, OPTIONAL, Contender
 
@@ -29,25 +29,25 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-def test_loaders_are_measured_in_turns_and_the_record_is_a_table(
-    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_measures_loaders_and_leaves_a_record_and_tables(
+    noise: Path, enter_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(data, "LEAST_S", 0.0)
+    whole = data.measure_data
     monkeypatch.setattr(data, "measure_data", lambda *given: whole(*given, most=140, optional=False))
     monkeypatch.setattr(data, "SETS", data.SETS[:1])
-    record = bench.measure_speed("data", str(noise), 1, lambda line: None)
-    (tmp_path / record.file_name).write_bytes(record.to_bytes())
-    names = {"torchvision ImageFolder", "webdataset", "memory copy and conversion", "imgcls"}
-    groups = record.groups()
+    monkeypatch.setattr(data, "LEAST_S", 0.0)
+    monkeypatch.setattr(environment, "commit", lambda: "0123456789ab")
+    done = enter_command("bench", "speed", "data", "--repeats", "1", "--data", noise)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "docs" / "measurements"
+    (file,) = folder.iterdir()
+    groups = SpeedRecord.from_bytes(file.read_bytes(), where=str(file)).groups()
     assert [name.rpartition(", ")[2] for name in groups] == [data.FIRST, data.LATER]
-    assert {one.name for one in groups["Imagenette 64 px gray, later epochs"]} == names
-    assert all(one.n == 1 and min(one.values) > 0 for one in record.timed)
-    table = table_of("speed-data", tmp_path)
-    assert "| Imagenette 64 px gray, first epoch | torchvision ImageFolder |" in table
-    assert "| step | unmeasured |" in table_of("speed", tmp_path)
-
-
-whole: Callable[..., list[Timed]] = data.measure_data
+    later = groups["Imagenette 64 px gray, later epochs"]
+    names = ["torchvision ImageFolder", "webdataset", "memory copy and conversion", "imgcls"]
+    assert [(one.name, one.n, min(one.values) > 0) for one in later] == [(name, 1, True) for name in names]
+    assert "| Imagenette 64 px gray, first epoch | torchvision ImageFolder |" in table_of("speed-data", folder)
+    assert "| step, resnet18 | unmeasured |" in table_of("speed", folder)
 
 
 def pixels_of(one: Contender, given: prepared.Prepared) -> list[bytes]:
@@ -96,7 +96,7 @@ def test_what_is_not_installed_is_said_before_anything_is_measured(noise: Path, 
 
 def test_ours_is_compared_by_turn_with_the_best_of_the_others(tmp_path: Path):
     def timed(name: str, kind: Kind, *values: float) -> Timed:
-        return Timed(group="start", name=name, kind=kind, unit="s", values=values, median=sorted(values)[1], n=3)
+        return Timed(group=HEADLINES["start"], name=name, kind=kind, unit="s", values=values, median=sorted(values)[1], n=3)
 
     record = SpeedRecord(
         subject="speed-start", claim="", command="c", date="2026-01-01", seconds=1.0, commit="c", versions={"torch": "2"},
@@ -104,5 +104,5 @@ def test_ours_is_compared_by_turn_with_the_best_of_the_others(tmp_path: Path):
         timed=(timed("a", "peer", 9, 9, 9), timed("b", "by hand", 1, 2, 8), timed("imgcls", "ours", 2, 3, 24)),
     )  # fmt: skip
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
-    assert "| start | b, 2.0 | 3.0 s | 2.00 | 3 |" in table_of("speed", tmp_path)
-    assert "| start | a | 9.0 s | 9.0 to 9.0 | 0.33 | 3 |" in table_of("speed-start", tmp_path)
+    assert f"| {HEADLINES['start']} | 2.0 s, b | 3.0 s | 2.00 | 3 |" in table_of("speed", tmp_path)
+    assert f"| {HEADLINES['start']} | a | 9.0 s | 9.0 to 9.0 | 0.33 | 3 |" in table_of("speed-start", tmp_path)
