@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -98,6 +98,24 @@ def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False
     return measure_gpu(to, seconds, small=small, say=Lines().say)
 
 
+def speed(
+    what: tyro.conf.Positional[Literal["data", "step", "start", "suite"]],
+    data: str = "data/packed",
+    repeats: int | None = None,
+) -> int:
+    """Write a record of our speed beside that of what one would take in place of it.
+
+    Args:
+        what: data: images/s of loaders; step: of training; start: seconds to the first step; suite: seconds of `quick`.
+        data: Folder or URL of packed sets.
+        repeats: Of each measurement; 5, of the suite 1.
+    """
+    with _in_checkout("bench speed"):
+        from tests.speed.bench import measure_speed
+    check_commit({environment.commit() or "unknown"}, "bench speed")
+    return _write(measure_speed(what, data, repeats, Lines().say))
+
+
 def readme() -> int:
     """Write the tables of README and guides from the newest records."""
     for paper in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
@@ -117,7 +135,7 @@ def _in_checkout(command: str) -> Iterator[None]:
         if not (error.name or "").startswith("tests"):
             raise
         raise DataError(
-            f"{command} needs a checkout: what it runs stands in tests/proof\n"
+            f"{command} needs a checkout: what it runs stands beside the tests\n"
             "  do: the same command in the checkout's folder, or with PYTHONPATH naming it"
         ) from None
 
@@ -147,4 +165,5 @@ def with_tables(text: str, *, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    enter({"calibrate": calibrate, "record": record, "numerics": numerics, "faults": faults, "gpu": gpu, "readme": readme})
+    commands = {"calibrate": calibrate, "record": record, "numerics": numerics, "faults": faults, "gpu": gpu, "speed": speed}
+    enter({**commands, "readme": readme})

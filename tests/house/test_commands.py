@@ -46,12 +46,14 @@ RUN_BY = {
     "jobs.bench calibrate": f"{SELF}::test_this_machine_is_calibrated",
     "jobs.bench numerics": f"{SELF}::test_elastic_numerics_are_measured_beside_ddp",
     "jobs.bench gpu": f"{SELF}::test_what_is_wanted_of_a_gpu_is_tried_without_one",
+    "jobs.bench speed": "tests/speed/test_speed.py::test_the_command_measures_loaders_and_leaves_a_record_and_tables",
     "infra.s3": "tests/imgcls/test_s3.py::test_a_server_for_trying_out_keeps_what_it_was_given",
     "make test-all": ".ci/run",
 }
 """The file, or the test in it, that runs a command."""
 ONLY_PARSED = {
     "jobs.bench faults": "takes an hour, and wants a commit without changes; a part of `make proof`",
+    "pip": "installs what `bench speed data` compares with",
     "make run": "its recipe is `jobs.suite --pack`, which .ci/run runs",
     "make test": "its recipe is a part of that of `make test-all`",
     "make check": "a prerequisite of `make test-all`",

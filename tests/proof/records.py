@@ -1,9 +1,10 @@
 """What `make proof` and `bench faults` leave on record, and the papers' tables of all records."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -57,6 +58,39 @@ class FaultRecord(Figures):
     seconds_without_faults: float
     """From the first of twelve steps to the last."""
     runs: tuple[FaultyRun, ...]
+
+
+Kind = Literal["peer", "ours", "limit", "by hand"]
+
+
+class Timed(Record):
+    """One way to do a thing, measured again and again in turn with the others of its group."""
+
+    group: str
+    """What is done: only members of one group are compared."""
+    name: str
+    kind: Kind
+    unit: str
+    """`images/s`, of which more is better, or a unit of which less is."""
+    values: tuple[float, ...]
+    """One a turn: those of one place were measured one after the other."""
+    median: float
+    n: int
+
+
+class SpeedRecord(Figures):
+    """What `jobs.bench speed` found."""
+
+    claim: str
+    command: str
+    seconds: float
+    timed: tuple[Timed, ...]
+    notes: tuple[str, ...] = ()
+
+    def groups(self) -> dict[str, list[Timed]]:
+        return {
+            name: [one for one in self.timed if one.group == name] for name in dict.fromkeys(o.group for o in self.timed)
+        }
 
 
 R = TypeVar("R", bound=Record)
@@ -144,7 +178,77 @@ def faults_table(folder: Path) -> str:
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record)}"
 
 
-TABLES = {"numerics": numerics_table, "proof": proof_table, "faults": faults_table}
+HEADLINES = {
+    "data": "Imagenette 64 px gray, flip, later epochs",
+    "step": "step, resnet18",
+    "start": "start, nothing is up, 1 worker",
+    "suite": "suite quick",
+}
+"""Of each subject of `bench speed`, the group that stands in the README."""
+
+
+def ratio(ours: Timed, other: Timed) -> float:
+    """Ours to the other: the median over the turns."""
+    return statistics.median(a / b for a, b in zip(ours.values, other.values, strict=True))
+
+
+def ours_of(group: Sequence[Timed]) -> Timed:
+    """The one that a user gets: the last of ours."""
+    return [one for one in group if one.kind == "ours"][-1]
+
+
+def best_other(group: Sequence[Timed]) -> Timed | None:
+    """Of peers and loops by hand."""
+    others = [one for one in group if one.kind in ("peer", "by hand")]
+    return max(others, key=lambda one: one.median if one.unit == "images/s" else -one.median, default=None)
+
+
+def speed_table(what: str, folder: Path) -> str:
+    """All that `bench speed WHAT` measured: ours, the peers, the limit."""
+    found = newest(SpeedRecord, folder, f"speed-{what}")
+    header = ("what", "by", "median", "least to most", "imgcls / it", "n")
+    if found is None:
+        return rows_of(header, [("", "unmeasured", "", "", "", "")])
+    path, record = found
+    rows = []
+    for group, members in record.groups().items():
+        ours = ours_of(members)
+        for number, one in enumerate(members):
+            spread = f"{_amount(min(one.values))} to {_amount(max(one.values))}"
+            beside = "" if one is ours else f"{ratio(ours, one):.2f}"
+            name = f"{one.name} ({one.kind})" if one.kind in ("limit",) else one.name
+            first = "" if number else group
+            rows.append((first, name, f"{_amount(one.median)} {one.unit}", spread, beside, str(one.n)))
+    return f"{rows_of(header, rows)}\n\n{source(path, record.command, 'medians, ratios by turn', record)}"
+
+
+def speeds_table(folder: Path) -> str:
+    """A row a subject: ours beside the best of the others, in the group that says most."""
+    header, rows = ("what", "best of the others", "imgcls", "imgcls / it", "n"), list[tuple[str, ...]]()
+    for what, group in HEADLINES.items():
+        found = newest(SpeedRecord, folder, f"speed-{what}")
+        members = found[1].groups().get(group, []) if found else []
+        best = best_other(members)
+        if found is None or best is None:
+            rows.append((group, "unmeasured", "", "", ""))
+            continue
+        ours = ours_of(members)
+        theirs, mine = f"{_amount(best.median)} {best.unit}, {best.name}", f"{_amount(ours.median)} {ours.unit}"
+        rows.append((group, theirs, mine, f"{ratio(ours, best):.2f}", str(ours.n)))
+    return rows_of(header, rows)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "numerics": numerics_table,
+    "proof": proof_table,
+    "faults": faults_table,
+    "speed": speeds_table,
+    **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
+}
 
 
 def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,79 @@
+"""Commands that are measured: each a process of its own, as a user gives it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from imgcls.errors import DataError
+from tests.speed.prepared import ROOT
+
+TIMEOUT_S = 3600.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Running:
+    words: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    began: float
+    """By `time.monotonic`."""
+
+    def finish(self) -> float:
+        """Seconds until its end. Raises DataError where it failed."""
+        code = self.process.wait(TIMEOUT_S)
+        seconds = time.monotonic() - self.began
+        if code != 0:
+            self.said.seek(0)
+            tail = self.said.read().decode(errors="replace")[-3000:]
+            raise DataError(f"python -m {' '.join(self.words)}: exit code {code}, no figure to record\n{tail}")
+        return seconds
+
+    def seconds_until(self, there: Callable[[], bool]) -> float:
+        """From its start; then it goes on to its end."""
+        while not there():
+            if self.process.poll() is not None and not there():
+                self.finish()
+                raise DataError(f"python -m {' '.join(self.words)} ended without what was waited for")
+            time.sleep(0.02)
+        seconds = time.monotonic() - self.began
+        self.finish()
+        return seconds
+
+    def output(self) -> str:
+        self.said.seek(0)
+        return self.said.read().decode()
+
+
+def start(*words: str, env: Mapping[str, str] | None = None) -> Running:
+    """`python -m WORDS`, with a Ray of its own unless `env` names one; it gets SIGTERM when this process dies."""
+    said = tempfile.TemporaryFile()  # noqa: SIM115
+    # Nothing of these commands may look for the peers of `speed data`, or for a cluster that is none of ours.
+    environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", **(env or {})}
+    libc, began = ctypes.CDLL(None), time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=said,
+        stderr=said,
+        start_new_session=True,
+        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+    return Running(words, process, said, began)
+
+
+def words_of(changes: Mapping[str, object]) -> list[str]:
+    return [word for path, value in changes.items() for word in ("--set", f"{path}={value}")]
+
+
+def count_of(folder: Path, pattern: str) -> int:
+    return sum(1 for _ in folder.glob(pattern))
