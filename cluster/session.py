@@ -11,10 +11,11 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cluster.local_ray import lean
 from imgcls import storage
 from imgcls.cpus import usable_cpus
 from imgcls.disk import nearest
@@ -123,7 +124,7 @@ def session(*, verbose: bool) -> Iterator[None]:
             logging.getLogger("ray").setLevel(logging.ERROR)
         stack.callback(ray.shutdown)
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        with _refusals_named():
+        with _refusals_named(), nullcontext() if joins else lean(verbose=verbose):
             ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
