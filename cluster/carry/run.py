@@ -135,6 +135,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     if begun is None:
         return
     attempt, tries = begun
+    from imgcls.training.progress import Progress
+
+    report(Progress(phase="workers import"), tries=tries)
     from cluster.carry.watch import Watch
     from imgcls.training.fit import fit
 
