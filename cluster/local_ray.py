@@ -10,27 +10,27 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-AGENT = (
-    "for port in metrics_agent_port metrics_export_port dashboard_agent_listen_port; do "
-    'printf -- -1 >"$0/${port}_$RAY_NODE_ID"; done; exec cat'
-)
-"""Its first word is the folder of Ray's session; its standard input is a pipe that ends with the raylet."""
+PORTS = ("metrics_agent", "metrics_export", "dashboard_agent_listen")
+NO_PORTS = 'for port; do printf -- -1 >"$0/${port}_port_$RAY_NODE_ID"; done; exec cat'
+"""In the folder of Ray's session. An agent's standard input is a pipe that ends with the raylet."""
+WITH_RAYLET = 'exec 3<&0; (cat <&3; kill -9 $$) & exec "$@"'
+"""By itself the other agent looks for the rest of Ray for a minute where a command was killed."""
 
 
 @contextmanager
 def lean(*, verbose: bool) -> Iterator[None]:
     """Inside, `ray.init` starts no more than that."""
-    from ray._private import node, parameter, ray_constants, services
+    from ray._private import node, parameter, services
 
     python = services._build_python_executable_command_memory_profileable
 
     def program(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
-        is_agent = component == ray_constants.PROCESS_TYPE_DASHBOARD_AGENT
-        return ["sh", "-c", AGENT, session_dir] if is_agent else python(component, session_dir, unbuffered)
+        words = python(component, session_dir, unbuffered)
+        agents = {"dashboard_agent": (NO_PORTS, session_dir, *PORTS), "runtime_env_agent": (WITH_RAYLET, "sh", *words)}
+        return ["sh", "-c", *agents[component]] if component in agents else words
 
-    fewer = partial(parameter.RayParams, no_monitor=True, include_log_monitor=verbose)  # pyright: ignore
     with (
-        patch.object(parameter, "RayParams", fewer),
+        patch.object(parameter, "RayParams", partial(parameter.RayParams, no_monitor=True, include_log_monitor=verbose)),  # pyright: ignore
         patch.object(node.Node, "start_api_server", lambda node, **options: None),
         patch.object(services, python.__name__, program),
     ):

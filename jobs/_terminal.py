@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from imgcls.records import SuiteResults
 
 
-STARTS = "Ray starts"
-
-
 class Lines:
     """Prints lines; behind SYNTHETIC where no photograph is in play."""
 
@@ -59,7 +56,7 @@ class SuiteView:
     def __init__(self, lines: Lines, runs: Mapping[str, str | None]) -> None:
         self.lines = lines
         self.began = time.monotonic()
-        self.rows: dict[str, dict[str, Any]] = {run: {"state": STARTS} for run in runs}
+        self.rows: dict[str, dict[str, Any]] = {run: {"state": "Ray starts"} for run in runs}
         self.sources = runs
 
     @contextmanager
@@ -74,12 +71,9 @@ class SuiteView:
         if status.value == "failed":
             self.lines.say(f"{run}: failed before; --retry-failed tries it again")
 
-    def connecting(self) -> None:
-        self.lines.say(STARTS)
-
     def connected(self) -> None:
         for run, row in self.rows.items():
-            if row["state"] == STARTS:
+            if row["state"] == "Ray starts":
                 row["state"] = f"waits for {self.sources[run] or 'room'}"
 
     def started(self, run: str) -> None:

@@ -22,8 +22,6 @@ class View(Protocol):
     def already(self, run: str, status: Status) -> None:
         """It had come to this before the command began."""
 
-    def connecting(self) -> None: ...
-
     def connected(self) -> None:
         """Ray is up; a run that has not started waits for another one, or for room."""
 

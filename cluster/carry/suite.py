@@ -54,7 +54,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
             storage.clean_temporary(suite.run(run).url)
-        view.connecting()
+        view.say("Ray starts")
         with session.session(verbose=request.options.verbose):
             view.connected()
             config = placements.autoscaling_config()

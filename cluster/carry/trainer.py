@@ -9,10 +9,9 @@ others. These are Train's own seams in Ray 2.60, `ray/train/v2/api/data_parallel
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import ray.train
 import ray.tune
@@ -43,8 +42,11 @@ class TrialTrainer(LeanTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["scaling_policy"] = _Fixed(self.scaling_config)
         controller = _Controller(**arguments)
-        with _nobody_to_wait_for() if self.scaling_config.num_workers == 1 else nullcontext():
-            asyncio.run(controller.run())
+        if self.scaling_config.num_workers == 1:  # as in each run of this process
+            actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda **_: _NOBODY))
+            worker_group.SynchronizationActor = actor  # pyright: ignore[reportAttributeAccessIssue]
+            state._shutdown_sync_actor = lambda sync_actor: None
+        asyncio.run(controller.run())
         return controller.get_result()
 
 
@@ -109,14 +111,5 @@ def _here(answer: Callable[..., Any]) -> Any:
     return SimpleNamespace(remote=lambda *arguments, **named: ray.put(answer(*arguments, **named)))
 
 
-_NOBODY = SimpleNamespace(
-    broadcast_from_rank_zero=_here(lambda data, **of: data), set_required_ranks=_here(lambda ranks: True)
-)
+_NOBODY = SimpleNamespace(broadcast_from_rank_zero=_here(lambda data, **_: data), set_required_ranks=_here(lambda _: True))
 """For a worker alone, in place of the actor at which workers wait for each other."""
-
-
-def _nobody_to_wait_for() -> ExitStack:
-    stack, actor = ExitStack(), SimpleNamespace(options=lambda **of: SimpleNamespace(remote=lambda **of: _NOBODY))
-    stack.enter_context(patch.object(worker_group, "SynchronizationActor", actor))
-    stack.enter_context(patch.object(state, "_shutdown_sync_actor", lambda nobody: None))
-    return stack

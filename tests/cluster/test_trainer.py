@@ -88,7 +88,7 @@ def test_a_run_of_one_worker_has_no_more_processes_than_it_needs():
         [sys.executable, "-c", A_RUN_OF_ONE_WORKER],
         cwd=ROOT, env=local_ray(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    ours = {"sh", "cat"}  # in place of an agent, and for agents that outlive a killed command
+    ours = {"sh", "cat"}  # in place of an agent, and to end the other one with Ray
     needed = {"gcs_server", "raylet", "ray::RuntimeEnvAgent", "ray::Trial.run", "ray::RayTrainWorker"} | ours
     assert set(done.stdout.splitlines()) == needed, done.stdout + done.stderr
 
