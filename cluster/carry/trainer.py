@@ -44,7 +44,7 @@ class TrialTrainer(LeanTrainer):
         controller = _Controller(**arguments)
         if self.scaling_config.num_workers == 1:  # as in each run of this process
             actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda **_: _NOBODY))
-            worker_group.SynchronizationActor = actor  # pyright: ignore[reportAttributeAccessIssue]
+            worker_group.SynchronizationActor = actor  # pyright: ignore
             state._shutdown_sync_actor = lambda sync_actor: None
         asyncio.run(controller.run())
         return controller.get_result()
