@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-PORTS = ("metrics_agent", "metrics_export", "dashboard_agent_listen")
-NO_PORTS = 'for port; do printf -- -1 >"$0/${port}_port_$RAY_NODE_ID"; done; exec cat'
-"""In the folder of Ray's session. An agent's standard input is a pipe that ends with the raylet."""
+PORTS = "metrics_agent metrics_export dashboard_agent_listen"
+NO_PORTS = f'for p in {PORTS}; do printf -- -1 >"$0/new_$p" && mv "$0/new_$p" "$0/${{p}}_port_$RAY_NODE_ID"; done; exec cat'
+"""In the folder of Ray's session, where the raylet looks for whole files. An agent's input is a pipe that ends with it."""
 WITH_RAYLET = 'exec 3<&0; (cat <&3; kill -9 $$) & exec "$@"'
 """By itself the other agent looks for the rest of Ray for a minute where a command was killed."""
 
@@ -26,7 +26,7 @@ def lean(*, verbose: bool) -> Iterator[None]:
 
     def program(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
         words = python(component, session_dir, unbuffered)
-        agents = {"dashboard_agent": (NO_PORTS, session_dir, *PORTS), "runtime_env_agent": (WITH_RAYLET, "sh", *words)}
+        agents = {"dashboard_agent": (NO_PORTS, session_dir), "runtime_env_agent": (WITH_RAYLET, "sh", *words)}
         return ["sh", "-c", *agents[component]] if component in agents else words
 
     with (
