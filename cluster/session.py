@@ -8,13 +8,13 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cluster.local_ray import lean
 from imgcls import storage
 from imgcls.cpus import usable_cpus
 from imgcls.disk import nearest
@@ -123,12 +123,10 @@ def session(*, verbose: bool) -> Iterator[None]:
             logging.getLogger("ray").setLevel(logging.ERROR)
         stack.callback(ray.shutdown)
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        with _refusals_named():
+        with _refusals_named(), nullcontext() if joins else lean(verbose=verbose):
             ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
-        if not joins:
-            stack.enter_context(_agents_end_with_us())
         yield
 
 
@@ -154,28 +152,6 @@ def keep_credentials_here() -> None:
 
     names = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
-
-
-@contextmanager
-def _agents_end_with_us() -> Iterator[None]:
-    """Ray's two agents end with this process even if it is killed; else they look for the rest of Ray for a minute.
-
-    A shell waits for the end of a pipe that only this process holds, and then ends the agents that are left.
-    """
-    from ray._private import worker
-
-    import psutil  # pyright: ignore  # isort: skip  # Ray brings it, and has put it on the path by now
-
-    node = worker._global_node
-    raylets = [info.process.pid for info in (node.all_processes.get("raylet", []) if node else [])]
-    children = [str(child.pid) for raylet in raylets for child in psutil.Process(raylet).children()]
-    script = 'cat; sleep 5; for p; do grep -qi agent "/proc/$p/cmdline" && kill -9 "$p"; done'
-    words, nothing = ["sh", "-c", script, "imgcls", *children], subprocess.DEVNULL
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True) as shell:
-        try:
-            yield
-        finally:
-            shell.kill()
 
 
 def set_train_environment(*, hang_timeout_s: float) -> None:
@@ -273,6 +249,8 @@ def _local_options() -> dict[str, Any]:
         # Nobody takes this node away; and Train starts its own workers, so that prestarted ones would never be used.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_enable_worker_prestart": "0",
+        # Ray's agents see by their standard input that the raylet has ended; `local_ray` counts on it.
+        "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
         "RAY_prestart_worker_first_driver": "0",
     }
     return {

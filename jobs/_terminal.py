@@ -56,7 +56,8 @@ class SuiteView:
     def __init__(self, lines: Lines, runs: Mapping[str, str | None]) -> None:
         self.lines = lines
         self.began = time.monotonic()
-        self.rows: dict[str, dict[str, Any]] = {run: {"state": _waiting(source)} for run, source in runs.items()}
+        self.rows: dict[str, dict[str, Any]] = {run: {"state": "Ray starts"} for run in runs}
+        self.sources = runs
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -70,14 +71,21 @@ class SuiteView:
         if status.value == "failed":
             self.lines.say(f"{run}: failed before; --retry-failed tries it again")
 
+    def connected(self) -> None:
+        for run, row in self.rows.items():
+            if row["state"] == "Ray starts":
+                row["state"] = f"waits for {self.sources[run] or 'room'}"
+
     def started(self, run: str) -> None:
-        self.rows[run]["state"] = "starting"
+        self.rows[run]["state"] = "workers start"
         self.lines.say(f"{run}: started")
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None:
         if progress["tries"] > self.rows[run].get("tries", 1):
             self.lines.say(f"{run}: a worker or its controller was lost; begun again from the last checkpoint")
             self.rows[run].pop("since", None)
+        if progress["phase"] in ("workers import", "cache"):  # each may take long
+            self.lines.say(f"{run}: {progress['phase']}")
         self.rows[run] |= {"state": progress["phase"], **progress}
         if progress["phase"] == "train":
             # Since then, not since the start: imports, cache and what an earlier attempt did do not count.
@@ -112,10 +120,6 @@ class SuiteView:
                 _left(row),
             )
         return table
-
-
-def _waiting(source: str | None) -> str:
-    return f"waits for {source}" if source else "waits for room"
 
 
 def _left(row: Mapping[str, Any]) -> str:

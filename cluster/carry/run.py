@@ -19,9 +19,9 @@ from imgcls import storage
 from imgcls.errors import DataError, ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Placement, Record, RunConfig, RunOptions
 from imgcls.runs import End, Ending, RunFolder, RunState
+from imgcls.training.progress import Progress
 
 if TYPE_CHECKING:
-    from imgcls.training.progress import Progress
     from imgcls.training.world import World
 
 BACKSTOP = 20
@@ -135,6 +135,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     if begun is None:
         return
     attempt, tries = begun
+    report(Progress(phase="workers import"), tries=tries)
     from cluster.carry.watch import Watch
     from imgcls.training.fit import fit
 
@@ -221,7 +222,7 @@ def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> 
     )
 
 
-def report(progress: "Progress", *, tries: int) -> None:
+def report(progress: Progress, *, tries: int) -> None:
     """Every rank calls it equally often: Train's report is a barrier. tries: how often this command has begun the run."""
     import ray.train
 

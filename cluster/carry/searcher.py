@@ -22,6 +22,9 @@ class View(Protocol):
     def already(self, run: str, status: Status) -> None:
         """It had come to this before the command began."""
 
+    def connected(self) -> None:
+        """Ray is up; a run that has not started waits for another one, or for room."""
+
     def started(self, run: str) -> None: ...
 
     def progress(self, run: str, progress: Mapping[str, Any]) -> None: ...

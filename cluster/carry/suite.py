@@ -47,13 +47,13 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         write_down(request, plan)
         return suite.publish()
     cached, mine = cached_sets(plan), [run for run, status in state.statuses.items() if status is Status.OPEN]
-    if not session.names_cluster():
-        # Refused before Ray starts, where it will be.
+    if not session.names_cluster():  # refused before Ray starts, where it will be
         choose(request, [placements.local_node()])
         check_room((storage.join(request.data_url, one[0].name), *one) for one in plan.decoded_sets(mine))
     with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
             storage.clean_temporary(suite.run(run).url)
+        view.say("Ray starts")
         with session.session(verbose=request.options.verbose):
             config = placements.autoscaling_config()
             nodes = placements.cluster_nodes(config)
@@ -125,6 +125,7 @@ def _carry_out(
     room: Callable[[], int],
     view: "View",
 ) -> "PlanSearcher":
+    view.connected()
     from ray import tune
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback

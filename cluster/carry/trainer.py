@@ -2,12 +2,15 @@
 
 Train's controller runs in the trial's own process. There is no manager of Ray's datasets, no coordinator of requests to an
 autoscaler (the workers' pending placement group is one), and no cleaner, which asks Ray's dashboard every second: a
-placement group has its run's name, and whoever needs its place removes it. These are Train's own seams in Ray 2.60,
-`ray/train/v2/api/data_parallel_trainer.py` and `ray/train/v2/_internal/execution`, none of them public.
+placement group has its run's name, and whoever needs its place removes it. A worker alone has no actor at which to wait for
+others. These are Train's own seams in Ray 2.60, `ray/train/v2/api/data_parallel_trainer.py` and
+`ray/train/v2/_internal/execution`, none of them public.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import ray.train
@@ -18,7 +21,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup
+from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
@@ -39,6 +42,10 @@ class TrialTrainer(LeanTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["scaling_policy"] = _Fixed(self.scaling_config)
         controller = _Controller(**arguments)
+        if self.scaling_config.num_workers == 1:  # as in each run of this process
+            actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda **_: _NOBODY))
+            worker_group.SynchronizationActor = actor  # pyright: ignore
+            state._shutdown_sync_actor = lambda sync_actor: None
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -97,3 +104,12 @@ class _Workers(WorkerGroup):
 
 class _Controller(TrainController):
     worker_group_cls = _Workers
+
+
+def _here(answer: Callable[..., Any]) -> Any:
+    """A method of an actor that is none: answered where it is called."""
+    return SimpleNamespace(remote=lambda *arguments, **named: ray.put(answer(*arguments, **named)))
+
+
+_NOBODY = SimpleNamespace(broadcast_from_rank_zero=_here(lambda data, **_: data), set_required_ranks=_here(lambda _: True))
+"""For a worker alone, in place of the actor at which workers wait for each other."""

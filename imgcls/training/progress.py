@@ -9,7 +9,7 @@ Row = dict[str, float | int | str]
 @dataclass(frozen=True, slots=True)
 class Progress:
     phase: str
-    """cache, start, train, test."""
+    """workers import, cache, start, train, test."""
     epoch: int = 0
     """The one under way, from 1."""
     epochs: int = 0

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def test_local_ray_starts_without_any_network_and_where_its_sockets_have_no_room
     done = in_a_session(*without_network("ip link set lo up;"), TMPDIR=str(long))
     assert (done.stdout, done.stderr) == ("reached 127.0.0.1 token 0\n", "")
     assert list(long.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_local_ray_ends_with_its_command_even_if_that_is_killed():
+    code = "from cluster.session import session\nwith session(verbose=False): print('up', flush=True); input()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == b"up\n"
+    parents = {int(file.parent.name): file.read_text().rsplit(")", 1)[1].split()[1] for file in stat_files()}
+    started = {pid for pid, parent in parents.items() if parent == str(command.pid)}
+    started |= {pid for pid, parent in parents.items() if parent in map(str, started)}
+    assert len(started) >= 4
+    command.kill()
+    command.communicate()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in started):
+        time.sleep(0.1)
+    assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
+
+
+def stat_files() -> list[Path]:
+    return list(Path("/proc").glob("[0-9]*/stat"))
 
 
 @pytest.mark.parametrize("length", range(8, 60, 4))

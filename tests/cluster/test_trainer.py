@@ -46,3 +46,52 @@ def test_the_cpus_of_a_run_whose_trial_is_gone_are_free_when_they_are_asked_for(
         cwd=ROOT, env={**os.environ, **ray_cluster}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["held True", "free True"], done.stdout + done.stderr
+
+
+A_RUN_OF_ONE_WORKER = """
+from cluster.session import session
+from imgcls import storage
+from imgcls.records import Placement
+
+def work():
+    import os
+    import ray.train
+    from ray.train.collective import barrier, broadcast_from_rank_zero
+    barrier()
+    assert broadcast_from_rank_zero("word") == "word"
+    ray.train.report({})
+    import psutil
+    command = next(one for one in psutil.Process().parents() if "-c" in one.cmdline())
+    return [" ".join(one.cmdline()).strip() for one in command.children(recursive=True)]
+
+class Trial:
+    def run(self, folder):
+        from cluster.carry.trainer import TrialTrainer, backend_config
+        return TrialTrainer(
+            work,
+            backend_config=backend_config(Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)),
+            scaling_config=ray.train.ScalingConfig(num_workers=1),
+            run_config=ray.train.RunConfig(name="run", storage_path=folder),
+        ).fit().return_value
+
+with session(verbose=False), storage.temporary_folder("test") as folder:
+    import ray, ray.train
+    trial = ray.remote(num_cpus=0)(Trial).remote()
+    for words in ray.get(trial.run.remote(folder)):
+        print(words.split()[0].split("/")[-1].removesuffix(".poll_status"))
+"""
+
+
+def test_a_run_of_one_worker_has_no_more_processes_than_it_needs():
+    """Ray would start nine more, each of which imports Ray and then polls: see decision 21."""
+    done = subprocess.run(
+        [sys.executable, "-c", A_RUN_OF_ONE_WORKER],
+        cwd=ROOT, env=local_ray(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    ours = {"sh", "cat"}  # in place of an agent, and to end the other one with Ray
+    needed = {"gcs_server", "raylet", "ray::RuntimeEnvAgent", "ray::Trial.run", "ray::RayTrainWorker"} | ours
+    assert set(done.stdout.splitlines()) == needed, done.stdout + done.stderr
+
+
+def local_ray() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -30,3 +30,23 @@ def test_a_run_that_is_begun_again_says_so_once_also_where_its_first_worker_repo
     for phase in ("cache", "start"):
         view.progress("scratch-seed0", {"phase": phase, "tries": 2})
     assert lines.console.file.getvalue().count("begun again") == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_a_run_waits_for_is_shown_and_logged():
+    lines = Lines()
+    lines.console = Console(file=io.StringIO(), width=200)
+    view = SuiteView(lines, {"resnet18-seed0": None, "finetuned-seed0": "resnet18-seed0"})
+
+    def states() -> list[str]:
+        return [str(row["state"]) for row in view.rows.values()]
+
+    assert states() == ["Ray starts", "Ray starts"]
+    view.connected()
+    assert states() == ["waits for room", "waits for resnet18-seed0"]
+    view.started("resnet18-seed0")
+    assert states()[0] == "workers start"
+    for phase in ("workers import", "cache", "start"):
+        view.progress("resnet18-seed0", {"phase": phase, "tries": 1})
+        assert states()[0] == phase
+    said = lines.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert said.splitlines() == [f"resnet18-seed0: {what}" for what in ("started", "workers import", "cache")]
