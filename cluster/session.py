@@ -249,9 +249,9 @@ def _local_options() -> dict[str, Any]:
         # Nobody takes this node away; and Train starts its own workers, so that prestarted ones would never be used.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
         # Ray's agents see by their standard input that the raylet has ended; `local_ray` counts on it.
         "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
-        "RAY_prestart_worker_first_driver": "0",
     }
     return {
         "address": "local",

@@ -19,8 +19,7 @@ from imgcls.data.splits import Splits
 from imgcls.recipe import Augment, Recipe
 
 EVALUATION_BATCH = 256
-_NOTHING = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
-"""Is drawn."""
+_NO_UNIFORMS = np.empty((0, NUM_UNIFORMS), dtype=np.float32)
 
 
 class Batch(NamedTuple):
@@ -84,14 +83,14 @@ class ImageData(pl.LightningDataModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
         for batch in batches[done if done < len(batches) else 0 :]:
             ids = order.rank_part(batch, rank=self.rank, world_size=self.world_size)
-            drawn = _NOTHING if self.recipe.augment == Augment() else order.uniforms(self.seed, epoch, ids, NUM_UNIFORMS)
+            drawn = _NO_UNIFORMS if self.recipe.augment == Augment() else order.uniforms(self.seed, epoch, ids, NUM_UNIFORMS)
             yield self._batch(ids, drawn, len(batch), len(ids))
 
     def _evaluation_batches(self, ids: Ids) -> "Batches":
         size = min(EVALUATION_BATCH, max(1, len(ids)))
         batches = order.evaluation_batches(len(ids), rank=self.rank, world_size=self.world_size, size=size)
         return Batches(
-            len(batches), lambda: (self._batch(ids[rows], _NOTHING, len(rows), counted) for rows, counted in batches)
+            len(batches), lambda: (self._batch(ids[rows], _NO_UNIFORMS, len(rows), counted) for rows, counted in batches)
         )
 
     def _batch(self, ids: Ids, uniforms: np.ndarray, global_size: int, counted: int) -> Batch:

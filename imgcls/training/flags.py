@@ -1,10 +1,9 @@
-"""What one rank knows and every other has to: told in each training step, read a step later.
+"""What one rank knows and every other has to: shared in each training step, read a step later.
 
 By then the device has long been through with it, so that no step waits for what it has itself still to compute. A step
 that was not finite is found before its weights are tested or committed. Called by `module`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,8 +16,8 @@ from imgcls.training.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """By all ranks, in one step."""
+class _Shared:
+    """In one step."""
 
     epoch: int
     step: int
@@ -35,39 +34,44 @@ class StepFlags:
         self.world = world
         self.someone_leaves = False
         """Some rank's node is about to be taken away: known to all ranks at the same step."""
-        self._told: _Told | None = None
+        self._shared: _Shared | None = None
 
-    def tell(self, finite: Tensor, ids: Ids, *, epoch: int, step: int, largest: Callable[[Tensor], Tensor]) -> None:
-        """Every rank calls it in each step. finite: this rank's loss is; largest: over all ranks, elementwise."""
+    def share(self, finite: Tensor, ids: Ids, *, epoch: int, step: int) -> None:
+        """Every rank calls it in each step, before the gradients meet: nobody is left in a collective."""
         self.read()
-        known = [torch.full_like(finite, known) for known in (self.world.leaving(), self.world.lost())]
+        known = [torch.full_like(finite, value) for value in (self.world.leaving(), self.world.lost())]
         with self.world.heartbeat.waiting():  # for other ranks
-            flags = largest(torch.stack([~finite, *known]).int())
+            flags = self._of_any_rank(torch.stack([~finite, *known]).int())
         there = torch.cuda.Event() if flags.is_cuda else None
-        self._told = _Told(epoch, step, ids, finite, flags.to("cpu", non_blocking=True), there)
+        self._shared = _Shared(epoch, step, ids, finite, flags.to("cpu", non_blocking=True), there)
         if there:
             there.record()
 
+    def _of_any_rank(self, flags: Tensor) -> Tensor:
+        if self.world.size > 1:  # not by Lightning's `reduce`: a barrier comes before it, and waits for the device
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return flags
+
     def read(self) -> None:
-        """Every rank calls it before it goes on from the step that told last.
+        """Every rank calls it before it goes on from the step that shared last.
 
         Raises, on every rank, TrainingError where a loss was not finite, LeaseError where somebody else is at this run.
         """
-        told, self._told = self._told, None
-        if told is None:
+        shared, self._shared = self._shared, None
+        if shared is None:
             return
         with self.world.heartbeat.waiting():  # for the device
-            if told.there:
-                told.there.synchronize()
-        not_finite, self.someone_leaves, lost = map(bool, told.flags.tolist())
+            if shared.there:
+                shared.there.synchronize()
+        not_finite, self.someone_leaves, lost = map(bool, shared.flags.tolist())
         if lost:
-            raise LeaseError(f"another command has taken this run over at step {told.step}: it goes on there")
+            raise LeaseError(f"another command has taken this run over at step {shared.step}: it goes on there")
         if not_finite:
-            mine = [] if told.finite else told.ids[:8].tolist()
+            mine = [] if shared.finite else shared.ids[:8].tolist()
             everyones: list[list[int]] = [mine] * self.world.size
             if self.world.size > 1:
                 torch.distributed.all_gather_object(everyones, mine)
             raise TrainingError(
-                f"the loss is not finite in epoch {told.epoch}, step {told.step}, "
+                f"the loss is not finite in epoch {shared.epoch}, step {shared.step}, "
                 f"samples {list(chain(*everyones))[:8]}..\n  do: a lower --set optimizer.lr="
             )

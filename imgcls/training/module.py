@@ -56,7 +56,7 @@ class Classifier(pl.LightningModule):
             self._elastic_step(batch)
             return None
         loss, finite = self._forward(batch, slice(None), self.rank)
-        self._tell(finite, batch)
+        self._share(finite, batch)
         return loss  # gradients are added over ranks: to those of the mean over the global batch
 
     def on_after_backward(self) -> None:
@@ -88,7 +88,7 @@ class Classifier(pl.LightningModule):
             return loss
 
         def gather(mine: Tensor) -> Sequence[Tensor]:
-            self._tell(torch.stack(all_finite).all(), batch)
+            self._share(torch.stack(all_finite).all(), batch)
             if self.world_size == 1:
                 return [mine]
             everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -106,13 +106,8 @@ class Classifier(pl.LightningModule):
         optimizer.zero_grad()
         scheduler.step()
 
-    def _tell(self, finite: Tensor, batch: Batch) -> None:
-        """In step with the gradients: nobody is left in a collective."""
-
-        def largest(flags: Tensor) -> Tensor:
-            return self.trainer.strategy.reduce(flags, reduce_op="max")
-
-        self.flags.tell(finite, batch.ids, epoch=self.current_epoch, step=self.global_step, largest=largest)
+    def _share(self, finite: Tensor, batch: Batch) -> None:
+        self.flags.share(finite, batch.ids, epoch=self.current_epoch, step=self.global_step)
 
     # The part of an epoch that lies behind a checkpoint in its middle, over all ranks: it goes on from rank 0's sums.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from imgcls.data.batches import Batch
@@ -171,6 +172,9 @@ class Recorder(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and self._trained_s is None:
+            if pl_module.device.type == "cuda":  # its steps count as training to their end
+                with self.world.heartbeat.waiting():
+                    torch.cuda.synchronize()
             self._trained_s = time.perf_counter()
 
     @_waits

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster import session
+from infra.processes import descendants
 from tests.conftest import ROOT
 
 IN_A_SESSION = """
@@ -57,9 +58,7 @@ def test_a_local_ray_ends_with_its_command_even_if_that_is_killed():
     )
     assert command.stdout is not None
     assert command.stdout.readline() == b"up\n"
-    parents = {int(file.parent.name): file.read_text().rsplit(")", 1)[1].split()[1] for file in stat_files()}
-    started = {pid for pid, parent in parents.items() if parent == str(command.pid)}
-    started |= {pid for pid, parent in parents.items() if parent in map(str, started)}
+    started = descendants(command.pid)
     assert len(started) >= 4
     command.kill()
     command.communicate()
@@ -67,10 +66,6 @@ def test_a_local_ray_ends_with_its_command_even_if_that_is_killed():
     while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in started):
         time.sleep(0.1)
     assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
-
-
-def stat_files() -> list[Path]:
-    return list(Path("/proc").glob("[0-9]*/stat"))
 
 
 @pytest.mark.parametrize("length", range(8, 60, 4))
@@ -94,6 +89,7 @@ def test_a_folder_of_ray_that_another_user_made_is_not_used_and_without_any_the_
         import os
         from pathlib import Path
         from cluster import session
+from infra.processes import descendants
         os.setgid(12345), os.setuid(12345)
         with session._environment({}), session._room_for_ray():
             Path(os.environ["RAY_TMPDIR"], "ray").mkdir()

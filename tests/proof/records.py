@@ -187,9 +187,10 @@ HEADLINES = {
 """Of each subject of `bench speed`, the group that stands in the README."""
 
 
-def ratio(ours: Timed, other: Timed) -> float:
-    """Ours to the other: the median over the turns."""
-    return statistics.median(a / b for a, b in zip(ours.values, other.values, strict=True))
+def times_as_quick(ours: Timed, other: Timed) -> float:
+    """The median over the turns."""
+    ratios = (mine / theirs for mine, theirs in zip(ours.values, other.values, strict=True))
+    return statistics.median(ratios if ours.unit == "images/s" else (1 / ratio for ratio in ratios))
 
 
 def ours_of(group: Sequence[Timed]) -> Timed:
@@ -206,7 +207,7 @@ def best_other(group: Sequence[Timed]) -> Timed | None:
 def speed_table(what: str, folder: Path) -> str:
     """All that `bench speed WHAT` measured: ours, the peers, the limit."""
     found = newest(SpeedRecord, folder, f"speed-{what}")
-    header = ("what", "by", "median", "least to most", "imgcls / it", "n")
+    header = ("what", "by", "median", "least to most", "imgcls is so many times as quick", "n")
     if found is None:
         return rows_of(header, [("", "unmeasured", "", "", "", "")])
     path, record = found
@@ -215,16 +216,18 @@ def speed_table(what: str, folder: Path) -> str:
         ours = ours_of(members)
         for number, one in enumerate(members):
             spread = f"{_amount(min(one.values))} to {_amount(max(one.values))}"
-            beside = "" if one is ours else f"{ratio(ours, one):.2f}"
-            name = f"{one.name} ({one.kind})" if one.kind in ("limit",) else one.name
+            beside = "" if one is ours else f"{times_as_quick(ours, one):.2f}"
+            name = f"{one.name} (limit)" if one.kind == "limit" else one.name
             first = "" if number else group
             rows.append((first, name, f"{_amount(one.median)} {one.unit}", spread, beside, str(one.n)))
-    return f"{rows_of(header, rows)}\n\n{source(path, record.command, 'medians, ratios by turn', record)}"
+    told = "\n".join(f"- {note}" for note in record.notes)
+    return f"{rows_of(header, rows)}\n\n{told}\n\n{source(path, record.command, 'medians, ratios by turn', record)}"
 
 
 def speeds_table(folder: Path) -> str:
     """A row a subject: ours beside the best of the others, in the group that says most."""
-    header, rows = ("what", "best of the others", "imgcls", "imgcls / it", "n"), list[tuple[str, ...]]()
+    header = ("what", "best of the others", "imgcls", "times as quick", "n")
+    rows, sources = list[tuple[str, ...]](), dict[str, list[str]]()
     for what, group in HEADLINES.items():
         found = newest(SpeedRecord, folder, f"speed-{what}")
         members = found[1].groups().get(group, []) if found else []
@@ -234,8 +237,11 @@ def speeds_table(folder: Path) -> str:
             continue
         ours = ours_of(members)
         theirs, mine = f"{_amount(best.median)} {best.unit}, {best.name}", f"{_amount(ours.median)} {ours.unit}"
-        rows.append((group, theirs, mine, f"{ratio(ours, best):.2f}", str(ours.n)))
-    return rows_of(header, rows)
+        rows.append((group, theirs, mine, f"{times_as_quick(ours, best):.2f}", str(ours.n)))
+        sources.setdefault(where_from(found[1], found[0]), []).append(
+            f"[{found[0].name}](docs/measurements/{found[0].name})"
+        )
+    return "\n\n".join([rows_of(header, rows), *(f"{at}: {', '.join(paths)}." for at, paths in sources.items())])
 
 
 def _amount(value: float) -> str:
@@ -257,8 +263,10 @@ def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def source(path: Path, command: str, about: str, at: RunResult | Figures) -> str:
     """The line under a table. at: what has its commit and its hardware."""
+    return f"`{command}`: {about}; {where_from(at, path)}. Record: [{path.name}](docs/measurements/{path.name})."
+
+
+def where_from(at: RunResult | Figures, path: Path) -> str:
+    """Hardware, torch, commit and day of a record."""
     hardware, day = ", ".join(f"{name} {value}" for name, value in at.hardware.items()), path.stem.rpartition("_")[2]
-    return (
-        f"`{command}`: {about}; {hardware}; torch {at.versions['torch']}; commit {at.commit}; {day}. "
-        f"Record: [{path.name}](docs/measurements/{path.name})."
-    )
+    return f"{hardware}; torch {at.versions['torch']}; commit {at.commit}; {day}"

@@ -20,7 +20,7 @@ CLAIMS: dict[What, str] = {
     "start": "seconds from the command to the end of the first training step, beside plain Lightning and Ray by the book",
     "suite": "seconds of the catalogue quick, beside its five trainings written by hand",
 }
-PEERS = ("litdata", "mosaicml-streaming")
+PACKAGES = ("litdata", "mosaicml-streaming")
 
 
 def measure_speed(what: What, data: str, repeats: int | None, say: Callable[[str], None]) -> SpeedRecord:
@@ -46,7 +46,7 @@ def measure_speed(what: What, data: str, repeats: int | None, say: Callable[[str
 
 def _versions_of_peers() -> dict[str, str]:
     versions = {}
-    for peer in PEERS:
+    for peer in PACKAGES:
         try:
             versions[peer] = version(peer)
         except PackageNotFoundError:

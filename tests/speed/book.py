@@ -29,7 +29,7 @@ class FirstStep(pl.Callback):
             Path(self.file).touch()
 
 
-class Classifier(pl.LightningModule):
+class Network(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.network = basic_cnn(px=64, channels=1, num_classes=10, dropout=0.3)
@@ -60,7 +60,7 @@ def train(config: dict[str, Any]) -> None:
         from ray.train.lightning import prepare_trainer
 
         trainer = prepare_trainer(trainer)
-    trainer.fit(Classifier(), loader)
+    trainer.fit(Network(), loader)
 
 
 def main(images: str, first: str, workers: int) -> None:

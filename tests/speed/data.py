@@ -38,15 +38,16 @@ LEAST_S = 1.0
 """Later epochs are repeated until so much time has gone: a pass of ours is too short for a clock."""
 FLIP = replace(paper.BASIC_CNN, augment=Augment(flip=True))
 SETS: tuple[tuple[str, Recipe, int], ...] = (
-    ("Imagenette 64 px gray", paper.BASIC_CNN, 10_000),
-    ("Imagenette 64 px gray, flip", FLIP, 10_000),
+    ("Imagenette 64 px gray", paper.BASIC_CNN, 8_000),
+    ("Imagenette 64 px gray, flip", FLIP, 8_000),
     ("CIFAR-10, augmentation of `regularized`", paper.REGULARIZED, 4_000),
 )
-"""With the number of training images, at most."""
+"""With the number of training images: as many shards for each of webdataset's two workers."""
 NOTES = (
     "Files of the system are in memory for all of them. The sets of litdata and mosaicml-streaming were written before, "
     "which is not counted; `arrays` are decoded and resized there.",
-    "Peers have two loader workers each; imgcls and the copy one thread.",
+    "Peers have two loader workers each; imgcls and the copy one thread. In its first epoch imgcls decodes by a process for "
+    "each CPU.",
     "First epoch: from making the loader to the end of the first pass, libraries imported; imgcls fetches, checks, decodes "
     "and caches in it.",
 )

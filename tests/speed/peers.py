@@ -7,6 +7,7 @@ in the training process, which is the fastest way for all of them.
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -57,7 +58,9 @@ class Transform:
         return v2.functional.pil_to_tensor(_augmented(image, self.augment, self.into))
 
 
-def _augmented(image: Any, augment: Augment, into: Input) -> Any:
+@cache
+def _steps(augment: Augment, into: Input) -> tuple[Callable[[Any], Any], ...]:
+    """Made once, as a user does."""
     steps: list[Any] = [v2.RandomHorizontalFlip()] if augment.flip else []
     if augment.rotate_degrees:
         steps.append(v2.RandomRotation([-augment.rotate_degrees, augment.rotate_degrees], v2.InterpolationMode.BILINEAR))
@@ -65,7 +68,11 @@ def _augmented(image: Any, augment: Augment, into: Input) -> Any:
         steps.append(v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
     if into.px != into.stored_px:
         steps.append(v2.Resize([into.px]))
-    for step in steps:
+    return tuple(steps)
+
+
+def _augmented(image: Any, augment: Augment, into: Input) -> Any:
+    for step in _steps(augment, into):
         image = step(image)
     return image
 

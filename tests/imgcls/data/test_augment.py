@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as reference
 
+from imgcls.data import augment as augmentation
 from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs, inputs
 from imgcls.recipe import Augment, Input
 
@@ -89,12 +90,39 @@ def test_hue_is_torchvisions(u: float):
     assert torch.allclose(drawn, reference.adjust_hue(scaled(pictures()), (2 * u - 1) * 0.1), atol=1e-5)
 
 
-def test_a_sample_is_augmented_alike_in_any_company():
-    augment = Augment(flip=True, rotate_degrees=10, crop_min_area=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
-    u = torch.from_numpy(np.random.default_rng(1).random((5, NUM_UNIFORMS), dtype=np.float32))
-    together = augmented_inputs(pictures(), u, augment, PLAIN)
-    for i in range(5):
-        assert torch.equal(augmented_inputs(pictures()[i : i + 1], u[i : i + 1], augment, PLAIN)[0], together[i])
+EVERYTHING = Augment(flip=True, rotate_degrees=10, crop_min_area=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.5)
+
+
+def random_uniforms(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1).random((count, NUM_UNIFORMS), dtype=np.float32))
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_a_sample_is_augmented_alike_in_any_company(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(augmentation, "_AT_ONCE", at_once * 3 * 24 * 24 // torch.get_num_threads())
+    images, u = pictures(7), random_uniforms(7)
+    together = augmented_inputs(images, u, EVERYTHING, PLAIN)
+    for i in range(7):
+        assert torch.equal(augmented_inputs(images[i : i + 1], u[i : i + 1], EVERYTHING, PLAIN)[0], together[i])
+
+
+@pytest.mark.parametrize(("px", "stored_px", "channels"), [(24, 24, 3), (37, 24, 3), (16, 25, 1)])
+def test_everything_together_is_one_map_and_then_torchvisions_colours(px: int, stored_px: int, channels: int):
+    into = Input(px=px, channels=channels, stored_px=stored_px, mean=0.0, std=1.0)
+    images, u = pictures(9, stored_px, channels), random_uniforms(9)
+    ours = augmented_inputs(images, u, EVERYTHING, into)
+    for i, (x, (flip, turn, area, right, down, *colours)) in enumerate(zip(scaled(images), u.tolist(), strict=True)):
+        mirror, angle, side = (-1 if flip < 0.5 else 1), math.radians((2 * turn - 1) * 10), math.sqrt(1 - area * 0.5)
+        cos, sin, to = side * math.cos(angle), side * math.sin(angle), 1 - side
+        rows = [[cos * mirror, -sin, (2 * right - 1) * to], [sin * mirror, cos, (2 * down - 1) * to]]
+        grid = torch.nn.functional.affine_grid(torch.tensor([rows]), [1, channels, px, px], align_corners=False)
+        moved = torch.nn.functional.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
+        moved *= grid[0].abs().amax(-1) <= 1
+        brightness, contrast, saturation = (1 + (2 * one - 1) * 0.2 for one in colours[:3])
+        moved = reference.adjust_contrast(reference.adjust_brightness(moved, brightness), contrast)
+        if channels == 3:
+            moved = reference.adjust_hue(reference.adjust_saturation(moved, saturation), (2 * colours[3] - 1) * 0.5)
+        assert torch.allclose(ours[i], moved, atol=2e-3)
 
 
 def test_gray_images_take_what_applies_to_gray():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES, quick
@@ -23,6 +22,7 @@ from imgcls.training import fit as fitting
 from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
+from imgcls.training.flags import StepFlags
 from imgcls.training.module import Classifier
 from imgcls.training.predict import Predictor
 from imgcls.training.progress import Progress
@@ -321,7 +321,7 @@ def test_a_rank_is_busy_in_its_own_step_and_waits_in_collectives_commits_and_rep
         return noted
 
     monkeypatch.setattr(Classifier, "_forward", noting("step", Classifier._forward))
-    monkeypatch.setattr(SingleDeviceStrategy, "reduce", noting("collective", SingleDeviceStrategy.reduce))
+    monkeypatch.setattr(StepFlags, "_of_any_rank", noting("collective", StepFlags._of_any_rank))
     monkeypatch.setattr(Totals, "compute", noting("sum", Totals.compute))
     monkeypatch.setattr(CheckpointStore, "save_checkpoint", noting("commit", CheckpointStore.save_checkpoint))
     world = World(heartbeat=heartbeat, report=lambda progress: note(f"report {bool(progress.row)}"))

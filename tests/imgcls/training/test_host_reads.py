@@ -28,9 +28,12 @@ from imgcls.training.module import Classifier
 from imgcls.training.world import World, make_trainer
 
 EVERYTHING = Augment(flip=True, rotate_degrees=10, crop_min_area=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
-READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item}
+READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 COPIES = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
-ASKS = {"aten::nonzero", "aten::bincount", "aten::masked_select", "aten::equal", "aten::_unique2"}
+ASKS = {
+    f"aten::{name}"
+    for name in ("nonzero", "bincount", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave")
+}  # fmt: skip
 
 
 class Watched(pl.Callback):
@@ -51,10 +54,14 @@ class Watched(pl.Callback):
     on_train_batch_start, on_validation_start = _begin, _end
 
     def computed(self, name: str, arguments: Any, results: Any) -> None:
-        if name in ASKS or (name == "aten::_local_scalar_dense" and self.is_of_this_step(arguments[0])):
+        # A mask in place of an index is looked through for what it chooses.
+        by_mask = name.startswith("aten::index") and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool for one in tree_leaves(arguments[1:2])
+        )
+        if name in ASKS or by_mask or (name == "aten::_local_scalar_dense" and self.is_of_this_step(arguments[0])):
             self.waits[self.step, name] += 1
         for one in tree_leaves(results):
-            if isinstance(one, Tensor):
+            if isinstance(one, Tensor) and name != "aten::lift_fresh":  # which is the host's memory
                 storage = one.untyped_storage()
                 self.computed_in[storage._cdata] = (self.step, storage)
 
@@ -79,9 +86,11 @@ class Calls(TorchFunctionMode):
         self.watched = watched
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in COPIES or (func in READS - {Tensor.item} and self.watched.is_of_this_step(args[0])):
+        named = kwargs or {}
+        comes_here = func is Tensor.to and "cpu" in map(str, (*args[1:], *named.values())) and not named.get("non_blocking")
+        if func in COPIES or ((func in READS or comes_here) and self.watched.is_of_this_step(args[0])):
             self.watched.waits[self.watched.step, func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **named)
 
 
 def waits_of(recipe: Recipe, *callbacks: pl.Callback) -> Counter[tuple[int, str]]:
@@ -124,8 +133,9 @@ def test_a_step_that_does_is_noticed():
             assert float(outputs["loss"]) > 0
             assert outputs["loss"].view(1).tolist()
             batch.labels.new_tensor([1])
+            assert len(batch.images[batch.images.amax((1, 2, 3)) > 0])
+            outputs["loss"].to("cpu")
 
     found = waits_of(small("basic-cnn"), Curious())
-    assert found == {
-        (step, name): 1 for step in (2, 3, 4, 5) for name in ("aten::_local_scalar_dense", "tolist", "new_tensor")
-    }
+    names = ("aten::_local_scalar_dense", "tolist", "new_tensor", "aten::index", "to")
+    assert found == {(step, name): 1 for step in (2, 3, 4, 5) for name in names}
