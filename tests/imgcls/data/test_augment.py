@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_a_sample_is_augmented_alike_in_any_company(at_once: int, monkeypatch: p
 
 
 @pytest.mark.parametrize(("px", "stored_px", "channels"), [(24, 24, 3), (37, 24, 3), (16, 25, 1)])
-def test_everything_together_is_one_map_and_then_torchvisions_colours(px: int, stored_px: int, channels: int):
+def test_everything_together_is_one_map_and_then_torchvisions_colours(px: int, stored_px: int, channels: Literal[1, 3]):
     into = Input(px=px, channels=channels, stored_px=stored_px, mean=0.0, std=1.0)
     images, u = pictures(9, stored_px, channels), random_uniforms(9)
     ours = augmented_inputs(images, u, EVERYTHING, into)
