@@ -104,5 +104,5 @@ def test_ours_is_compared_by_turn_with_the_best_of_the_others(tmp_path: Path):
         timed=(timed("a", "peer", 9, 9, 9), timed("b", "by hand", 1, 2, 8), timed("imgcls", "ours", 2, 3, 24)),
     )  # fmt: skip
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
-    assert f"| {HEADLINES['start']} | 2.0 s, b | 3.0 s | 2.00 | 3 |" in table_of("speed", tmp_path)
-    assert f"| {HEADLINES['start']} | a | 9.0 s | 9.0 to 9.0 | 0.33 | 3 |" in table_of("speed-start", tmp_path)
+    assert f"| {HEADLINES['start']} | 2.0 s, b | 3.0 s | 0.50 | 3 |" in table_of("speed", tmp_path)
+    assert f"| {HEADLINES['start']} | a | 9.0 s | 9.0 to 9.0 | 3.00 | 3 |" in table_of("speed-start", tmp_path)
