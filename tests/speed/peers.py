@@ -92,9 +92,7 @@ def _open_image_folder(prepared: Prepared) -> Epoch:
 
     recipe = prepared.recipe
     dataset = ImageFolder(str(prepared.images / "train"), Transform(recipe.input, recipe.augment))
-    loader = DataLoader(
-        dataset, recipe.global_batch_size, shuffle=True, num_workers=NUM_WORKERS, persistent_workers=True
-    )  # fmt: skip
+    loader = DataLoader(dataset, recipe.global_batch_size, shuffle=True, num_workers=NUM_WORKERS, persistent_workers=True)
     return _epochs(loader, recipe.input, lambda batch: batch[0])
 
 
@@ -143,12 +141,8 @@ def _open_streaming(prepared: Prepared, form: str) -> Epoch:
             return sample(super().__getitem__(at))
 
     streaming.base.util.clean_stale_shared_memory()
-    dataset = Dataset(
-        local=str(prepared.of_peer("streaming", form)), shuffle=True, batch_size=recipe.global_batch_size
-    )  # fmt: skip
-    loader = DataLoader(
-        dataset, recipe.global_batch_size, num_workers=NUM_WORKERS, persistent_workers=True
-    )  # fmt: skip
+    dataset = Dataset(local=str(prepared.of_peer("streaming", form)), shuffle=True, batch_size=recipe.global_batch_size)
+    loader = DataLoader(dataset, recipe.global_batch_size, num_workers=NUM_WORKERS, persistent_workers=True)
     return _epochs(loader, recipe.input, lambda batch: batch[0])
 
 
