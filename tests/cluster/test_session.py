@@ -89,7 +89,6 @@ def test_a_folder_of_ray_that_another_user_made_is_not_used_and_without_any_the_
         import os
         from pathlib import Path
         from cluster import session
-from infra.processes import descendants
         os.setgid(12345), os.setuid(12345)
         with session._environment({}), session._room_for_ray():
             Path(os.environ["RAY_TMPDIR"], "ray").mkdir()
