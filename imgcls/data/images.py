@@ -3,13 +3,16 @@
 import hashlib
 import io
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 
 import numpy as np
 import PIL
@@ -47,17 +50,17 @@ def decode(data: bytes) -> Image.Image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image.load()
             turned = _turned(image)
+            if turned.mode.startswith("I") or turned.mode == "F":
+                # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
+                wide = np.asarray(turned).astype(np.float64)
+                top = 65535.0 if turned.mode.startswith("I;16") or wide.max(initial=0) > 255 else 255.0
+                turned = Image.fromarray((wide * 255 / top).clip(0, 255).round().astype(np.uint8))
+            if turned.has_transparency_data:
+                over = turned.convert("RGBA")
+                turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+            decoded = turned.convert("RGB")
     except UnidentifiedImageError:
         raise UnidentifiedImageError(f"no image of a known format ({', '.join(FORMATS)})") from None
-    if turned.mode.startswith("I") or turned.mode == "F":
-        # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
-        wide = np.asarray(turned).astype(np.float64)
-        top = 65535.0 if turned.mode.startswith("I;16") or wide.max(initial=0) > 255 else 255.0
-        turned = Image.fromarray((wide * 255 / top).clip(0, 255).round().astype(np.uint8))
-    if turned.has_transparency_data:
-        over = turned.convert("RGBA")
-        turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    decoded = turned.convert("RGB")
     decoded.info["frames"] = frames
     return decoded
 
@@ -67,7 +70,7 @@ def _turned(image: Image.Image) -> Image.Image:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken tag raises many kinds; the pixels are whole
         turn = None
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def pixels_digest(image: Image.Image) -> bytes:
@@ -94,11 +97,25 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+class _WithoutMain(SpawnProcess):
+    """Does not import the main module again, which has imported torch or Ray: seconds."""
+
+    def start(self) -> None:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Spawning(SpawnContext):
+    Process = _WithoutMain
+
+
 @contextmanager
 def decoding_pool() -> Iterator[Executor]:
     """One process a usable CPU. Threads were tried: Pillow holds the interpreter too long at 32 px to gain from them."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(usable_cpus(), context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(usable_cpus(), _Spawning(), initializer=_end_with_parent) as pool:
         try:
             yield pool
         except BrokenProcessPool:

@@ -8,6 +8,7 @@ earlier set stays whole until it is replaced; the manifest is written last, so t
 import io
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -314,14 +315,20 @@ def decoded_images(
     """
     packed, row = read_pixel_digests(set_url, manifest).tobytes(), 0
     with decoding_pool() as pool:
-        for shard in manifest.shards:
+
+        def begin(shard: Shard) -> Iterator[tuple[bytes, T]]:
             where = storage.join(set_url, shard.name)
             images = (image for image, _ in read_samples(shard, fetch(set_url, shard), where=where))
-            decoded = pool.map(partial(_decoded, convert), images, chunksize=AT_A_TIME)
+            return pool.map(partial(_decoded, convert), images, chunksize=AT_A_TIME)
+
+        begun = begin(manifest.shards[0])
+        for shard, following in zip_longest(manifest.shards, manifest.shards[1:]):
+            decoded, begun = begun, following and begin(following)  # read while this one is decoded
             for path, (digest, converted) in zip(shard.paths, decoded, strict=True):
                 if digest != packed[8 * row : 8 * row + 8]:
                     raise DataError(
-                        f"{where}: {path} was decoded to other pixels than when it was packed, by {DECODER} here\n"
+                        f"{storage.join(set_url, shard.name)}: {path} was decoded to other pixels than when it was packed, "
+                        f"by {DECODER} here\n"
                         "  do: pack again here, or install the Pillow that it was packed with"
                     )
                 yield converted

@@ -144,6 +144,19 @@ def test_a_pool_is_gone_soon_after_its_parent_was_killed():
         assert parent.communicate(timeout=20)[0] == b""  # ends where no process holds the pipe
 
 
+def test_processes_that_decode_do_not_import_the_main_module_again(tmp_path: Path):
+    main = tmp_path / "main.py"
+    main.write_text(
+        "print('imported')\n"
+        "from imgcls.data.images import decoding_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with decoding_pool() as pool:\n"
+        "        print(*pool.map(abs, [1, 2, 3]))\n"
+    )
+    done = subprocess.run([sys.executable, str(main)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"imported\n1 2 3\n", b"")
+
+
 @pytest.mark.parametrize("line", [b"nonsense\n0::/caf\xe9\n", b"\n1:name=x\n0::/caf\xe9\n"])
 def test_a_group_of_processes_by_an_odd_name_has_its_quota_too(tmp_path: Path, line: bytes):
     group = os.fsencode(tmp_path) + b"/sys/fs/cgroup/caf\xe9"
