@@ -3,6 +3,7 @@
 `python -m tests.speed.book IMAGES FIRST 0` is plain Lightning; a number of workers in place of 0 is Ray Train with them.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def main(images: str, first: str, workers: int) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    if not os.environ.get("RAY_ADDRESS"):  # as ours: not every machine reaches itself by the address that Ray takes
+        ray.init(_node_ip_address="127.0.0.1")
     run = ray.train.RunConfig(storage_path=str(Path(first).parent / "ray"))
     scaling = ray.train.ScalingConfig(num_workers=workers)
     TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=run).fit()

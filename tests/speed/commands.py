@@ -16,6 +16,7 @@ from imgcls.errors import DataError
 from tests.speed.prepared import ROOT
 
 TIMEOUT_S = 3600.0
+FIRST_STEP_S = 300.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -38,8 +39,10 @@ class Running:
         return seconds
 
     def seconds_until(self, there: Callable[[], bool]) -> float:
-        """From its start; then it goes on to its end."""
+        """From its start; then it goes on to its end. Raises DataError where it is not there in time."""
         while not there():
+            if time.monotonic() - self.began > FIRST_STEP_S:
+                os.killpg(self.process.pid, signal.SIGKILL)
             if self.process.poll() is not None and not there():
                 self.finish()
                 raise DataError(f"python -m {' '.join(self.words)} ended without what was waited for")
