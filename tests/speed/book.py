@@ -68,11 +68,11 @@ def main(images: str, first: str, workers: int) -> None:
     config = {"images": images, "first": first, "workers": workers}
     if not workers:
         return train(config)
+    if not os.environ.get("RAY_ADDRESS"):  # as ours, by loopback: a machine may not reach itself by its own address
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    if not os.environ.get("RAY_ADDRESS"):  # as ours: not every machine reaches itself by the address that Ray takes
-        ray.init(_node_ip_address="127.0.0.1")
     run = ray.train.RunConfig(storage_path=str(Path(first).parent / "ray"))
     scaling = ray.train.ScalingConfig(num_workers=workers)
     TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
