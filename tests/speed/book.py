@@ -3,7 +3,6 @@
 `python -m tests.speed.book IMAGES FIRST 0` is plain Lightning; a number of workers in place of 0 is Ray Train with them.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,6 @@ def main(images: str, first: str, workers: int) -> None:
     config = {"images": images, "first": first, "workers": workers}
     if not workers:
         return train(config)
-    if not os.environ.get("RAY_ADDRESS"):  # as ours, by loopback: a machine may not reach itself by its own address
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray.train
     from ray.train.torch import TorchTrainer
 
