@@ -84,19 +84,22 @@ def naming(address: str | None) -> Iterator[None]:
     A cluster that wants no token can be joined without one. Before `ray` is imported, which fixes the mode.
     """
     with _environment({}, {} if address is None else {"RAY_ADDRESS": address}):
-        if names_cluster() and _wants_no_token(os.environ["RAY_ADDRESS"]):
+        if names_cluster() and _wants_no_token(_address()):
             os.environ["RAY_AUTH_MODE"] = "disabled"
         yield
+
+
+def _address() -> str:
+    """`RAY_ADDRESS`; in place of "auto" that of the cluster that was started here last, where there is one."""
+    current = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0], "ray", "ray_current_cluster")
+    address = os.environ["RAY_ADDRESS"]
+    return current.read_text().strip() if address == "auto" and current.exists() else address
 
 
 def _wants_no_token(address: str) -> bool:
     """Whether the cluster's head answers a client that has none."""
     import grpc
 
-    if address == "auto":  # the cluster that was started here last
-        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0]
-        current = Path(temporary, "ray", "ray_current_cluster")
-        address = current.read_text().strip() if current.exists() else address
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_TIMEOUT_S)
@@ -112,7 +115,7 @@ def session(*, verbose: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_environment(NEEDED if verbose else NEEDED | QUIET))
         if joins:
-            _check_answers(os.environ["RAY_ADDRESS"])
+            _check_answers(_address())
         else:
             stack.enter_context(_room_for_ray())
             _check_loopback()
@@ -143,7 +146,7 @@ def _refusals_named() -> Iterator[None]:
             "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from None
     except ConnectionError as error:
-        raise ClusterError(_no_cluster(os.environ["RAY_ADDRESS"], str(error).splitlines()[0])) from None
+        raise ClusterError(_no_cluster(str(error).splitlines()[0])) from None
 
 
 def keep_credentials_here() -> None:
@@ -194,12 +197,12 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ClusterError(_no_cluster(address, str(error))) from None
+        raise ClusterError(_no_cluster(f"{address}: {error}")) from None
 
 
-def _no_cluster(address: str, reason: str) -> str:
+def _no_cluster(reason: str) -> str:
     return (
-        f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}\n"
+        f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {reason}\n"
         "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
     )
 

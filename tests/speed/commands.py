@@ -60,12 +60,18 @@ def start(*words: str, env: Mapping[str, str] | None = None) -> Running:
     """`python -m WORDS`, with a Ray of its own unless `env` names one; it gets SIGTERM when this process dies."""
     said = tempfile.TemporaryFile()  # noqa: SIM115
     # Nothing of these commands may look for the peers of `speed data`, or for a cluster that ran here once.
-    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", **(env or {})}
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **(env or {}),
+    }
     libc, began = ctypes.CDLL(None), time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | ours | dict(env or {}),
         stdout=said,
         stderr=said,
         start_new_session=True,
