@@ -60,13 +60,7 @@ def start(*words: str, env: Mapping[str, str] | None = None) -> Running:
     """`python -m WORDS`, with a Ray of its own unless `env` names one; it gets SIGTERM when this process dies."""
     said = tempfile.TemporaryFile()  # noqa: SIM115
     # Nothing of these commands may look for the peers of `speed data`, or for a cluster that ran here once.
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": "local",
-        "PYTHONPATH": str(ROOT),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **(env or {}),
-    }
+    ours = {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     libc, began = ctypes.CDLL(None), time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
