@@ -77,11 +77,6 @@ def _open_ours(prepared: Prepared) -> Epoch:
     return epoch
 
 
-def _open_ours_by_two(prepared: Prepared) -> Epoch:
-    torch.set_num_threads(2)
-    return _open_ours(prepared)
-
-
 def _open_copy(prepared: Prepared) -> Epoch:
     """The same pixels in memory, gathered in another order and turned into inputs, in place: nothing else."""
     images, into = torch.from_numpy(np.array(_cache_of(prepared).images)), prepared.recipe.input
@@ -100,7 +95,7 @@ def _open_copy(prepared: Prepared) -> Epoch:
 
 OURS = (
     Contender("memory copy and conversion", "limit", _open_copy),
-    Contender("imgcls, two threads", "ours", _open_ours_by_two),
+    Contender("imgcls, two threads", "ours", _open_ours, threads=2),
     Contender("imgcls", "ours", _open_ours),
 )
 """By one thread, which is what a run of `quick` has on two cores; and by as many as peers have workers."""
@@ -150,7 +145,7 @@ def passes(one: Contender, prepared: Prepared) -> tuple[float, float]:
 
 
 def _serve(one: Contender, prepared: Prepared, pipe: Connection) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(one.threads)
     with tempfile.TemporaryDirectory(prefix="speed-cache") as cache:
         os.environ["IMGCLS_CACHE"] = cache
         began = time.perf_counter()

@@ -35,6 +35,8 @@ class Contender:
     kind: Literal["peer", "ours", "limit", "by hand"]
     open: Callable[[Prepared], Epoch]
     """Everything is made anew: the loader, its workers, what they hold."""
+    threads: int = 1
+    """Of the process that trains; loader workers have one each."""
 
 
 @dataclass(frozen=True, slots=True)

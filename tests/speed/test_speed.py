@@ -44,7 +44,7 @@ def test_the_command_measures_loaders_and_leaves_a_record_and_tables(
     groups = SpeedRecord.from_bytes(file.read_bytes(), where=str(file)).groups()
     assert [name.rpartition(", ")[2] for name in groups] == [data.FIRST, data.LATER]
     later = groups["Imagenette 64 px gray, later epochs"]
-    names = ["torchvision ImageFolder", "webdataset", "memory copy and conversion", "imgcls"]
+    names = ["torchvision ImageFolder", "webdataset", "memory copy and conversion", "imgcls, two threads", "imgcls"]
     assert [(one.name, one.n, min(one.values) > 0) for one in later] == [(name, 1, True) for name in names]
     assert "| Imagenette 64 px gray, first epoch | torchvision ImageFolder |" in table_of("speed-data", folder)
     assert "| step, resnet18 | unmeasured |" in table_of("speed", folder)
