@@ -46,8 +46,8 @@ SETS: tuple[tuple[str, Recipe, int], ...] = (
 NOTES = (
     "Files of the system are in memory for all of them. The sets of litdata and mosaicml-streaming were written before, "
     "which is not counted; `arrays` are decoded and resized there.",
-    "Peers have two loader workers each; imgcls and the copy (the limit) one thread, unless a name says otherwise. In its first epoch "
-    "imgcls decodes by a process for each CPU.",
+    "Peers have two loader workers each; imgcls and the copy (the limit) one thread, unless a name says otherwise. In its "
+    "first epoch imgcls decodes by a process for each CPU.",
     "First epoch: from making the loader to the end of the first pass, libraries imported; imgcls fetches, checks, decodes "
     "and caches in it.",
 )
