@@ -84,22 +84,19 @@ def naming(address: str | None) -> Iterator[None]:
     A cluster that wants no token can be joined without one. Before `ray` is imported, which fixes the mode.
     """
     with _environment({}, {} if address is None else {"RAY_ADDRESS": address}):
-        if names_cluster() and _wants_no_token(_address()):
+        if names_cluster() and _wants_no_token(os.environ["RAY_ADDRESS"]):
             os.environ["RAY_AUTH_MODE"] = "disabled"
         yield
-
-
-def _address() -> str:
-    """`RAY_ADDRESS`; in place of "auto" that of the cluster that was started here last, where there is one."""
-    current = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0], "ray", "ray_current_cluster")
-    address = os.environ["RAY_ADDRESS"]
-    return current.read_text().strip() if address == "auto" and current.exists() else address
 
 
 def _wants_no_token(address: str) -> bool:
     """Whether the cluster's head answers a client that has none."""
     import grpc
 
+    if address == "auto":  # the cluster that was started here last
+        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0]
+        current = Path(temporary, "ray", "ray_current_cluster")
+        address = current.read_text().strip() if current.exists() else address
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_TIMEOUT_S)
@@ -114,9 +111,7 @@ def session(*, verbose: bool) -> Iterator[None]:
     joins = names_cluster()
     with ExitStack() as stack:
         stack.enter_context(_environment(NEEDED if verbose else NEEDED | QUIET))
-        if joins:
-            _check_answers(_address())
-        else:
+        if not joins:
             stack.enter_context(_room_for_ray())
             _check_loopback()
         options = {} if joins else _local_options()
@@ -127,6 +122,8 @@ def session(*, verbose: bool) -> Iterator[None]:
         stack.callback(ray.shutdown)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         with _refusals_named(), nullcontext() if joins else lean(verbose=verbose):
+            if joins:
+                _check_answers(os.environ["RAY_ADDRESS"])
             ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
@@ -184,8 +181,9 @@ def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None 
 
 def _check_answers(address: str) -> None:
     """Raises ClusterError if nobody listens at `RAY_ADDRESS`: Ray itself would try for minutes."""
-    if address == "auto":
-        return
+    from ray._private.services import get_ray_address_from_environment
+
+    address = get_ray_address_from_environment(address, None)  # where `ray.init` finds "auto"
     if address.startswith("http"):
         raise ClusterError(
             f"RAY_ADDRESS={address} is a dashboard's URL; a command joins by HOST:PORT of the head, as 10.0.0.1:6379\n"
@@ -195,7 +193,7 @@ def _check_answers(address: str) -> None:
     if not host or not port.isdigit() or "/" in host:
         raise ClusterError(f"RAY_ADDRESS={address}: HOST:PORT of a cluster's head, as 10.0.0.1:6379, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(_no_cluster(f"{address}: {error}")) from None
 

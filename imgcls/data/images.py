@@ -6,13 +6,16 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -36,6 +39,11 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 AT_A_TIME = 64
 """Images that a process of the pool takes at a time."""
+AHEAD = 4
+"""So many times `AT_A_TIME` are read ahead for each process, and wait to be taken."""
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -98,7 +106,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 class _WithoutMain(SpawnProcess):
-    """Does not import the main module again, which has imported torch or Ray: seconds."""
+    """Does not import the main module again, which has imported torch or Ray: seconds. It is told of none."""
 
     def start(self) -> None:
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -123,6 +131,21 @@ def decoding_pool() -> Iterator[Executor]:
                 "a process that decodes images was killed, perhaps because memory ran out\n"
                 "  do: run the same command again, with fewer CPUs (`taskset`) or more memory"
             ) from None
+
+
+def in_order(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`function` of each item, by the pool's processes. Items are taken while others are computed, a few at a time."""
+    left, waiting = iter(items), deque[Future[list[T]]]()
+    while some := list(islice(left, AT_A_TIME)):
+        waiting.append(pool.submit(_each, function, some))
+        if len(waiting) > AHEAD * usable_cpus():
+            yield from waiting.popleft().result()
+    for future in waiting:
+        yield from future.result()
+
+
+def _each(function: Callable[[S], T], items: list[S]) -> list[T]:
+    return list(map(function, items))
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,6 @@ earlier set stays whole until it is replaced; the manifest is written last, so t
 import io
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import zip_longest
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from PIL.Image import Image
 
 from imgcls import records, storage
 from imgcls.data.archives import printable
-from imgcls.data.images import AT_A_TIME, DECODER, EXTENSIONS, decode, decoding_pool, pixels_digest
+from imgcls.data.images import DECODER, EXTENSIONS, decode, decoding_pool, in_order, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
@@ -86,7 +85,7 @@ def pack(
         for shard_name, samples in _plan(source):
             shard = _packed_before(set_url, shard_name, identity)
             if shard is None:
-                files = _counted(pool.map(_read_and_decode, samples, chunksize=AT_A_TIME), done, total, progress)
+                files = _counted(in_order(pool, _read_and_decode, samples), done, total, progress)
                 shard = _pack_shard(set_url, shard_name, samples, files, identity)
             packed.append(shard)
             done += len(samples)
@@ -313,27 +312,23 @@ def decoded_images(
 
     Raises DataError where a shard is not what the manifest says, or an image has other pixels than when it was packed.
     """
-    packed, row = read_pixel_digests(set_url, manifest).tobytes(), 0
+    packed = read_pixel_digests(set_url, manifest).tobytes()
+    named = [(storage.join(set_url, shard.name), path) for shard in manifest.shards for path in shard.paths]
+    images = (
+        image
+        for shard in manifest.shards
+        for image, _ in read_samples(shard, fetch(set_url, shard), where=storage.join(set_url, shard.name))
+    )
     with decoding_pool() as pool:
-
-        def begin(shard: Shard) -> Iterator[tuple[bytes, T]]:
-            where = storage.join(set_url, shard.name)
-            images = (image for image, _ in read_samples(shard, fetch(set_url, shard), where=where))
-            return pool.map(partial(_decoded, convert), images, chunksize=AT_A_TIME)
-
-        begun = begin(manifest.shards[0])
-        for shard, following in zip_longest(manifest.shards, manifest.shards[1:]):
-            decoded, begun = begun, following and begin(following)  # read while this one is decoded
-            for path, (digest, converted) in zip(shard.paths, decoded, strict=True):
-                if digest != packed[8 * row : 8 * row + 8]:
-                    raise DataError(
-                        f"{storage.join(set_url, shard.name)}: {path} was decoded to other pixels than when it was packed, "
-                        f"by {DECODER} here\n"
-                        "  do: pack again here, or install the Pillow that it was packed with"
-                    )
-                yield converted
-                row += 1
-                progress(row, len(packed) // 8)
+        decoded = in_order(pool, partial(_decoded, convert), images)
+        for row, ((where, path), (digest, converted)) in enumerate(zip(named, decoded, strict=True)):
+            if digest != packed[8 * row : 8 * row + 8]:
+                raise DataError(
+                    f"{where}: {path} was decoded to other pixels than when it was packed, by {DECODER} here\n"
+                    "  do: pack again here, or install the Pillow that it was packed with"
+                )
+            yield converted
+            progress(row + 1, len(named))
 
 
 def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
@@ -342,7 +337,7 @@ def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
 
 
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:
-    """Every byte and every image of a set is what its manifest says; raises DataError at the first that is not."""
+    """Every byte and every image of a set is what its manifest says; raises DataError where one is not."""
     manifest = read_manifest(set_url)
     for _ in decoded_images(set_url, manifest, _nothing, progress=progress):
         pass

@@ -33,9 +33,7 @@ class Running:
         code = self.process.wait(TIMEOUT_S)
         seconds = time.monotonic() - self.began
         if code != 0:
-            self.said.seek(0)
-            tail = self.said.read().decode(errors="replace")[-3000:]
-            raise DataError(f"python -m {' '.join(self.words)}: exit code {code}, no figure to record\n{tail}")
+            raise DataError(f"python -m {' '.join(self.words)}: exit code {code}, no figure to record\n{self._tail()}")
         return seconds
 
     def seconds_until(self, there: Callable[[], bool]) -> float:
@@ -43,6 +41,7 @@ class Running:
         while not there():
             if time.monotonic() - self.began > FIRST_STEP_S:
                 os.killpg(self.process.pid, signal.SIGKILL)
+                raise DataError(f"python -m {' '.join(self.words)}: not there after {FIRST_STEP_S:.0f} s\n{self._tail()}")
             if self.process.poll() is not None and not there():
                 self.finish()
                 raise DataError(f"python -m {' '.join(self.words)} ended without what was waited for")
@@ -54,6 +53,10 @@ class Running:
     def output(self) -> str:
         self.said.seek(0)
         return self.said.read().decode()
+
+    def _tail(self) -> str:
+        self.said.seek(0)
+        return self.said.read().decode(errors="replace")[-3000:]
 
 
 def start(*words: str, env: Mapping[str, str] | None = None) -> Running:

@@ -28,7 +28,7 @@ from imgcls.data.splits import Splits
 from imgcls.errors import DataError
 from imgcls.recipe import Augment, Recipe
 from tests.proof.records import Timed
-from tests.speed.peers import ALWAYS, OPTIONAL, Contender, Epoch
+from tests.speed.peers import ALWAYS, NUM_WORKERS, OPTIONAL, Contender, Epoch
 from tests.speed.prepared import PEERS, Prepared, check_peers, num_prepared, prepare, prepare_peers
 from tests.speed.turns import Turns
 
@@ -46,8 +46,8 @@ SETS: tuple[tuple[str, Recipe, int], ...] = (
 NOTES = (
     "Files of the system are in memory for all of them. The sets of litdata and mosaicml-streaming were written before, "
     "which is not counted; `arrays` are decoded and resized there.",
-    "Peers have two loader workers each; imgcls and the copy one thread, where no other number is named. In its first epoch "
-    "imgcls decodes by a process for each CPU.",
+    "Peers have two loader workers each; imgcls and the copy (the limit) one thread, unless a name says otherwise. In its "
+    "first epoch imgcls decodes by a process for each CPU.",
     "First epoch: from making the loader to the end of the first pass, libraries imported; imgcls fetches, checks, decodes "
     "and caches in it.",
 )
@@ -95,10 +95,10 @@ def _open_copy(prepared: Prepared) -> Epoch:
 
 OURS = (
     Contender("memory copy and conversion", "limit", _open_copy),
-    Contender("imgcls, two threads", "ours", _open_ours, threads=2),
+    Contender("imgcls, two threads", "ours", _open_ours, threads=NUM_WORKERS),
     Contender("imgcls", "ours", _open_ours),
 )
-"""By one thread, which is what a run of `quick` has on two cores; and by as many as peers have workers."""
+"""By one thread, which is what a run of `quick` has on two cores; ours by as many as peers have workers, too."""
 
 
 def measure_data(
