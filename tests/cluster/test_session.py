@@ -111,9 +111,10 @@ def test_a_folder_of_ray_that_another_user_made_is_not_used_and_without_any_the_
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1"])
 def test_a_killed_cluster_whose_address_ray_still_has_is_refused_at_once(address: str, tmp_path: Path):
     code = """if True:
+        import functools
         from ray._private import services
         from cluster import session
-        services.find_gcs_addresses = set  # clusters of other tests are not looked for
+        services.find_gcs_addresses = functools.cache(set)  # clusters of other tests are not looked for
         try:
             with session.session(verbose=False):
                 pass
@@ -124,7 +125,7 @@ def test_a_killed_cluster_whose_address_ray_still_has_is_refused_at_once(address
     (tmp_path / "ray" / "ray_current_cluster").write_text(address)
     environment = os.environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith(f"no Ray cluster answers at RAY_ADDRESS=auto: {address}: [Errno 111]"), done.stderr
+    assert done.stdout.startswith(f"no Ray cluster answers at RAY_ADDRESS=auto: {address}: [Errno "), done.stderr
     assert done.stderr == ""
 
 
