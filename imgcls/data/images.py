@@ -40,7 +40,7 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 AT_A_TIME = 64
 """Images that a process of the pool takes at a time."""
 AHEAD = 4
-"""So many times `AT_A_TIME` are read ahead for each process, and wait to be taken."""
+"""Lists of `AT_A_TIME` images that wait for each process, or for their results to be taken."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 class _WithoutMain(SpawnProcess):
-    """Does not import the main module again, which has imported torch or Ray: seconds. It is told of none."""
+    """Is given no main module to import: the parent's has imported torch or Ray, which takes seconds."""
 
     def start(self) -> None:
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -134,10 +134,10 @@ def decoding_pool() -> Iterator[Executor]:
 
 
 def in_order(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """`function` of each item, by the pool's processes. Items are taken while others are computed, a few at a time."""
+    """`function` of each item, by the pool's processes, in the order of the items, which are read a little ahead."""
     left, waiting = iter(items), deque[Future[list[T]]]()
-    while some := list(islice(left, AT_A_TIME)):
-        waiting.append(pool.submit(_each, function, some))
+    while chunk := list(islice(left, AT_A_TIME)):
+        waiting.append(pool.submit(_each, function, chunk))
         if len(waiting) > AHEAD * usable_cpus():
             yield from waiting.popleft().result()
     for future in waiting:

@@ -17,6 +17,7 @@ from tests.speed.prepared import ROOT
 
 TIMEOUT_S = 3600.0
 FIRST_STEP_S = 300.0
+"""From a command to its first step, at most."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -33,7 +34,7 @@ class Running:
         code = self.process.wait(TIMEOUT_S)
         seconds = time.monotonic() - self.began
         if code != 0:
-            raise DataError(f"python -m {' '.join(self.words)}: exit code {code}, no figure to record\n{self._tail()}")
+            raise self._no_figure(f"exit code {code}")
         return seconds
 
     def seconds_until(self, there: Callable[[], bool]) -> float:
@@ -41,10 +42,10 @@ class Running:
         while not there():
             if time.monotonic() - self.began > FIRST_STEP_S:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                raise DataError(f"python -m {' '.join(self.words)}: not there after {FIRST_STEP_S:.0f} s\n{self._tail()}")
+                raise self._no_figure(f"not there after {FIRST_STEP_S:.0f} s")
             if self.process.poll() is not None and not there():
                 self.finish()
-                raise DataError(f"python -m {' '.join(self.words)} ended without what was waited for")
+                raise self._no_figure("it ended without what was waited for")
             time.sleep(0.02)
         seconds = time.monotonic() - self.began
         self.finish()
@@ -52,11 +53,10 @@ class Running:
 
     def output(self) -> str:
         self.said.seek(0)
-        return self.said.read().decode()
+        return self.said.read().decode(errors="replace")
 
-    def _tail(self) -> str:
-        self.said.seek(0)
-        return self.said.read().decode(errors="replace")[-3000:]
+    def _no_figure(self, why: str) -> DataError:
+        return DataError(f"python -m {' '.join(self.words)}: {why}, no figure to record\n{self.output()[-3000:]}")
 
 
 def start(*words: str, env: Mapping[str, str] | None = None) -> Running:
