@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from infra.s3.server import Server
+    from sandbox.s3.server import Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
     """A real S3 server with the buckets data and runs."""
-    from infra.s3.server import serving
+    from sandbox.s3.server import serving
 
     with serving(tmp_path_factory.mktemp("s3") / "server", buckets=("data", "runs")) as server:
         yield server

@@ -9,10 +9,10 @@ from cluster.carry.lease import Leases, leases
 from imgcls import records, storage
 from imgcls.errors import LeaseError, StorageError
 from imgcls.runs import Lease, RunFolder
-from infra.processes import until
-from infra.s3.proxy import faulty
-from infra.s3.server import Server
+from sandbox.s3.proxy import faulty
+from sandbox.s3.server import Server
 from tests.conftest import reached_by
+from tests.processes import until
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.look.preflight import Check, judge, marked, remedy_for, sees
 from cluster.look.probes import AllReduce, NodeFacts, Place, Worker, look_at
-from infra.s3.server import READER, Server
 from jobs.doctor import mismatch
+from sandbox.s3.server import READER, Server
 from tests.conftest import reached_by
 
 VERSIONS = {"ray": "2.60.0", "python": "3.11.7", "torch": "2.14.1", "commit": "abc"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import session
-from infra.processes import descendants
 from tests.conftest import ROOT
+from tests.processes import descendants
 
 IN_A_SESSION = """
 import os

@@ -22,7 +22,7 @@ from imgcls.results.measurement import Measurement, where_of
 from imgcls.training import environment
 from tests.conftest import ROOT, Command, image_folder
 
-PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "sandbox/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 RUNS, SUBMISSION = "tests/system/test_runs.py", "tests/system/test_submission.py"
@@ -47,7 +47,7 @@ RUN_BY = {
     "jobs.bench numerics": f"{SELF}::test_elastic_numerics_are_measured_beside_ddp",
     "jobs.bench gpu": f"{SELF}::test_what_is_wanted_of_a_gpu_is_tried_without_one",
     "jobs.bench speed": "tests/speed/test_speed.py::test_the_command_measures_loaders_and_leaves_a_record_and_tables",
-    "infra.s3": "tests/imgcls/test_s3.py::test_a_server_for_trying_out_keeps_what_it_was_given",
+    "sandbox.s3": "tests/imgcls/test_s3.py::test_a_server_for_trying_out_keeps_what_it_was_given",
     "make test-all": ".ci/run",
 }
 """The file, or the test in it, that runs a command."""
@@ -139,8 +139,8 @@ def test_a_command_that_does_not_exist_is_not_parsed(parse: Command, words: tupl
     assert parse(*words).returncode == 2
 
 
-@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0].startswith("infra")], ids=" ".join)
-def test_a_command_of_infra_in_the_papers_is_parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0].startswith("sandbox")], ids=" ".join)
+def test_a_command_of_the_sandbox_in_the_papers_is_parsed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     cli = tyro.cli
     monkeypatch.setattr(tyro, "cli", lambda command, **options: cli(only_parsed(command), **options))
     monkeypatch.setattr(sys, "argv", [*words])

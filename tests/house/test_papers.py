@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("infra/*.md")]
+PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("infra/*.md"), *ROOT.glob("sandbox/*.md")]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -138,7 +138,7 @@ NAMES = ("result.json", "config.json", "history.csv", "lease.json", "began.json"
 
 
 def test_the_names_of_a_runs_files_stand_in_one_module():
-    for file in files_of("imgcls", "cluster", "jobs", "infra"):
+    for file in files_of("imgcls", "cluster", "jobs", "sandbox"):
         named = [name for name in NAMES if name in file.read_text()]
         assert not named or file == ROOT / "imgcls" / "runs.py", f"{file} names {', '.join(named)}"
 

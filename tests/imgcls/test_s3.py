@@ -28,10 +28,10 @@ from imgcls.remedies import remedy_for
 from imgcls.runs import CheckpointFacts
 from imgcls.s3 import S3
 from imgcls.training.checkpoints import CheckpointStore
-from infra.processes import until
-from infra.s3.proxy import FAULTS, Proxy, faulty
-from infra.s3.server import READER, Server
+from sandbox.s3.proxy import FAULTS, Proxy, faulty
+from sandbox.s3.server import READER, Server
 from tests.conftest import ROOT, reached_by
+from tests.processes import until
 
 BODY = random.Random(0).randbytes(300_000)
 
@@ -466,7 +466,7 @@ def test_a_pickle_of_the_filesystem_holds_no_secret(s3: Server, url: str):
 @pytest.mark.slow
 def test_a_server_for_trying_out_keeps_what_it_was_given(tmp_path: Path):
     for number in (1, 2):
-        command = [sys.executable, "-m", "infra.s3", str(tmp_path / "s3"), "--fail", "0.2"]
+        command = [sys.executable, "-m", "sandbox.s3", str(tmp_path / "s3"), "--fail", "0.2"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as serving:
             assert serving.stdout is not None
             exports = [serving.stdout.readline().removeprefix("export ").strip().split("=", 1) for _ in range(5)]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from imgcls import storage
 from imgcls.errors import StorageError
-from infra.processes import until
 from tests.conftest import ROOT
+from tests.processes import until
 
 
 def test_what_is_written_is_read_whole_and_no_temporary_file_stays(tmp_path: Path):

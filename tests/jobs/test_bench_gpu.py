@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from imgcls.errors import DataError
-from infra.processes import alive, descendants, title_of, until
 from jobs._door import DONE, SOME_FAILED
 from tests.conftest import ROOT
+from tests.processes import alive, descendants, title_of, until
 from tests.proof.gpu import SMALL, STEPS, Bench, NotDoneError, Step, StepRecord, carry_out
 from tests.proof.records import newest
 

@@ -28,9 +28,9 @@ from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import ClusterError, StorageError
 from imgcls.records import RunResult
 from imgcls.training import environment
-from infra.processes import descendants, title_of
-from infra.s3.proxy import FAULTS, Passed, Proxy, faulty
-from infra.s3.server import Server, serving
+from sandbox.s3.proxy import FAULTS, Passed, Proxy, faulty
+from sandbox.s3.server import Server, serving
+from tests.processes import descendants, title_of
 from tests.proof.records import FaultRecord, FaultyRun
 
 RUN = "regularized-seed0"

@@ -11,8 +11,8 @@ from pathlib import Path
 from imgcls import records
 from imgcls.records import RunResult
 from imgcls.training.checkpoints import CheckpointStore
-from infra.processes import descendants, title_of, until
 from tests.conftest import ROOT
+from tests.processes import descendants, title_of, until
 
 RUN = "scratch-seed0"
 TWELVE_STEPS = (

@@ -16,8 +16,8 @@ import pytest
 from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from imgcls.training.checkpoints import CheckpointStore
-from infra.processes import alive, descendants, title_of, until
 from tests.conftest import ROOT
+from tests.processes import alive, descendants, title_of, until
 from tests.proof.commands import Running, assert_same, result_in, start, train
 from tests.proof.faults import HANGS_ONCE, RAISES, TURNS_NAN, planted
 

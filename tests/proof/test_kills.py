@@ -15,7 +15,7 @@ import pytest
 from imgcls import records
 from imgcls.records import SuiteResults
 from imgcls.runs import RunFolder
-from infra.processes import alive, until
+from tests.processes import alive, until
 from tests.proof.commands import Running, assert_same, flags_of, start, train
 
 SEED = 20261125

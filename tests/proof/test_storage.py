@@ -16,10 +16,10 @@ import pytest
 
 from imgcls import storage
 from imgcls.records import SuiteResults, read
-from infra.processes import descendants, title_of
-from infra.s3.proxy import Proxy, faulty
-from infra.s3.server import READER, Server
+from sandbox.s3.proxy import Proxy, faulty
+from sandbox.s3.server import READER, Server
 from tests.conftest import ROOT, reached_by, run_in
+from tests.processes import descendants, title_of
 
 pytestmark = [pytest.mark.timeout(1200)]
 TINY = (

@@ -18,7 +18,7 @@ from imgcls.catalogue import recipe_of
 from imgcls.cpus import usable_cpus
 from imgcls.errors import DataError
 from imgcls.runs import RunFolder
-from infra.processes import descendants, title_of
+from tests.processes import descendants, title_of
 from tests.proof.records import Timed
 from tests.speed.commands import Running, start, words_of
 from tests.speed.prepared import prepare

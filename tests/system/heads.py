@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.processes import descendants
+from tests.processes import descendants
 
 TOKEN = "a-token-of-this-test-and-of-nobody-else"
 

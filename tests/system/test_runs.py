@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from infra.processes import descendants, title_of, until
 from tests.conftest import Command, image, image_folder, run_in
+from tests.processes import descendants, title_of, until
 
 if TYPE_CHECKING:
-    from infra.s3.server import Server
+    from sandbox.s3.server import Server
 
 
 class Five(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from imgcls.errors import StorageError
-from infra.s3.proxy import FAULTS, faulty
-from infra.s3.server import serving
+from sandbox.s3.proxy import FAULTS, faulty
+from sandbox.s3.server import serving
 
 
 def serve(
@@ -25,7 +25,7 @@ def serve(
     Args:
         folder: Where the objects lie; what was there before is served again.
         buckets: Made where they are not there.
-        faults: Kinds of fault, as in infra/s3/proxy.py.
+        faults: Kinds of fault, as in sandbox/s3/proxy.py.
         fail: This share of the requests goes wrong, through a proxy before the server.
         seed: Of which ones.
     """
@@ -42,7 +42,7 @@ def serve(
 
 if __name__ == "__main__":
     try:
-        tyro.cli(serve, prog="python -m infra.s3")
+        tyro.cli(serve, prog="python -m sandbox.s3")
     except StorageError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
