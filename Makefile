@@ -10,11 +10,11 @@ run: setup
 	@$(BIN)/python -m jobs.suite --pack
 
 # What can be run before each commit: the suite of five under Ray once, on S3, its workers killed; no other slow tests.
-test: check
+test: check $(VENV)/validators
 	$(BIN)/python -m pytest
 
 # The slow ones too. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
-test-all: check
+test-all: check $(VENV)/validators
 	$(BIN)/python -m pytest --all --cov --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
@@ -45,10 +45,19 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 10 GB of disk, then the same command again"; exit 3; }
 	@touch $@
 
+# The validators of infra/, beside what a run needs.
+$(VENV)/validators: infra/requirements.txt tests/infra/requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	  -r requirements.txt -r infra/requirements.txt -r tests/infra/requirements.txt
+	@touch $@
+
 # Two weeks old at the least: an index may know a release before it can serve it.
 lock:
-	uv pip compile --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
-	  --python-version 3.11 --extra dev --exclude-newer "$$(date -d '14 days ago' +%F)" pyproject.toml -o requirements.txt
+	compile="uv pip compile --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	  --python-version 3.11 --exclude-newer $$(date -d '14 days ago' +%F)"; \
+	$$compile --extra dev pyproject.toml -o requirements.txt; \
+	$$compile -c requirements.txt infra/requirements.in -o infra/requirements.txt; \
+	$$compile -c requirements.txt -c infra/requirements.txt tests/infra/requirements.in -o tests/infra/requirements.txt
 
 # The tables of README and guides, from the records in docs/measurements/.
 readme: setup
