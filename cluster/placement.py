@@ -1,6 +1,7 @@
 """Workers, CPUs and GPUs of a run, and whether they will ever fit.
 
-Pure, except for `local_node`, which asks this machine, and for `cluster_nodes` and `autoscaling_config`, which ask Ray.
+Pure, except for `local_node`, which asks this machine, `defined_nodes`, which reads a file, and `cluster_nodes` and
+`autoscaling_config`, which ask Ray.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.session import names_cluster
+from cluster.session import kuberay_cluster, names_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
@@ -48,8 +49,42 @@ def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
     return nodes + addable_nodes(nodes, config)
 
 
+def defined_nodes(path: Path) -> list[Node]:
+    """Head and workers that a cluster of this definition can have: one of Ray's launcher, a RayCluster or a RayJob.
+
+    Raises PlacementError if the file is none of these, or its cluster cannot grow.
+    """
+    import yaml
+
+    try:
+        config = _launcher_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if config is not None:
+            return [_addable("head", config["available_node_types"][config["head_node_type"]]), *addable_nodes([], config)]
+        why = "enableInTreeAutoscaling is not set"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise PlacementError(f"--cluster {path}: {why}\n  do: a file as infra/ray/aws.yaml or infra/kuberay/raycluster.yaml")
+
+
+def _launcher_config(definition: dict[str, Any]) -> dict[str, Any] | None:
+    """What Ray's autoscaler makes of it; None for a RayCluster without one."""
+    if "kind" not in definition:
+        return definition
+    spec = definition["spec"]["rayClusterSpec"] if definition["kind"] == "RayJob" else definition["spec"]
+    if not spec.get("enableInTreeAutoscaling"):
+        return None
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    return _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "cluster", "namespace": "default"}, "spec": spec})
+
+
+def _addable(name: str, kind: dict[str, Any]) -> Node:
+    resources = kind.get("resources", {})
+    return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False)
+
+
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
-    node_type = labels.get("ray.io/node-group") or ("head" if HEAD in resources else "worker")
+    node_type = "head" if HEAD in resources else labels.get("ray.io/node-group") or "worker"
     gpus = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
     return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), node_type, gpu=gpus[0] if gpus else None)
 
@@ -60,13 +95,12 @@ def addable_nodes(there: Sequence[Node], config: dict[str, Any] | None) -> list[
         return []
     head, max_workers = config.get("head_node_type"), config.get("max_workers", 2)
     counts = Counter(node.type for node in there)
-    left = int(max_workers) - sum(count for name, count in counts.items() if name != head)
+    left = int(max_workers) - sum(count for name, count in counts.items() if name not in ("head", head))
     addable: list[Node] = []
     for name, kind in config["available_node_types"].items():
         if name != head:
-            resources, most = kind.get("resources", {}), int(kind.get("max_workers", max_workers))
-            node = Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False)
-            addable += [node] * max(0, min(left, most - counts[name]))
+            most = int(kind.get("max_workers", max_workers))
+            addable += [_addable(name, kind)] * max(0, min(left, most - counts[name]))
     return addable
 
 
@@ -83,9 +117,15 @@ def autoscaling_config() -> dict[str, Any] | None:
 
 
 def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
-    """That of this cluster's autoscaler, by its command line: Ray does not say which nodes it may add. Runs on the head."""
+    """That of this cluster's autoscaler: Ray does not say which nodes it may add. Runs on the head.
+
+    On VMs the autoscaler's command line names the file; on Kubernetes it is in a container of its own and reads the
+    RayCluster, as we do. Raises PlacementError where the service account may not read it.
+    """
     import yaml
 
+    if (cluster := kuberay_cluster()) is not None:
+        return _launcher_config(_ray_cluster(*cluster))
     flag = b"--autoscaling-config="
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -96,6 +136,19 @@ def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
         if paths and f"--gcs-address={gcs_address}".encode() in words:
             return yaml.safe_load(Path(paths[0].decode()).expanduser().read_bytes())
     return None
+
+
+def _ray_cluster(name: str, namespace: str) -> dict[str, Any]:
+    import requests
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    try:
+        return KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
+    except (OSError, requests.RequestException) as error:
+        raise PlacementError(
+            f"the RayCluster {name} in namespace {namespace} cannot be read: {error}\n"
+            "  do: the head's service account wants the role of infra/kuberay/service-account.yaml"
+        ) from None
 
 
 def choose(
@@ -116,7 +169,7 @@ def choose(
     if not placement.cpus_per_worker and not placement.gpus_per_worker:
         raise PlacementError("a worker without a CPU and a GPU\n  do: a larger --cpus-per-worker or --gpus-per-worker")
     if how_many_fit(nodes, placement) == 0:
-        where = "this cluster" if names_cluster() else "this machine"
+        where = "this cluster" if names_cluster() or not any(node.there for node in nodes) else "this machine"
         raise PlacementError(
             f"{num_workers} workers with {placement.cpus_per_worker:g} CPUs and {placement.gpus_per_worker:g} GPUs each can "
             f"never run: {where} has {what_there_is(nodes)}\n"

@@ -63,6 +63,12 @@ def names_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
+def kuberay_cluster() -> tuple[str, str] | None:
+    """Name and namespace of the RayCluster whose pod this is; infra/kuberay tells its head the namespace."""
+    names = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
+    return (names[0], names[1]) if names[0] and names[1] else None
+
+
 def in_job() -> bool:
     """Whether this process is the entry point of a submitted job, whose working folder goes away with it."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

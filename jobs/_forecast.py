@@ -19,12 +19,16 @@ from jobs._terminal import Lines, duration, say_table
 UNKNOWN = "unknown"
 
 
-def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None) -> int:
+def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cluster: Path | None) -> int:
     """The exit code. Raises PlacementError where the workers can never run, RecipeError for what is no price table."""
-    state, joins = state_of(request, plan), session.names_cluster()
+    state, joins = state_of(request, plan), session.names_cluster() and cluster is None
     with session.session(verbose=request.options.verbose) if joins else nullcontext():
-        nodes = placements.cluster_nodes(placements.autoscaling_config()) if joins else [placements.local_node()]
-    table = read_prices(prices, {node.type for node in nodes} if joins else ()) if prices else None
+        if cluster is not None:
+            nodes = placements.defined_nodes(cluster)
+        else:
+            nodes = placements.cluster_nodes(placements.autoscaling_config()) if joins else [placements.local_node()]
+    types = {node.type for node in nodes} if joins or cluster else ()
+    table = read_prices(prices, types) if prices else None
     forecast, known = forecast_of(plan, state, nodes, choose(request, nodes)), rates.known()
     open_runs = len(forecast.runs)
     lines.say(f"{request.id}: {open_runs} runs to do, {len(plan.configs) - open_runs} are over; nothing is started")

@@ -53,6 +53,8 @@ class Flags(Strict):
     """Say what would be done, fetched, taken and paid; nothing is started."""
     prices: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """With --dry-run: what a node of each type costs, as YAML."""
+    cluster: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """With --dry-run: count on the nodes of this definition, one of Ray's launcher, a RayCluster or a RayJob."""
 
 
 def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Recipe, ...]]:
@@ -121,7 +123,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
     if flags.dry_run:
         from jobs._forecast import say_plan
 
-        return say_plan(lines, request, plan, flags.prices)
+        return say_plan(lines, request, plan, flags.prices, flags.cluster)
     view = SuiteView(lines, plan.sources)
     with view.shown():
         results = run_suite(request, plan, view=view, command=_command())

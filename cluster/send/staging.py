@@ -28,7 +28,7 @@ FILES = (
 LIMIT_BYTES = 2_000_000
 GIVEN = "given"
 """The job's folder for files that the command names."""
-FILE_FLAGS = ("--recipe", "--prices")
+FILE_FLAGS = ("--recipe", "--prices", "--cluster")
 PLACES = {
     "pack": ("--to", "--source", "--verify"),
     "train": ("--data", "--storage", "--init-from"),
