@@ -3,6 +3,7 @@
 import os
 import runpy
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,17 @@ def in_bucket(packed: Path, s3: "Server") -> str:
             if path.is_file():
                 storage.write_bytes(f"s3://data/packed/{path.relative_to(packed)}", path.read_bytes())
     return "s3://data/packed"
+
+
+def own_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for 127.0.0.1 that no known authority signed, and a server's side of TLS with it."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=store"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*words.split(), *files], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    return certificate, tls
 
 
 @contextmanager

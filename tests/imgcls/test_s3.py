@@ -30,7 +30,7 @@ from imgcls.s3 import S3
 from imgcls.training.checkpoints import CheckpointStore
 from sandbox.s3.proxy import FAULTS, Proxy, faulty
 from sandbox.s3.server import READER, Server
-from tests.conftest import ROOT, reached_by
+from tests.conftest import ROOT, own_certificate, reached_by
 from tests.processes import until
 
 BODY = random.Random(0).randbytes(300_000)
@@ -382,23 +382,7 @@ def test_another_failure_of_a_conditional_put_keeps_its_own_remedy(
 @pytest.fixture
 def secured(s3: Server, url: str, tmp_path: Path) -> Iterator[tuple[Proxy, dict[str, str]]]:
     """A store behind TLS whose certificate no known authority signed, and the environment that reaches it."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True)
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, key)
+    certificate, tls = own_certificate(tmp_path)
     with faulty(s3.host, s3.port, tls=tls) as proxy:
         endpoint = {"AWS_ENDPOINT_URL": f"https://127.0.0.1:{proxy.port}", "AWS_CA_BUNDLE": str(certificate)}
         yield proxy, s3.env() | endpoint
