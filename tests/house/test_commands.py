@@ -22,7 +22,7 @@ from imgcls.results.measurement import Measurement, where_of
 from imgcls.training import environment
 from tests.conftest import ROOT, Command, image_folder
 
-PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "sandbox/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md", "sandbox/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 RUNS, SUBMISSION = "tests/system/test_runs.py", "tests/system/test_submission.py"
@@ -37,6 +37,7 @@ RUN_BY = {
     "jobs.suite": f"{RUNS}::test_without_data_and_network_the_suite_says_so_and_takes_procedural_images",
     "jobs.report": f"{RUNS}::test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_not_run_twice",
     "jobs.doctor": "tests/system/test_doctor.py",
+    "jobs.render": "tests/jobs/test_render.py",
     "jobs.submit run": f"{SUBMISSION}::test_no_secret_is_anywhere_that_others_see",
     "jobs.submit follow": ENDINGS,
     "jobs.submit status": ENDINGS,
