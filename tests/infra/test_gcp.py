@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import re
+import shutil
 import subprocess
+import traceback
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -16,6 +19,7 @@ import pytest
 import yaml
 from google.auth.credentials import AnonymousCredentials
 from googleapiclient import discovery
+from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.providers import _get_node_provider, _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
@@ -51,8 +55,8 @@ class Google:
         self.instances: list[Config] = []
         self.policies: list[Config] = []
 
-    def request(self, uri: str, method: str = "GET", body: str | None = None, **_: object) -> tuple[httplib2.Response, bytes]:
-        answer = self._answer(f"{method} {uri.partition('?')[0]}", json.loads(body) if body else {})
+    def request(self, uri: str, method: str = "GET", body: str = "{}", **_: object) -> tuple[httplib2.Response, bytes]:
+        answer = self._answer(f"{method} {uri.partition('?')[0]}", json.loads(body or "{}"))
         return httplib2.Response({"status": "200" if answer else "404"}), json.dumps(answer).encode()
 
     def _answer(self, asked: str, body: Config) -> Config:
@@ -110,7 +114,8 @@ def instance_schema() -> jsonschema.Draft202012Validator:
             schema["items"] = closed(found["items"])
         if found.get("type") == "object":
             schema["properties"] = {name: closed(field) for name, field in found.get("properties", {}).items()}
-            schema["additionalProperties"] = closed(found["additionalProperties"]) if "additionalProperties" in found else False
+            others = found.get("additionalProperties")
+            schema["additionalProperties"] = closed(others) if others else False
         return schema
 
     definitions = {name: closed(found) for name, found in json.loads(document.read_text())["schemas"].items()}
@@ -122,7 +127,7 @@ def faults(config: Config) -> list[str]:
     try:
         google = launched(config)
     except (Exception, SystemExit) as error:
-        return [f"Ray: {error}"]
+        return [f"Ray: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"]
     bodies = dict(zip(config["available_node_types"], google.instances, strict=True))
     broken = [
         f"{name}: {error.json_path}: {error.message}"
@@ -167,8 +172,9 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
     gpus += sum(accelerator["acceleratorCount"] for accelerator in body.get("guestAccelerators", []))
     size = {"CPU": 0, "driver": 16} if is_head else {"CPU": cpus, "GPU": gpus}
     accounts = [account["email"] for account in body.get("serviceAccounts", [])]
+    networks = body["networkInterfaces"]
     metadata = {item["key"]: item["value"] for item in body["metadata"]["items"]}
-    market = name.partition("_")[2]
+    market = name.partition("_")[2].replace("ondemand", "on-demand")
     twin = node_types.get(name.replace("spot", "ondemand"), node_type)
     # A GPU cannot migrate, and the autoscaler replaces a worker that is gone.
     scheduling = {"onHostMaintenance": "MIGRATE" if is_head else "TERMINATE", "automaticRestart": is_head}
@@ -179,8 +185,8 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
         fault
         for fault, wrong in {
             f"resources are {node_type['resources']}, the machine has {size}": node_type["resources"] != size,
-            "it has an external address": any("accessConfigs" in i or "ipv6AccessConfigs" in i for i in body["networkInterfaces"]),
-            "it is not in our subnetwork": [i["subnetwork"] for i in body["networkInterfaces"]] != [SITE["subnetwork"]],
+            "it has an external address": any({"accessConfigs", "ipv6AccessConfigs"} & {*network} for network in networks),
+            "it is not in our subnetwork": [network["subnetwork"] for network in networks] != [SITE["subnetwork"]],
             f"it runs as {accounts}": accounts != [SITE["head_service_account" if is_head else "worker_service_account"]],
             "the project's SSH keys open it": metadata.get("block-project-ssh-keys") != "true",
             "our SSH key does not open it": metadata.get("ssh-keys") != f"ubuntu:{SITE['public_key']}"
@@ -188,7 +194,7 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
             "it is no shielded VM": not {"enableVtpm", "enableIntegrityMonitoring"}
             <= {key for key, value in body.get("shieldedInstanceConfig", {}).items() if value},
             f"its scheduling should be {scheduling}": body.get("scheduling") != scheduling,
-            "its label is not its market": not is_head and node_type["labels"] != {"capacity": market.replace("ond", "on-d")},
+            "its label is not its market": not is_head and node_type["labels"] != {"capacity": market},
             "it never goes when idle": not is_head and not 0 < node_type["idle_timeout_s"] <= 600,
             "it may outnumber the cluster": node_type["max_workers"] > config["max_workers"],
             "it is not preferred to its twin on demand": market == "spot" and node_type["priority"] <= twin["priority"],
@@ -258,8 +264,8 @@ NAT = [{"subnetwork": SITE["subnetwork"], "accessConfigs": [{"type": "ONE_TO_ONE
         (section("auth", ssh_proxy_use_node_id=False), "SSH does not go through IAP"),
         (section("docker", worker_run_options=[]), "workers' containers see no GPU"),
         (node("g2_spot", resources={}), "g2_spot: resources are {}, the machine has {'CPU': 4, 'GPU': 1}"),
-        (node("g2_spot", min_workers=3, max_workers=2), "Ray: "),
-        (node("g2_spot", min_workers=-1), "Ray: "),
+        (node("g2_spot", min_workers=3, max_workers=2), "Ray: assert self.min_worker_nodes <= self.max_worker_nodes"),
+        (node("g2_spot", min_workers=-1), "Ray: assert self.min_worker_nodes >= 0"),
         (node("t4_spot", max_workers=6), "it may outnumber the cluster"),
         (node("t4_spot", priority=0), "it is not preferred to its twin on demand"),
         (node("t4_spot", idle_timeout_s=0), "it never goes when idle"),
@@ -277,6 +283,62 @@ NAT = [{"subnetwork": SITE["subnetwork"], "accessConfigs": [{"type": "ONE_TO_ONE
     ],
 )
 def test_a_planted_mistake_is_found(mistake: Callable[[Config], None], fault: str):
+    """Where the fault does not begin with "Ray:", Ray's launcher asked for all five instances and saw nothing."""
     wrong = config()
     mistake(wrong)
     assert any(fault in found for found in faults(wrong)), faults(wrong)
+
+
+def test_ray_binds_wide_roles_to_an_account_of_its_own_whatever_the_file_says():
+    [policy] = launched(config()).policies
+    bound = {binding["role"] for binding in policy["bindings"] if f"serviceAccount:{RAYS_ACCOUNT}" in binding["members"]}
+    assert bound > {"roles/compute.admin", "roles/storage.objectAdmin"}
+    assert bound == set(re.findall(r"roles/\w+\.\w+", TEMPLATE.read_text())), "the file names what Ray binds"
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Puts a program that runs a line of shell first on the path; the file is what these lines write to `$SAID`."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SAID", str(tmp_path / "said"))
+
+    def program(name: str, line: str) -> Path:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+        return tmp_path / "said"
+
+    return program
+
+
+@pytest.mark.skipif(not shutil.which("ssh"), reason="no ssh here")
+def test_ssh_asks_iap_for_the_instance_by_its_name(said: Callable[[str, str], Path]):
+    asked = said("gcloud", 'echo "$@" > "$SAID"')
+    name = launched(config()).instances[0]["name"]
+    runner = SSHCommandRunner("", name, None, config()["auth"], "imgcls", subprocess, True)
+    with pytest.raises(Exception, match="SSH command failed"):
+        runner.run("uptime", timeout=10, with_output=True)
+    assert asked.read_text().split() == (
+        f"compute start-iap-tunnel {name} 22 --listen-on-stdin --project=a-project --zone=us-west1-a".split()
+    )
+
+
+def initialized(uid: int, said: Callable[[str, str], Path]) -> tuple[list[subprocess.CompletedProcess[str]], str]:
+    """What a VM whose `ubuntu` has this id makes of the commands before the container, and what docker is told."""
+    said("id", f'[ "$1" = -u ] && echo {uid} || echo ubuntu docker')
+    said("curl", """echo '{"access_token": "of-this-node", "expires_in": 3599}'""")
+    told = said("docker", 'echo "$@" >> "$SAID"; cat >> "$SAID"')
+    commands = [["bash", "-c", command] for command in config()["initialization_commands"]]
+    ended = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
+    return ended, told.read_text()
+
+
+def test_a_node_logs_in_to_the_registry_of_the_image_as_itself(said: Callable[[str, str], Path]):
+    ended, told = initialized(1000, said)
+    assert [done.returncode for done in ended] == [0, 0, 0]
+    assert told == "login -u oauth2accesstoken --password-stdin https://us-west1-docker.pkg.dev\nof-this-node\n"
+
+
+def test_a_vm_image_whose_user_could_not_share_files_with_the_container_is_refused(said: Callable[[str, str], Path]):
+    ended, _ = initialized(1001, said)
+    assert ended[0].returncode == 1
+    assert "is user 1001 of this VM image, the container's is 1000" in ended[0].stderr
