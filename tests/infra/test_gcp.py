@@ -133,10 +133,7 @@ def faults(config: Config) -> list[str]:
 def cluster_faults(config: Config) -> list[str]:
     keys = {"type", "project_id", "region", "availability_zone", "use_internal_ips"}
     provider, docker, auth = config["provider"], config["docker"], config["auth"]
-    head, commands = (
-        config["head_start_ray_commands"][-1],
-        [command for key, value in config.items() if key.endswith("commands") for command in value],
-    )
+    commands = [command for key, value in config.items() if key.endswith("commands") for command in value]
     return [
         fault
         for fault, wrong in {
@@ -147,7 +144,7 @@ def cluster_faults(config: Config) -> list[str]:
             "the image is not named by its digest": not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", docker["image"]),
             "too few open files": "--ulimit=nofile=65536:65536" not in docker["run_options"],
             "workers' containers see no GPU": "--gpus=all" not in docker["worker_run_options"],
-            "the dashboard listens beyond loopback": "--dashboard-host=127.0.0.1" not in head,
+            "the dashboard listens beyond loopback": "--dashboard-host=127.0.0.1" not in " ".join(commands),
             "Ray starts without a token": "--env=RAY_AUTH_MODE=token" not in docker["run_options"],
             "nodes get no token": "/home/imgcls/.ray/auth_token" not in config["file_mounts"],
             "packages are installed on a node": any("pip install" in command for command in commands),
