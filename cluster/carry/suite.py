@@ -49,7 +49,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     cached, mine = cached_sets(plan), [run for run, status in state.statuses.items() if status is Status.OPEN]
     if not session.names_cluster():  # refused before Ray starts, where it will be
         choose(request, [placements.local_node()])
-        check_room((storage.join(request.data_url, one[0].name), *one) for one in plan.decoded_sets(mine))
+        check_room((storage.join(request.data_url, decoded[0].name), *decoded) for decoded in plan.decoded_sets(mine))
     with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
             storage.clean_temporary(suite.run(run).url)

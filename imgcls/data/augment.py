@@ -37,9 +37,9 @@ def augmented_inputs(images: Tensor, uniforms: Tensor, augment: Augment, into: I
     shape = (len(images), into.channels, into.px, into.px)
     whole = torch.empty(shape, device=images.device, memory_format=torch.channels_last)
     at_once = max(1, _AT_ONCE * torch.get_num_threads() // whole[0].numel()) if whole.device.type == "cpu" else len(whole)
-    for part, some, u in zip(whole.split(at_once), images.split(at_once), uniforms.split(at_once), strict=True):
+    for part, pixels, u in zip(whole.split(at_once), images.split(at_once), uniforms.split(at_once), strict=True):
         # Each channel a plane of its own: colours go through whole planes.
-        x = some.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         x = _moved(x, u.view(-1, NUM_UNIFORMS, 1, 1), augment, into.px) if moves else _resized(x, into.px)
         part.copy_(_coloured(x, u.view(-1, NUM_UNIFORMS, 1, 1, 1), augment).sub_(into.mean).div_(into.std))
     return whole

@@ -60,7 +60,7 @@ class ImageData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         if device.type == "cuda":  # from other memory a copy waits until the device has done all that came before it
-            images, labels, uniforms = (one.pin_memory() for one in (batch.images, batch.labels, batch.uniforms))
+            images, labels, uniforms = (tensor.pin_memory() for tensor in (batch.images, batch.labels, batch.uniforms))
             batch = batch._replace(images=images, labels=labels, uniforms=uniforms)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

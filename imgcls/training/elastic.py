@@ -64,11 +64,11 @@ class VirtualRanks:
         for virtual, rows in parts:
             self._set(self.buffers, start)
             gradients = torch.autograd.grad(losses(virtual, rows), self.parameters)
-            found.append(torch.cat([one.reshape(-1) for one in (*gradients, *(b / virtual_ranks for b in self.buffers))]))
+            found.append(torch.cat([t.reshape(-1) for t in (*gradients, *(b / virtual_ranks for b in self.buffers))]))
         whole = tree_sum(list(gather(tree_sum(found))))
         tensors = [*self.parameters, *self.buffers]
         pieces = [
-            piece.view_as(one) for piece, one in zip(whole.split([one.numel() for one in tensors]), tensors, strict=True)
+            piece.view_as(tensor) for piece, tensor in zip(whole.split([t.numel() for t in tensors]), tensors, strict=True)
         ]
         for parameter, gradient in zip(self.parameters, pieces, strict=False):
             # In the parameter's own memory format: a fused optimizer walks both as they lie.

@@ -112,7 +112,7 @@ def make_trainer(
         callbacks=[world.heartbeat, *callbacks],
         deterministic=True,
         logger=False,
-        enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),  # else Lightning adds its own
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # else Lightning adds its own
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -22,7 +22,10 @@ from imgcls.results.measurement import Measurement, where_of
 from imgcls.training import environment
 from tests.conftest import ROOT, Command, image_folder
 
-PAPERS = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md", "sandbox/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAPERS = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md", "sandbox/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 DOORS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
 
 RUNS, SUBMISSION = "tests/system/test_runs.py", "tests/system/test_submission.py"

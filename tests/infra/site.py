@@ -1,9 +1,5 @@
 """Values of an invented user, and the files of infra/ filled with them."""
 
-from pathlib import Path
-
-import yaml
-
 from jobs.render import INFRA, PLACEHOLDER, fill
 
 IMAGE = "registry.example/imgcls@sha256:" + "0123456789abcdef" * 4
@@ -18,10 +14,3 @@ def filled(path: str, **values: str) -> str:
 
 def _invented(name: str) -> str:
     return IMAGE if name.endswith("image") else name.partition(".")[2].replace("_", "-")
-
-
-def site(folder: Path, **sections: dict[str, str]) -> Path:
-    """A user's site.yaml."""
-    path = folder / "site.yaml"
-    path.write_text(yaml.safe_dump(sections))
-    return path
