@@ -3,6 +3,7 @@
 import copy
 import functools
 import gzip
+import importlib
 import json
 import re
 import shlex
@@ -19,7 +20,15 @@ import yaml
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
-from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.instance_manager.cloud_providers.kuberay.cloud_provider import KubeRayProvider
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, InstanceReconcileConfig
+from ray.autoscaler.v2.instance_manager.instance_manager import InstanceManager
+from ray.autoscaler.v2.instance_manager.instance_storage import InstanceStorage
+from ray.autoscaler.v2.instance_manager.reconciler import Reconciler
+from ray.autoscaler.v2.instance_manager.storage import InMemoryStorage
+from ray.autoscaler.v2.instance_manager.subscribers.cloud_instance_updater import CloudInstanceUpdater
+from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler
 
 from cluster.placement import addable_nodes, choose
 from jobs.suite import suite
@@ -122,6 +131,8 @@ def our_faults(of: dict[str, Any]) -> Iterator[str]:
     ):
         yield "a RayJob that is paid for without an end"
     for group in groups(of)[1:]:
+        if "replicas" in group:
+            yield f"{group['groupName']}: replicas is the autoscaler's, and `kubectl apply` would set it back"
         if group["minReplicas"] > group["maxReplicas"]:
             yield f"{group['groupName']}: minReplicas is more than maxReplicas"
         for container in group["template"]["spec"]["containers"]:
@@ -194,6 +205,7 @@ MISTAKES = {
     "a field of the autoscaler's container": ("raycluster", "spec/autoscalerOptions/env/0/values", "1", "'values'"),
     "a string for a number": ("raycluster", f"{POD}/terminationGracePeriodSeconds", "120", "not of type 'integer'"),
     "minReplicas above maxReplicas": ("raycluster", f"{SPOT}/minReplicas", 4, "minReplicas is more"),
+    "a number of workers": ("raycluster", f"{SPOT}/replicas", 0, "replicas is the autoscaler's"),
     "a token without rayVersion": ("raycluster", "spec/rayVersion", None, "needs rayVersion"),
     "a token in an old Ray": ("rayjob", "spec/rayClusterSpec/rayVersion", "2.51.0", "needs rayVersion"),
     "pods that start again": ("raycluster", f"{HEAD}/template/spec/restartPolicy", "Always", "restartPolicy is Never"),
@@ -319,6 +331,66 @@ def test_a_worker_of_the_jobs_command_fits_a_pod():
     sizes = {field: getattr(flags.options, field) for field in ("num_workers", "cpus_per_worker", "gpus_per_worker")}
     assert choose(nodes, **sizes).gpus_per_worker == 1
     assert len(nodes) == 5
+
+
+class Kubernetes:
+    """The API server as Ray's autoscaler uses it, with the operator behind it. No worker of it ever comes up."""
+
+    def __init__(self, cluster: dict[str, Any]) -> None:
+        self.cluster, self.pods, self.made = cluster, {"head": pod_of("head", "head", "headgroup")}, list[str]()
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            group["replicas"] = 0  # the schema's default
+
+    def get(self, path: str) -> dict[str, Any]:
+        pods = {"metadata": {"resourceVersion": "1"}, "items": [*self.pods.values()]}
+        return self.cluster if path.startswith("rayclusters/") else pods
+
+    def patch(self, path: str, payload: list[dict[str, Any]]) -> dict[str, Any]:
+        for operation in payload:
+            *above, last = operation["path"].strip("/").split("/")
+            part: Any = self.cluster
+            for key in above:
+                part = part[int(key)] if key.isdigit() else part.setdefault(key, {})
+            part[last] = operation["value"]
+        for group in self.cluster["spec"]["workerGroupSpecs"]:
+            for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
+                self.pods.pop(name, None)
+            while sum(name.startswith(group["groupName"]) for name in self.pods) < group["replicas"]:
+                name = f"{group['groupName']}-{len(self.made)}"
+                self.pods[name] = pod_of(name, "worker", group["groupName"])
+                self.made.append(group["groupName"])
+        return self.cluster
+
+
+def pod_of(name: str, kind: str, group: str) -> dict[str, Any]:
+    labels = {"ray.io/node-type": kind, "ray.io/group": group}
+    return {"metadata": {"name": name, "labels": labels}, "status": {}, "spec": {"containers": [{"name": "ray"}]}}
+
+
+@pytest.mark.parametrize(("limit_s", "groups_tried"), [(900, ["gpu-spot"]), (0, ["gpu-spot", "gpu-on-demand"])])
+def test_where_spot_does_not_come_in_time_on_demand_is_tried(
+    limit_s: int, groups_tried: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    limits = InstanceReconcileConfig(allocate_status_timeout_s=limit_s)
+    monkeypatch.setattr(AutoscalingConfig, "get_instance_reconcile_config", lambda self: limits)
+    config, kubernetes = AutoscalingConfig(autoscaling(), skip_content_hash=True), Kubernetes(resource("raycluster"))
+    client: Any = kubernetes
+    provider = KubeRayProvider("imgcls", config.get_provider_config(), gcs_client=None, k8s_api_client=client)
+    monitor = CloudResourceMonitor()
+    manager = InstanceManager(InstanceStorage("session", InMemoryStorage()), [CloudInstanceUpdater(provider), monitor])
+    messages: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")
+    head = {"node_id": b"0" * 28, "instance_id": "head", "ray_node_type_name": "headgroup", "status": "RUNNING"}
+    wanted = {"request": {"resources_bundle": {"CPU": 3.0, "GPU": 1.0}}, "count": 1}
+    for version in (1, 2):
+        state = messages.ClusterResourceState(
+            cluster_resource_state_version=version,
+            node_states=[{**head, "total_resources": {"node:__internal_head__": 1.0}}],
+            pending_resource_requests=[wanted],
+        )
+        Reconciler.reconcile(
+            manager, ResourceDemandScheduler(), provider, monitor, state, provider.get_non_terminated(), config
+        )
+    assert kubernetes.made == groups_tried
 
 
 @pytest.mark.parametrize("group", groups(resource("raycluster")), ids=lambda group: group.get("groupName", "head"))
