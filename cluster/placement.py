@@ -147,7 +147,7 @@ def _ray_cluster(name: str, namespace: str) -> dict[str, Any]:
     except (OSError, requests.RequestException) as error:
         raise PlacementError(
             f"the RayCluster {name} in namespace {namespace} cannot be read: {error}\n"
-            "  do: the head's service account wants the role of infra/kuberay/service-account.yaml"
+            "  do: the service account of the head's pod must be allowed to get rayclusters, as KubeRay's operator allows it"
         ) from None
 
 

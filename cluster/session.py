@@ -53,6 +53,7 @@ OBJECT_STORE_BYTES = 200 << 20
 """Small: only reports and records go through it."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 ROOM = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead")
 """The longest path of Ray's temporary folder, in bytes: its sockets lie below, and their paths have at most 107."""
@@ -64,9 +65,9 @@ def names_cluster() -> bool:
 
 
 def kuberay_cluster() -> tuple[str, str] | None:
-    """Name and namespace of the RayCluster whose pod this is; infra/kuberay tells its head the namespace."""
-    names = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
-    return (names[0], names[1]) if names[0] and names[1] else None
+    """Name and namespace of the RayCluster whose pod this is, where the pod may ask Kubernetes."""
+    name = os.environ.get("RAY_CLUSTER_NAME")
+    return (name, POD_NAMESPACE.read_text(encoding="utf-8").strip()) if name and POD_NAMESPACE.is_file() else None
 
 
 def in_job() -> bool:

@@ -83,6 +83,10 @@ def test_a_dry_run_counts_and_prices_the_nodes_of_a_definition_without_a_cluster
 
 ON_HEAD = """
 import json
+import sys
+from pathlib import Path
+from cluster import session
+session.POD_NAMESPACE = Path(sys.argv[1])
 from cluster.placement import addable_nodes, find_autoscaling_config
 from imgcls.errors import PlacementError
 try:
@@ -97,6 +101,7 @@ def test_on_a_head_of_kuberay_the_nodes_that_can_be_added_are_those_of_its_raycl
     """Asked over TLS, as the autoscaler beside it does; a server of ours stands for Kubernetes'."""
     path = ROOT / "infra/kuberay/raycluster.yaml"
     certificate, tls = own_certificate(tmp_path)
+    (tmp_path / "namespace").write_text("training")
     asked, allowed = list[str](), [True]
 
     class Kubernetes(BaseHTTPRequestHandler):
@@ -118,11 +123,10 @@ def test_on_a_head_of_kuberay_the_nodes_that_can_be_added_are_those_of_its_raycl
         "RAY_KUBERAY_CLIENT_CERT_PATH": str(certificate),
         "RAY_KUBERAY_CLIENT_KEY_PATH": str(tmp_path / "key.pem"),
         "RAY_CLUSTER_NAME": "imgcls",
-        "RAY_CLUSTER_NAMESPACE": "training",
     }
 
     def on_head() -> object:
-        words = [sys.executable, "-c", ON_HEAD]
+        words = [sys.executable, "-c", ON_HEAD, str(tmp_path / "namespace")]
         done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
@@ -130,5 +134,5 @@ def test_on_a_head_of_kuberay_the_nodes_that_can_be_added_are_those_of_its_raycl
     assert on_head() == [[node.type, node.cpus, node.gpus] for node in workers]
     assert asked == ["/apis/ray.io/v1/namespaces/training/rayclusters/imgcls"]
     allowed[0] = False
-    assert "service-account.yaml" in str(on_head())
+    assert "must be allowed to get rayclusters" in str(on_head())
     server.shutdown()
