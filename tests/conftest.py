@@ -1,5 +1,6 @@
 """What tests share: packed sets, made once a session, and one local Ray for all commands that need it."""
 
+import json
 import os
 import runpy
 import signal
@@ -107,15 +108,24 @@ def reached_by(environment: dict[str, str]) -> Iterator[None]:
         S3.clear_instance_cache()
 
 
+RAY_CLUSTER = """
+import json, os, sys
+from cluster.session import session
+with session(verbose=False):
+    import ray
+    print(json.dumps({**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}), flush=True)
+    sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[dict[str, str]]:
-    """The environment of a process that joins this session's one local Ray."""
-    from cluster.session import session
-
-    with session(verbose=False):
-        import ray  # it reads its environment when it is imported
-
-        yield {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    """The environment of a process that joins this session's one local Ray; that ends when pytest does, however it ends."""
+    words = [sys.executable, "-c", RAY_CLUSTER]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+        process.communicate()
 
 
 def run_in(folder: Path, name: str, *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 300):
