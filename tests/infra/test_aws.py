@@ -176,6 +176,31 @@ def test_a_mistake_that_ray_lets_through_is_found(path: str, value: Json, fault:
     assert fault in "\n".join(launcher_faults(config))
 
 
+@pytest.mark.parametrize(
+    ("full", "launched"),
+    [((), {"g6_spot": 4, "g5_spot": 1}), (("g6_spot", "g5_spot"), {"g6_ondemand": 4, "g5_ondemand": 1})],
+)
+def test_on_demand_takes_over_where_spot_has_no_more_workers(full: tuple[str, ...], launched: dict[str, int]):
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    config = launcher()
+    for name in full:
+        config = planted(config, f"available_node_types/{name}/max_workers", 0)
+    types = AutoscalingConfig(planted(config, "auth/ssh_private_key", GONE), skip_content_hash=True).get_node_type_configs()
+    assert types is not None
+    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1})] * 5)
+    request = SchedulingRequest(
+        node_type_configs=types,
+        max_num_nodes=config["max_workers"] + 1,  # the head is a node
+        resource_requests=wanted,
+        disable_launch_config_check=True,
+    )
+    plan = ResourceDemandScheduler(event_logger=None).schedule(request)
+    assert {launch.instance_type: launch.count for launch in plan.to_launch} == launched
+
+
 # The stack
 
 # What has no narrower resource than "*".
