@@ -1,0 +1,540 @@
+"""infra/aws/stack.yaml and infra/ray/aws.yaml hold together, on a simulated AWS; nothing here reaches the network."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, cast
+
+import boto3
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from cfnlint.api import lint
+from cfnlint.core import get_rules
+from cfnlint.decode import decode_str
+from moto import mock_aws
+from moto.ec2.models.instance_types import INSTANCE_TYPES, InstanceTypeBackend
+
+from tests.conftest import ROOT
+from tests.infra.site import filled
+
+# moto makes no policy of a bucket, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS..S3..BucketPolicy")
+
+REGION = "us-west-2"
+ZONES = ("us-west-2a", "us-west-2b")
+STACK = (ROOT / "infra/aws/stack.yaml").read_text()
+
+Json = Any
+GONE = object()
+
+
+def launcher(**values: str) -> dict[str, Json]:
+    """aws.yaml filled, with a value of its own at every place: anchors would share them."""
+    return json.loads(json.dumps(yaml.safe_load(filled("ray/aws.yaml", **values))))
+
+
+def planted(whole: Json, path: str, value: Json) -> Json:
+    """A copy of `whole` with another value at `path`, or none."""
+    changed = copy.deepcopy(whole)
+    *way, last = [int(word) if word.isdigit() else word for word in path.split("/")]
+    place = changed
+    for word in way:
+        place = place[word]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    return changed
+
+
+# The launcher's configuration
+
+
+@cache
+def run_instances() -> Json:
+    return botocore.session.get_session().get_service_model("ec2").shape_for("RunInstancesRequest")
+
+
+def unknown_words(value: Json, shape: Json, where: str) -> Iterator[str]:
+    """botocore checks names and types of a request, and leaves enumerations to the server."""
+    if shape.type_name == "structure":
+        for key in value.keys() & shape.members.keys():
+            yield from unknown_words(value[key], shape.members[key], f"{where}.{key}")
+    elif shape.type_name == "list":
+        for member in value:
+            yield from unknown_words(member, shape.member, where)
+    elif shape.type_name == "string" and shape.enum and value not in shape.enum:
+        yield f"{where}: {value} is none of AWS's words"
+
+
+def launcher_faults(config: Mapping[str, Json]) -> Iterator[str]:
+    """What is wrong with a filled aws.yaml, and what neither Ray nor a simulated AWS says."""
+    provider, types, head = config["provider"], config["available_node_types"], config["head_node_type"]
+    known = {"type", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"}
+    yield from (f"provider.{key}: unknown to Ray's AWS provider" for key in provider.keys() - known)
+    if (provider.get("use_internal_ips"), provider.get("cache_stopped_nodes")) != (True, False):
+        yield "provider: nodes are not reached by internal addresses, or not ended when idle"
+    if "ssm start-session" not in config["auth"].get("ssh_proxy_command", "") or "0.0.0.0" in json.dumps(config):
+        yield "a port is open to the world"
+    if not re.search(r"@sha256:[0-9a-f]{64}$", config["docker"]["image"]):
+        yield "docker.image: has no digest"
+    if "--env=RAY_AUTH_MODE=token" not in config["docker"]["run_options"]:
+        yield "docker.run_options: Ray starts without a token"
+    if "--dashboard-host=127.0.0.1" not in " ".join(config["head_start_ray_commands"]):
+        yield "head_start_ray_commands: the dashboard listens beyond the loopback interface"
+
+    def size(node_type: Json) -> Json:
+        return node_type["node_config"]["InstanceType"], node_type["resources"]
+
+    def spot(node_type: Json) -> bool:
+        return "InstanceMarketOptions" in node_type["node_config"]
+
+    workers = [node_type for name, node_type in types.items() if name != head]
+    for name, mine in types.items():
+        yield from (f"{name}: {fault}" for fault in type_faults(mine, is_head=mine is types[head]))
+        twins = (w for w in workers if not spot(w) and size(w) == size(mine) and w["priority"] < mine["priority"])
+        if spot(mine) and not any(twins):
+            yield f"{name}: no on-demand type of the same size comes after it"
+    profiles = [w["node_config"].get("IamInstanceProfile") for w in workers]
+    if types[head]["node_config"].get("IamInstanceProfile") in profiles:
+        yield "a worker has the head's rights"
+
+
+def type_faults(node_type: Mapping[str, Json], *, is_head: bool) -> Iterator[str]:
+    node = node_type["node_config"]
+    request = {**node, "SubnetId": node["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}
+    del request["SubnetIds"]
+    if report := ParamValidator().validate(request, run_instances()).generate_report():
+        yield report
+    yield from unknown_words(request, run_instances(), "node_config")
+    for key in ("ImageId", "KeyName", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile"):
+        if not node.get(key):
+            yield f"has no {key}"
+    metadata = node.get("MetadataOptions", {})
+    if (metadata.get("HttpTokens"), metadata.get("HttpPutResponseHopLimit")) != ("required", 2):
+        yield "credentials can be had without IMDSv2, or not from a container"
+    if not all(disk["Ebs"].get("Encrypted") and disk["Ebs"]["VolumeType"] == "gp3" for disk in node["BlockDeviceMappings"]):
+        yield "a disk is not encrypted, or not gp3"
+    if is_head:
+        if node_type["resources"].get("CPU") != 0 or "InstanceMarketOptions" in node:
+            yield "runs can come to the head, or AWS can take it back"
+        return
+    if node_type["min_workers"] > node_type["max_workers"]:
+        yield "min_workers is above max_workers"
+    machine = INSTANCE_TYPES.get(node["InstanceType"], {"VCpuInfo": {"DefaultVCpus": 0}})
+    gpus = sum(gpu["Count"] for gpu in machine.get("GpuInfo", {"Gpus": []})["Gpus"])
+    if node_type["resources"] != {"CPU": machine["VCpuInfo"]["DefaultVCpus"], "GPU": gpus}:
+        yield f"resources are not those of {node['InstanceType']}"
+
+
+def test_the_launchers_configuration_has_no_fault():
+    assert list(launcher_faults(launcher())) == []
+
+
+SPOT = "available_node_types/g5_spot"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        (f"{SPOT}/node_config/InstanceMarketOptions/MarketType", "sport", "sport is none of AWS's words"),
+        (f"{SPOT}/node_config/MetadataOptions/HttpTokens", "requird", "requird is none of AWS's words"),
+        (f"{SPOT}/node_config/MetadataOptions", GONE, "without IMDSv2"),
+        (f"{SPOT}/node_config/InstanceType", "g5.small", "g5.small is none of AWS's words"),
+        (f"{SPOT}/node_config/Monitor", True, 'Unknown parameter in input: "Monitor"'),
+        (f"{SPOT}/node_config/IamInstanceProfile", GONE, "has no IamInstanceProfile"),
+        (f"{SPOT}/node_config/IamInstanceProfile/Name", "head-profile", "has the head's rights"),
+        (f"{SPOT}/node_config/SecurityGroupIds", GONE, "has no SecurityGroupIds"),
+        (f"{SPOT}/node_config/BlockDeviceMappings/0/Ebs/Encrypted", False, "not encrypted"),
+        (f"{SPOT}/min_workers", 5, "min_workers is above max_workers"),
+        (f"{SPOT}/resources", {}, "resources are not those of g5.xlarge"),
+        (f"{SPOT}/resources/GPU", 2, "resources are not those of g5.xlarge"),
+        (f"{SPOT}/priority", 0, "no on-demand type of the same size"),
+        ("available_node_types/g5_ondemand", GONE, "no on-demand type of the same size"),
+        ("available_node_types/head/resources/CPU", 4, "runs can come to the head"),
+        ("provider/use_internal_ip", True, "unknown to Ray's AWS provider"),
+        ("provider/cache_stopped_nodes", GONE, "ended when idle"),
+        ("auth/ssh_proxy_command", "nc %h %p", "open to the world"),
+        ("docker/image", "registry.test/imgcls:latest", "no digest"),
+        ("docker/run_options", [], "without a token"),
+        ("head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "the dashboard"),
+    ],
+)
+def test_a_mistake_that_ray_lets_through_is_found(path: str, value: Json, fault: str):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = planted(launcher(), path, value)
+    validate_config(prepare_config(copy.deepcopy(config)))
+    assert fault in "\n".join(launcher_faults(config))
+
+
+@pytest.mark.parametrize(
+    ("full", "launched"),
+    [((), {"g6_spot": 4, "g5_spot": 1}), (("g6_spot", "g5_spot"), {"g6_ondemand": 4, "g5_ondemand": 1})],
+)
+def test_on_demand_takes_over_where_spot_has_no_more_workers(full: tuple[str, ...], launched: dict[str, int]):
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    config = launcher()
+    for name in full:
+        config = planted(config, f"available_node_types/{name}/max_workers", 0)
+    types = AutoscalingConfig(planted(config, "auth/ssh_private_key", GONE), skip_content_hash=True).get_node_type_configs()
+    assert types is not None
+    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1})] * 5)
+    request = SchedulingRequest(
+        node_type_configs=types,
+        max_num_nodes=config["max_workers"] + 1,  # the head is a node
+        resource_requests=wanted,
+        disable_launch_config_check=True,
+    )
+    plan = ResourceDemandScheduler(event_logger=None).schedule(request)
+    assert {launch.instance_type: launch.count for launch in plan.to_launch} == launched
+
+
+# The stack
+
+# What has no narrower resource than "*".
+EVERYWHERE = {
+    "ec2:DescribeInstances",
+    "ecr:GetAuthorizationToken",
+    "ssm:UpdateInstanceInformation",
+    "ssmmessages:CreateControlChannel",
+    "ssmmessages:CreateDataChannel",
+    "ssmmessages:OpenControlChannel",
+    "ssmmessages:OpenDataChannel",
+}
+
+OWN = {
+    "BucketEncryption": {
+        "ServerSideEncryptionConfiguration": [{"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]
+    },
+    "VersioningConfiguration": {"Status": "Enabled"},
+    "OwnershipControls": {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]},
+    "PublicAccessBlockConfiguration": dict.fromkeys(
+        ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True
+    ),
+}
+
+
+def decoded(text: str) -> dict[str, Json]:
+    template, errors = decode_str(text)
+    assert not errors
+    return json.loads(json.dumps(template))
+
+
+def statements(template: Mapping[str, Json], *names: str) -> list[dict[str, Json]]:
+    """The statements of the policies in the named resources; of all, without a name."""
+    found = []
+    for name in names or template["Resources"]:
+        own = template["Resources"][name]["Properties"]
+        documents = [own.get("PolicyDocument"), *(policy["PolicyDocument"] for policy in own.get("Policies", []))]
+        found += [statement for document in documents if document for statement in document["Statement"]]
+    return found
+
+
+def actions(statement: Mapping[str, Json]) -> set[str]:
+    said = statement["Action"]
+    return {said} if isinstance(said, str) else set(said)
+
+
+@cache
+def rules():
+    return get_rules([], [], ["W", "E"])  # warnings too
+
+
+def linted(text: str) -> list[str]:
+    return [f"{match.rule.id} {match.message}" for match in lint(text, rules=rules(), regions=[REGION])]
+
+
+def stack_faults(template: Mapping[str, Json]) -> Iterator[str]:
+    """What is wrong with the stack: by our own rules, then by cfn-lint, which knows AWS's own schemas."""
+    text, bucket = json.dumps(template), template["Resources"]["Bucket"]
+    if "0.0.0.0/0" in text or "::/0" in text or "CidrIp" in text:
+        yield "a port is open to addresses outside of the security group"
+    for statement in statements(template):
+        if statement["Effect"] == "Allow" and any("*" in action for action in actions(statement)):
+            yield f"{statement['Sid']}: allows whatever fits a wildcard"
+        if statement["Effect"] == "Allow" and "*" in statement.get("Resource", "") and not actions(statement) <= EVERYWHERE:
+            yield f"{statement['Sid']}: allows it on everything"
+    yield from (f"Bucket.{key} is another" for key, value in OWN.items() if bucket["Properties"].get(key) != value)
+    if (bucket.get("DeletionPolicy"), bucket.get("UpdateReplacePolicy")) != ("Retain", "Retain"):
+        yield "Bucket: goes with the stack"
+    for rule in bucket["Properties"]["LifecycleConfiguration"]["Rules"]:
+        if "ExpirationInDays" in rule and rule.get("Prefix") != "scratch/":
+            yield f"Bucket: {rule['Id']} deletes what is still wanted"
+    yield from linted(text)
+
+
+def test_the_stack_has_no_fault():
+    assert linted(STACK) == list(stack_faults(decoded(STACK))) == []
+
+
+BUCKET = "Resources/Bucket/Properties"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        ("Resources/AmongThemselves/Properties/CidrIp", "0.0.0.0/0", "open to addresses outside"),
+        (
+            "Resources/SecurityGroup/Properties/SecurityGroupIngress",
+            [{"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": "0.0.0.0/0"}],
+            "open to addresses outside",
+        ),
+        ("Resources/NodePolicy/Properties/PolicyDocument/Statement/1/Action", "s3:*", "whatever fits a wildcard"),
+        ("Resources/NodePolicy/Properties/PolicyDocument/Statement/1/Action", "s3:Nonsense", "W3037"),
+        ("Resources/NodePolicy/Properties/PolicyDocument/Statement/1/Resource", "*", "allows it on everything"),
+        ("Resources/HeadRole/Properties/Policies/0/PolicyDocument/Statement/5/Resource", "*", "allows it on everything"),
+        (f"{BUCKET}/LifecycleConfiguration/Rules/0/Status", True, "E3030"),
+        (f"{BUCKET}/LifecycleConfiguration/Rules/2/Prefix", GONE, "deletes what is still wanted"),
+        (
+            f"{BUCKET}/BucketEncryption/ServerSideEncryptionConfiguration/0/ServerSideEncryptionByDefault/SSEAlgorithm",
+            "aes",
+            "E3030",
+        ),
+        (f"{BUCKET}/VersioningConfiguration", GONE, "Bucket.VersioningConfiguration"),
+        (f"{BUCKET}/PublicAccessBlockConfiguration/BlockPublicPolicy", False, "Bucket.PublicAccessBlockConfiguration"),
+        ("Resources/Bucket/DeletionPolicy", "Delete", "goes with the stack"),
+        ("Outputs/Bucket/Value/Ref", "Buckett", "E6101"),
+    ],
+)
+def test_a_mistake_in_the_stack_is_found(path: str, value: Json, fault: str):
+    assert any(fault in found for found in stack_faults(planted(decoded(STACK), path, value)))
+
+
+def test_nodes_may_do_with_the_bucket_what_the_guide_lists_and_nothing_else():
+    guide = (ROOT / "docs/storage.md").read_text().partition("**Rights.**")[2].partition("\n")[0]
+    allowed = {action for statement in statements(decoded(STACK), "NodePolicy") for action in actions(statement)}
+    assert {action for action in allowed if action.startswith("s3:")} == set(re.findall(r"s3:\w+", guide))
+
+
+def test_requests_without_tls_are_refused():
+    (statement,) = statements(decoded(STACK), "BucketPolicy")
+    assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", "s3:*")
+    assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+    assert len(statement["Resource"]) == 2  # the bucket, and what lies in it
+
+
+def test_head_and_workers_share_one_policy_and_the_head_has_one_more():
+    head, worker = (decoded(STACK)["Resources"][name]["Properties"] for name in ("HeadRole", "WorkerRole"))
+    assert head["ManagedPolicyArns"] == worker["ManagedPolicyArns"] == [{"Ref": "NodePolicy"}]
+    assert "Policies" not in worker
+
+
+def test_the_head_passes_and_ends_only_what_is_its_own():
+    by_sid = {statement["Sid"]: statement for statement in statements(decoded(STACK), "HeadRole")}
+    assert by_sid["WorkersRole"]["Resource"] == {"Fn::GetAtt": ["WorkerRole", "Arn"]}
+    assert by_sid["WorkersRole"]["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
+    tag = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": {"Ref": "ClusterName"}}}
+    ends = [s for s in by_sid.values() if "ec2:TerminateInstances" in actions(s)]
+    assert [s["Condition"] for s in ends] == [tag]
+    assert decoded(STACK)["Parameters"]["ClusterName"]["Default"] == launcher()["cluster_name"]
+
+
+# Both, on a simulated AWS
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The stack stands: its outputs, and what a user has beside it, under the keys of the site's file."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("key.pem", ".ray/auth_token"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text("0" * 64)
+    few = [kind for kind in InstanceTypeBackend.instance_types if kind.name in ("m6i.xlarge", "g5.xlarge", "g6.xlarge")]
+    with mock_aws(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setattr(InstanceTypeBackend, "instance_types", few)  # Ray asks for all, which takes 6 s
+        ec2, stacks = boto3.client("ec2", REGION), boto3.client("cloudformation", REGION)
+        vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        subnets = [
+            ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.0.{i}.0/24", AvailabilityZone=zone)["Subnet"]["SubnetId"]
+            for i, zone in enumerate(ZONES)
+        ]
+        ec2.create_key_pair(KeyName="key-name")
+        stacks.create_stack(
+            StackName="imgcls",
+            TemplateBody=STACK,
+            Parameters=[{"ParameterKey": "VpcId", "ParameterValue": vpc}],
+            Capabilities=["CAPABILITY_IAM"],
+        )
+        stack = stacks.describe_stacks(StackName="imgcls")["Stacks"][0]
+        assert stack["StackStatus"] == "CREATE_COMPLETE"
+        found = {
+            re.sub(r"(?<=[a-z])(?=[A-Z])", "_", output["OutputKey"]).lower(): output["OutputValue"]
+            for output in stack["Outputs"]
+        }
+        yield found | {
+            "region": REGION,
+            "zones": ",".join(ZONES),
+            "private_key": "~/key.pem",
+            "subnet_a": subnets[0],
+            "subnet_b": subnets[1],
+            "ami": ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"],
+        }
+
+
+def test_the_outputs_are_the_bucket_the_group_and_one_role_each(outputs: dict[str, str]):
+    boto3.client("s3", REGION).head_bucket(Bucket=outputs["bucket"])
+    (group,) = boto3.client("ec2", REGION).describe_security_groups(GroupIds=[outputs["security_group"]])["SecurityGroups"]
+    (rule,) = group["IpPermissions"]
+    assert [pair["GroupId"] for pair in rule["UserIdGroupPairs"]] == [outputs["security_group"]]
+    assert rule["IpRanges"] == rule["Ipv6Ranges"] == []
+    iam = boto3.client("iam", REGION)
+    for node, own in (("head", ["autoscaler"]), ("worker", [])):
+        profile = iam.get_instance_profile(InstanceProfileName=outputs[f"{node}_profile"])["InstanceProfile"]
+        (role,) = profile["Roles"]
+        assert iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"] == own
+
+
+def inventory() -> tuple[set[str], set[str]]:
+    """All roles and security groups of the account."""
+    groups = boto3.client("ec2", REGION).describe_security_groups()["SecurityGroups"]
+    roles = boto3.client("iam", REGION).list_roles()["Roles"]
+    return {role["Arn"] for role in roles}, {group["GroupId"] for group in groups}
+
+
+def bootstrapped(outputs: Mapping[str, str]) -> dict[str, Json]:
+    """aws.yaml with the stack's outputs, as `ray up` makes it ready."""
+    from ray.autoscaler._private.aws import config as aws_config
+    from ray.autoscaler._private.aws.utils import client_cache, resource_cache
+    from ray.autoscaler._private.providers import _get_node_provider_cls
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    for cached in (client_cache, resource_cache, aws_config._get_subnets_or_die):
+        cached.cache_clear()
+    config = prepare_config(launcher(**{f"aws_{key}": value for key, value in outputs.items()}))
+    validate_config(config)
+    assert AutoscalingConfig(copy.deepcopy(config)).get_node_type_configs()
+    provider = _get_node_provider_cls(config["provider"])
+    return provider.bootstrap_config(provider.fillout_available_node_types_resources(config))
+
+
+def test_ray_launches_every_type_with_what_the_stack_gave(outputs: dict[str, str]):
+    from ray.autoscaler._private.providers import _get_node_provider
+
+    before = inventory()
+    config = bootstrapped(outputs)
+    provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
+    called: set[str] = set()
+    for ec2 in (provider.ec2, provider.ec2_fail_fast):
+        ec2.meta.client.meta.events.register("before-call", lambda model, **_: called.add(f"ec2:{model.name}"))
+    for name, node_type in config["available_node_types"].items():
+        tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
+        provider.create_node(node_type["node_config"], tags, 1)
+    nodes = {provider.node_tags(node)["ray-user-node-type"]: node for node in provider.non_terminated_nodes({})}
+    assert nodes.keys() == {"head", "g5_spot", "g5_ondemand", "g6_spot", "g6_ondemand"}
+    provider.set_node_tags(nodes["head"], {"ray-node-status": "up-to-date"})
+    seen = {name: description(node, outputs) for name, node in nodes.items()}
+    provider.terminate_nodes(list(nodes.values()))
+
+    assert seen == {
+        name: {
+            "type": "m6i.xlarge" if name == "head" else f"{name[:2]}.xlarge",
+            "profile": "head" if name == "head" else "worker",
+            "market": "spot" if name.endswith("_spot") else None,
+            "tokens": "required",
+            "hops": 2,
+            "encrypted": [True],
+            "groups": [outputs["security_group"]],
+            "cluster": "imgcls",
+        }
+        for name in nodes
+    }
+    assert inventory() == before
+    allowed = {action for statement in statements(decoded(STACK), "HeadRole") for action in actions(statement)}
+    assert called == allowed - {"iam:PassRole"}
+
+
+class Shell:
+    """Stands for the subprocess module, of which Ray uses this much: what would be run, and what a node would answer."""
+
+    ANSWERS: ClassVar = {
+        "printenv HOME": "/home/imgcls",
+        ".Config.Env": '["HOME=/home/imgcls"]',
+        "meminfo": "MemAvailable: 16000000 kB",
+    }
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.config_of_head: dict[str, Json] = {}
+
+    def check_call(self, words: list[str], **_: object) -> None:
+        self.lines.append(" ".join(words))
+        if words[-1].endswith("ray_bootstrap_config.yaml") and words[0] == "rsync":
+            self.config_of_head = json.loads(Path(words[-2]).read_text())
+
+    def check_output(self, words: list[str], **_: object) -> bytes:
+        self.check_call(words)
+        return next((answer for key, answer in self.ANSWERS.items() if key in words[-1]), "").encode()
+
+
+def test_ray_up_reaches_the_head_by_session_manager_and_starts_ray_in_its_container(
+    outputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    from ray.autoscaler._private import commands
+    from ray.autoscaler._private.aws import node_provider
+
+    monkeypatch.setattr(node_provider, "TAG_BATCH_DELAY", 0)
+    shell = Shell()
+    config = bootstrapped(outputs)
+    options = {"no_restart": False, "restart_only": False, "yes": True, "override_cluster_name": None}
+    commands.get_or_create_head_node(config, "aws.yaml", **options, _runner=cast(ModuleType, shell))
+
+    assert all("ProxyCommand=aws ssm start-session" in line for line in shell.lines)
+    (run,) = (line for line in shell.lines if "docker run" in line)
+    assert "/~/.ray/auth_token:/home/imgcls/.ray/auth_token " in run
+    assert "--env=RAY_AUTH_MODE=token" in run
+    assert "--gpus" not in run
+    (start,) = (line for line in shell.lines if "ray start" in line)
+    assert "docker exec" in start
+    assert "--autoscaling-config=/home/imgcls/ray_bootstrap_config.yaml" in start
+    assert shell.lines.index(start) > next(i for i, line in enumerate(shell.lines) if "chmod 600 /home/imgcls/.ray" in line)
+    # The head reaches workers by their addresses, and passes on its own token.
+    assert shell.config_of_head["auth"] == {"ssh_user": "ubuntu", "ssh_private_key": "~/ray_bootstrap_key.pem"}
+    assert shell.config_of_head["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert shell.config_of_head["docker"]["worker_run_options"] == ["--gpus=all"]
+
+
+def test_a_node_logs_in_to_the_registry_that_the_image_names(tmp_path: Path):
+    for name in ("aws", "docker"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/log\n')
+        (tmp_path / name).chmod(0o755)
+    login = launcher(aws_region=REGION)["initialization_commands"][-1]
+    subprocess.run(["bash", "-c", login], env={"PATH": f"{tmp_path}:{os.defpath}"}, check=True)
+    assert sorted((tmp_path / "log").read_text().splitlines()) == [
+        f"aws ecr get-login-password --region {REGION}",
+        "docker login --username AWS --password-stdin registry.example",
+    ]
+
+
+def description(node: str, outputs: Mapping[str, str]) -> dict[str, Json]:
+    ec2, iam = boto3.client("ec2", REGION), boto3.client("iam", REGION)
+    (reservation,) = ec2.describe_instances(InstanceIds=[node])["Reservations"]
+    (instance,) = reservation["Instances"]
+    disks = ec2.describe_volumes(Filters=[{"Name": "attachment.instance-id", "Values": [node]}])["Volumes"]
+    profiles = {
+        iam.get_instance_profile(InstanceProfileName=outputs[f"{kind}_profile"])["InstanceProfile"]["Arn"]: kind
+        for kind in ("head", "worker")
+    }
+    return {
+        "type": instance["InstanceType"],
+        "profile": profiles[instance["IamInstanceProfile"]["Arn"]],
+        "market": instance.get("InstanceLifecycle"),
+        "tokens": instance["MetadataOptions"]["HttpTokens"],
+        "hops": instance["MetadataOptions"]["HttpPutResponseHopLimit"],
+        "encrypted": [disk["Encrypted"] for disk in disks],
+        "groups": [group["GroupId"] for group in instance["SecurityGroups"]],
+        "cluster": {tag["Key"]: tag["Value"] for tag in instance["Tags"]}["ray-cluster-name"],
+    }
