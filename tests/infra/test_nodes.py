@@ -68,6 +68,7 @@ def test_a_dry_run_counts_and_prices_the_nodes_of_a_definition_without_a_cluster
     path: str, enter_command: Command, packed: Path, tmp_path: Path
 ):
     words = ("suite", "--data", packed, "--storage", tmp_path / "runs", "--dry-run", "--cluster", ROOT / "infra" / path)
+    words += ("--set", "train_fraction=1.0")
     done = enter_command(*words, "--prices", prices(tmp_path, path))
     assert done.returncode == 0, done.stderr
     assert "1 workers with 1 CPUs and 1 GPUs" in done.stdout
