@@ -1,6 +1,7 @@
 """What earlier runs have shown, for the forecast of a request; what a request's own runs show is kept for the next."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 from cluster import placement as placements
 from cluster.carry.decide import SuiteState
@@ -22,17 +23,19 @@ def cached_sets(plan: Plan) -> list[str]:
 
 
 def forecast_of(plan: Plan, state: SuiteState, nodes: list[placements.Node], placement: Placement) -> Forecast:
-    """By what is known of the hardware at hand."""
-    known = rates.known()
-    return forecast(
+    """By what is known of the hardware at hand. Where no node is there yet, its runs are as quick as this machine's."""
+    known, there = rates.known(), any(node.there for node in nodes)
+    gpus = placement.gpus_per_worker if there or placements.local_node().gpus else 0.0
+    found = forecast(
         plan,
         state,
-        placement=placement,
+        placement=placement.model_copy(update={"gpus_per_worker": gpus}),
         room=placements.how_many_fit(nodes, placement),
         rates=known,
         hardware=hardware_of(nodes, placement, known),
-        cached=cached_sets(plan),
+        cached=cached_sets(plan) if there else (),
     )
+    return replace(found, placement=placement)
 
 
 def keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:

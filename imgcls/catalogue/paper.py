@@ -26,7 +26,7 @@ REGULARIZED = Recipe(
     dataset="cifar10",
     input=Input(px=64, channels=3, stored_px=32),
     model=ResNet18(dropout=0.5),
-    augment=Augment(flip=True, rotate_degrees=10, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+    augment=Augment(flip=True, rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
     optimizer=Adam(lr=1e-3),
     length=Length(epochs=30, patience=5),
     global_batch_size=64,

@@ -18,7 +18,7 @@ def _tuned(recipe: Recipe, *, lr: float, epochs: int, augment: Augment) -> Recip
 
 
 _PHOTOS = Augment(flip=True, crop_min_area=0.35, brightness=0.2, contrast=0.2)
-_THUMBNAILS = Augment(flip=True, crop_min_area=0.6, rotate_degrees=10, brightness=0.2, contrast=0.2, saturation=0.2)
+_THUMBNAILS = Augment(flip=True, crop_min_area=0.6, rotate_degrees=10.0, brightness=0.2, contrast=0.2, saturation=0.2)
 
 BASIC_CNN = _tuned(paper.BASIC_CNN, lr=1e-3, epochs=40, augment=_PHOTOS)
 RESNET18 = _tuned(paper.RESNET18, lr=2e-3, epochs=40, augment=_PHOTOS)

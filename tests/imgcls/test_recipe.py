@@ -1,3 +1,4 @@
+import json
 import pickle
 from dataclasses import replace
 
@@ -26,6 +27,12 @@ ALL = [(name, recipe) for name, suite in catalogue.CATALOGUES.items() for recipe
 def test_every_catalogued_recipe_survives_json_and_pickle(name: str, recipe):
     assert recipe_from_json(recipe.to_json(), where="here") == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_a_catalogued_recipe_is_to_the_letter_what_a_run_of_it_records():
+    """Or a rate that was measured for the one would not count for the other."""
+    recipes = [recipe for name in catalogue.CATALOGUES for recipe in catalogue.suite_of(name)]
+    assert [json.dumps(recipe.to_json()) for recipe in recipes] == [json.dumps(derive(r, {}).to_json()) for r in recipes]
 
 
 @pytest.mark.parametrize("name", catalogue.CATALOGUES)
