@@ -75,6 +75,21 @@ def copied(step: Step) -> dict[str, Path]:
     return {str(folder / name): file for file, name in (named | inside).items() if file in context()}
 
 
+def base(root: Path, binds: list[str]) -> None:
+    packages = "--include=python3.11-venv,python3-distutils,ca-certificates"
+    command = ["debootstrap", "--variant=minbase", packages, "bookworm", root]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (root / "usr/local/bin/python").symlink_to("/usr/bin/python3.11")
+    subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "dev/shm"], check=True)
+    for path in map(Path, ("/etc/resolv.conf", "/etc/hosts", *binds)):
+        inside = root / path.relative_to("/")
+        (inside if path.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            inside.touch()
+        subprocess.run(["mount", "--bind", "-o", "ro", path, inside], check=True)
+
+
 def carry_out(root: Path, binds: list[str]) -> int:
     """Inside the namespace. The exit code of `jobs.doctor`."""
     given = {name: value for name, value in os.environ.items() if re.match(r"PIP_|SSL_|\w+_proxy$", name, re.IGNORECASE)}
@@ -89,19 +104,8 @@ def carry_out(root: Path, binds: list[str]) -> int:
     for step in todo:
         print(f"--> {step.word} {step.rest}", flush=True)
         if step.word == "FROM" and step.stage == 0:
-            print("    Debian bookworm by debootstrap, with its own Python 3.11, stands for this image")
-            packages = "--include=python3.11-venv,python3-distutils,ca-certificates"
-            base = ["debootstrap", "--variant=minbase", packages, "bookworm", root]
-            subprocess.run(base, check=True, stdout=subprocess.DEVNULL)
-            (root / "usr/local/bin/python").symlink_to("/usr/bin/python3.11")
-            subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "dev/shm"], check=True)
-            for path in map(Path, ("/etc/resolv.conf", "/etc/hosts", *binds)):
-                inside = root / path.relative_to("/")
-                (inside if path.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
-                if not path.is_dir():
-                    inside.touch()
-                subprocess.run(["mount", "--bind", "-o", "ro", path, inside], check=True)
+            print("    Debian bookworm by debootstrap, with its own Python 3.11, stands for this image", flush=True)
+            base(root, binds)
         elif step.word == "RUN" and (code := run(step, "/bin/sh", "-c", step.rest, env=given)):
             return code
         elif step.word == "WORKDIR":
@@ -110,10 +114,9 @@ def carry_out(root: Path, binds: list[str]) -> int:
             for path, file in copied(step).items():
                 (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, root / path.lstrip("/"))
-    subprocess.run(["du", "--one-file-system", "-sh", root])
-    for command in ("id; which python ray", "ssh -V; rsync --version | head -1", "touch ~/.ray/auth_token; ls -ld ~/.ray"):
-        print(f"--> as the launcher says it: {command}", flush=True)
-        run(todo[-1], "/bin/bash", "-c", " ".join(_with_interactive(command)))
+    look = "id; which python ray; ray --version; ssh -V; rsync --version | head -1; ls -ld ~/.ray; du -sh /opt/venv"
+    print(f"--> {look}, in the launcher's login shell", flush=True)
+    run(todo[-1], "/bin/bash", "-c", " ".join(_with_interactive(look)))
     print("--> python -m jobs.doctor", flush=True)
     return run(todo[-1], "python", "-m", "jobs.doctor")
 
