@@ -1,0 +1,99 @@
+"""The image's definition: hadolint with every rule on, and what it lets through; `try_image.py` runs the steps."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.send.staging import prepare
+from imgcls.errors import RecipeError
+from tests.infra.try_image import DOCKERFILE, ROOT, context, copied, steps
+
+TEXT = DOCKERFILE.read_text()
+
+
+def hadolint(text: str) -> str:
+    command = [Path(sys.executable).parent / "hadolint", "--failure-threshold=style", "--disable-ignore-pragma", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def faults(text: str) -> str:
+    """What hadolint does not ask for."""
+    seen = list(steps(text))
+    last = seen[-1]
+    base = next(step.rest for step in seen if step.word == "FROM")
+    commands = "\n".join(step.rest for step in seen if step.word == "RUN")
+    installs = re.findall(r"pip install[^&;\n]*", commands)
+    variables = [pair for step in seen if step.word in ("ARG", "ENV") for pair in re.findall(r"(\w+)=?(\S*)", step.rest)]
+    there = {
+        "the base is no exact version with its digest": not re.match(r"\S+:\d+\.\d+\.\d+\S*@sha256:[0-9a-f]{64} ", base),
+        "pip installs without hashes": not installs or not all("--require-hashes" in install for install in installs),
+        "the user is no number above 0": not re.fullmatch(r"[1-9]\d*", last.user),
+        "a variable has the form of a secret": any(is_secret(name, value) for name, value in variables),
+        "a download is run": "ADD" in {step.word for step in seen} or bool(re.search(r"(curl|wget)\b.*\|", commands)),
+        "python is not the venv's": not last.env["PATH"].startswith("/opt/venv/bin:"),
+        "python is not the venv's in login shells": not re.search(r'"PATH=/opt/venv/bin:.*> /etc/profile\.d/', commands),
+        "the launcher finds no home": last.env.get("HOME") != "/home/imgcls",
+        "the launcher finds no rsync": not re.search(r"apt-get install .*\brsync=", commands),
+        "the launcher brings no driver": last.env.get("NVIDIA_VISIBLE_DEVICES") != "all",
+    }
+    return "\n".join(fault for fault, is_there in there.items() if is_there)
+
+
+def is_secret(name: str, value: str) -> bool:
+    """By the rule of `jobs.submit`."""
+    try:
+        prepare(["doctor"], env=[f"{name}={value}"])
+    except RecipeError:
+        return True
+    return False
+
+
+def test_the_dockerfile_has_no_fault():
+    assert hadolint(TEXT) == faults(TEXT) == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("python:3.11.16-slim-bookworm@", "python:latest@", "base"),
+        ("python:3.11.16-slim-bookworm@", "python:3.11-slim-bookworm@", "base"),
+        (r"(slim-bookworm)@sha256:\w+", r"\1", "base"),
+        ("FROM .* AS deps", "FROM python:latest AS deps", "DL3007"),
+        ("--require-hashes ", "", "hashes"),
+        ("&& pip install", "&& pip install torch==2.14.1 && pip install", "hashes"),
+        ("--no-cache-dir", "", "DL3042"),
+        ("&& pip install", "&& pip install torch && pip install", "DL3013"),
+        ("USER 1000", "USER root", "user"),
+        ("USER 1000", "USER 0", "user"),
+        ("USER 1000", "USER imgcls", "DL3066"),
+        (r"\Z", "USER root", "DL3002"),
+        ("USER 1000\n", "", "user"),
+        (r"rsync=3\.\*", "rsync", "DL3008"),
+        (r"rsync=3\.\*", "", "rsync"),
+        ("ARG COMMIT=unknown", "ARG RAY_AUTH_TOKEN", "secret"),
+        ("ENV IMGCLS_COMMIT=", "ENV AWS_SECRET_ACCESS_KEY=", "DL3064"),
+        ("ENV IMGCLS_COMMIT=", "ENV INDEX=https://me:letmein@index/", "secret"),
+        ("RUN useradd", "RUN curl -fsSL https://x.example | bash && useradd", "download"),
+        ("COPY jobs jobs", "ADD https://x.example/jobs jobs", "download"),
+        ("ENV PATH=/opt/venv/bin:", "ENV PATH=", "python is not the venv's"),
+        (r"\n    && echo .*", "", "login shells"),
+        ("    HOME=.*\n", "", "home"),
+        ("    NVIDIA_VISIBLE_DEVICES=.*\n", "", "driver"),
+    ],
+)
+def test_a_mistake_is_seen(right: str, wrong: str, said: str):
+    changed, count = re.subn(right, wrong, TEXT)
+    assert count == 1
+    assert said in hadolint(changed) + faults(changed)
+
+
+def test_the_job_image_holds_what_submit_sends_and_no_more():
+    sent = prepare(["doctor"]).files
+    files = {path: file for step in steps(TEXT) if step.word == "COPY" for path, file in copied(step).items()}
+    app = "/home/imgcls/app/"
+    assert {path.removeprefix(app): file for path, file in files.items() if path.startswith(app)} == sent
+    assert context() == {*sent.values(), ROOT / "infra/requirements.txt"}
