@@ -179,18 +179,18 @@ TRANSIENT = (
     ResponseParserError("no XML"),
     boto.CredentialRetrievalError(provider="role", error_msg="no answer"),
     RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired."),
-    *(OSError(number, "network") for number in s3_errors.BROKEN_NETWORK),
+    *(OSError(number, "network") for number in sorted(s3_errors.BROKEN_NETWORK)),
     *(answer(status, "Any") for status in (408, 425, 429, 500, 502, 503, 504, 509, 520, 524)),
     boto.HTTPClientError(error=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a damaged header")),
     damaged_listing(),
-    *(answer(400, code) for code in s3_errors.TRY_AGAIN),
+    *(answer(400, code) for code in sorted(s3_errors.TRY_AGAIN)),
     answer(500, "InternalError"),
     answer(503, "SlowDown"),
     answer(400, "RequestTimeout"),
 )
 
 
-@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+@pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: type(error).__name__)
 def test_each_kind_of_transient_error_is_retried(error: Exception, failing: Callable[[Exception], list[str]]):
     reads = failing(error)
     assert storage.read_bytes("s3://runs/a") == BODY
