@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes; a file's tests stay in one of them, for what its fixtures start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-all proof check setup lock readme clean
 
@@ -11,11 +13,11 @@ run: setup
 
 # What can be run before each commit: the suite of five under Ray once, on S3, its workers killed; no other slow tests.
 test: check $(VENV)/validators
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The slow ones too. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
 test-all: check $(VENV)/validators
-	$(BIN)/python -m pytest --all --cov --cov-report=
+	$(PYTEST) --all --cov --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
 

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "tests/system" not in item.nodeid)  # the longest first: nothing is left to wait for alone
     asked = config.option.all or config.option.proof or config.option.kills
     for item in () if asked else items:
         if item.get_closest_marker("slow"):
