@@ -1,13 +1,13 @@
 """Workers, CPUs and GPUs of a run, and whether they will ever fit.
 
 Pure, except for `local_node`, which asks this machine, `defined_nodes`, which reads a file, and `cluster_nodes` and
-`autoscaling_config`, which ask Ray.
+`autoscaling_config`, which ask Ray, and Kubernetes where the cluster is KubeRay's.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from imgcls.training.environment import gpus
 
 HEAD = "node:__internal_head__"
 """Ray's resource that only the head has."""
+HERE = "this machine"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     cpus: float
     gpus: float
-    type: str = "this machine"
+    type: str = HERE
     """Its name in the cluster's configuration; without one `head` or `worker`."""
     there: bool = True
     """False: an autoscaler can add it."""
+    limit: int = 0
+    """How many nodes an autoscaler can add, of all types together."""
     gpu: str | None = None
     """Ray's name for it, such as A10G, if Ray has one."""
 
@@ -39,6 +42,13 @@ class Node:
 def local_node() -> Node:
     """What local Ray will have. What other processes of this machine use is not subtracted."""
     return Node(float(usable_cpus()), float(len(gpus())))
+
+
+def known_nodes(definition: Path | None) -> list[Node]:
+    """Those of a definition, else of the connected cluster, else this machine."""
+    if definition is not None:
+        return defined_nodes(definition)
+    return cluster_nodes(autoscaling_config()) if names_cluster() else [local_node()]
 
 
 def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
@@ -58,29 +68,40 @@ def defined_nodes(path: Path) -> list[Node]:
 
     try:
         config = _launcher_config(yaml.safe_load(path.read_text(encoding="utf-8")))
-        if config is not None:
-            return [_addable("head", config["available_node_types"][config["head_node_type"]]), *addable_nodes([], config)]
-        why = "enableInTreeAutoscaling is not set"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = f"{type(error).__name__}: {error}"
-    raise PlacementError(f"--cluster {path}: {why}\n  do: a file as infra/ray/aws.yaml or infra/kuberay/raycluster.yaml")
+        if config is None:
+            raise ValueError("its cluster does not grow, spec.enableInTreeAutoscaling is not set")
+        head = config["available_node_types"][config["head_node_type"]]
+        return [replace(_node_type("head", head), there=True), *addable_nodes([], config)]
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+    raise PlacementError(
+        f"--cluster {path} is no definition of a cluster that grows: {why}\n"
+        "  do: name a file as infra/ray/aws.yaml or infra/kuberay/raycluster.yaml"
+    )
 
 
 def _launcher_config(definition: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray's autoscaler makes of it; None for a RayCluster without one."""
-    if "kind" not in definition:
-        return definition
-    spec = definition["spec"]["rayClusterSpec"] if definition["kind"] == "RayJob" else definition["spec"]
+    match definition.get("kind"):
+        case None:
+            return definition
+        case "RayCluster":
+            spec = definition["spec"]
+        case "RayJob":
+            spec = definition["spec"]["rayClusterSpec"]
+        case kind:
+            raise ValueError(f"a {kind}")
     if not spec.get("enableInTreeAutoscaling"):
         return None
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    return _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "cluster", "namespace": "default"}, "spec": spec})
+    names = {"name": "cluster", "namespace": "default"}
+    return _derive_autoscaling_config_from_ray_cr({"metadata": names, "spec": {"workerGroupSpecs": [], **spec}})
 
 
-def _addable(name: str, kind: dict[str, Any]) -> Node:
+def _node_type(name: str, kind: dict[str, Any], limit: int = 0) -> Node:
     resources = kind.get("resources", {})
-    return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False)
+    return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False, limit=limit)
 
 
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
@@ -100,32 +121,37 @@ def addable_nodes(there: Sequence[Node], config: dict[str, Any] | None) -> list[
     for name, kind in config["available_node_types"].items():
         if name != head:
             most = int(kind.get("max_workers", max_workers))
-            addable += [_addable(name, kind)] * max(0, min(left, most - counts[name]))
+            addable += [_node_type(name, kind, left)] * max(0, min(left, most - counts[name]))
     return addable
 
 
 def autoscaling_config() -> dict[str, Any] | None:
     """The configuration that the connected cluster's head was started with; None if no autoscaler runs on the head."""
     import ray
+    from ray.exceptions import RayError
 
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     context = ray.get_runtime_context()
     if head == context.get_node_id():
         return find_autoscaling_config(context.gcs_address)
     on_head = ray.remote(num_cpus=0, resources={HEAD: 0.001})(find_autoscaling_config)
-    return ray.get(on_head.remote(context.gcs_address), timeout=30)
+    try:
+        return ray.get(on_head.remote(context.gcs_address), timeout=90)
+    except RayError as error:
+        raise PlacementError(f"the head does not say which nodes it can add: {getattr(error, 'cause', error)}") from None
 
 
 def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
     """That of this cluster's autoscaler: Ray does not say which nodes it may add. Runs on the head.
 
     On VMs the autoscaler's command line names the file; on Kubernetes it is in a container of its own and reads the
-    RayCluster, as we do. Raises PlacementError where the service account may not read it.
+    RayCluster, as we do. Raises PlacementError where Kubernetes does not answer.
     """
     import yaml
 
     if (cluster := kuberay_cluster()) is not None:
-        return _launcher_config(_ray_cluster(*cluster))
+        definition = _ray_cluster(*cluster)
+        return definition and _launcher_config(definition)
     flag = b"--autoscaling-config="
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -138,17 +164,17 @@ def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
     return None
 
 
-def _ray_cluster(name: str, namespace: str) -> dict[str, Any]:
+def _ray_cluster(name: str, namespace: str) -> dict[str, Any] | None:
+    """None where the pod may not read it: the operator gives the head this right together with an autoscaler."""
     import requests
     from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
     try:
         return KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-    except (OSError, requests.RequestException) as error:
-        raise PlacementError(
-            f"the RayCluster {name} in namespace {namespace} cannot be read: {error}\n"
-            "  do: the service account of the head's pod must be allowed to get rayclusters, as KubeRay's operator allows it"
-        ) from None
+    except requests.RequestException as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            return None
+        raise PlacementError(f"RayCluster {name} in namespace {namespace}: {error}\n  do: give the command again") from None
 
 
 def choose(
@@ -169,7 +195,7 @@ def choose(
     if not placement.cpus_per_worker and not placement.gpus_per_worker:
         raise PlacementError("a worker without a CPU and a GPU\n  do: a larger --cpus-per-worker or --gpus-per-worker")
     if how_many_fit(nodes, placement) == 0:
-        where = "this cluster" if names_cluster() or not any(node.there for node in nodes) else "this machine"
+        where = "this machine" if all(node.type == HERE for node in nodes) else "this cluster"
         raise PlacementError(
             f"{num_workers} workers with {placement.cpus_per_worker:g} CPUs and {placement.gpus_per_worker:g} GPUs each can "
             f"never run: {where} has {what_there_is(nodes)}\n"
@@ -179,19 +205,21 @@ def choose(
 
 
 def what_there_is(nodes: Sequence[Node]) -> str:
-    """`1 head (0 CPUs and 0 GPUs), and can add 4 spot (8 CPUs and 1 GPUs)`"""
+    """`1 head (0 CPUs and 0 GPUs), and can add 4 spot (8 CPUs and 1 GPUs), 4 in all`"""
 
     def counted(group: list[Node]) -> str:
         return ", ".join(f"{count} {node}" for node, count in Counter(group).items()) or "no node"
 
     addable = [node for node in nodes if not node.there]
     text = counted([node for node in nodes if node.there])
-    return f"{text}, and can add {counted(addable)}" if addable else text
+    return f"{text}, and can add {counted(addable)}, {min(addable[0].limit, len(addable))} in all" if addable else text
 
 
 def how_many_fit(nodes: Sequence[Node], placement: Placement) -> int:
     """How many runs can have all their workers at the same time."""
-    return sum(workers_on(node, placement) for node in nodes) // placement.num_workers
+    there = sum(workers_on(node, placement) for node in nodes if node.there)
+    added = sorted((workers_on(node, placement) for node in nodes if not node.there), reverse=True)
+    return (there + sum(added[: max((node.limit for node in nodes), default=0)])) // placement.num_workers
 
 
 def workers_on(node: Node, placement: Placement) -> int:

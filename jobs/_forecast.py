@@ -23,13 +23,9 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
     """The exit code. Raises PlacementError where the workers can never run, RecipeError for what is no price table."""
     state, joins = state_of(request, plan), session.names_cluster() and cluster is None
     with session.session(verbose=request.options.verbose) if joins else nullcontext():
-        if cluster is not None:
-            nodes = placements.defined_nodes(cluster)
-        else:
-            nodes = placements.cluster_nodes(placements.autoscaling_config()) if joins else [placements.local_node()]
-    types = {node.type for node in nodes} if joins or cluster else ()
-    table = read_prices(prices, types) if prices else None
-    forecast, known = forecast_of(plan, state, nodes, choose(request, nodes)), rates.known()
+        nodes = placements.known_nodes(cluster)
+    table = read_prices(prices, {node.type for node in nodes} - {placements.HERE}) if prices else None
+    forecast, known = forecast_of(plan, state, nodes, choose(request, nodes), defined=cluster is not None), rates.known()
     open_runs = len(forecast.runs)
     lines.say(f"{request.id}: {open_runs} runs to do, {len(plan.configs) - open_runs} are over; nothing is started")
     _say_runs(lines, plan, forecast)
@@ -41,8 +37,8 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
     _say_data(lines, request, plan)
     _say_time(lines, forecast, known)
     if table is not None:
-        here = placements.local_node().cpus
-        _say_costs(lines, table, costs(table, request, plan, state, forecast, known, cpus_here=here), prices)
+        cpus = {node.type: node.cpus for node in (placements.local_node(), *nodes)}
+        _say_costs(lines, table, costs(table, request, plan, state, forecast, known, cpus=cpus), prices)
     return DONE
 
 
@@ -88,7 +84,7 @@ def _say_costs(lines: Lines, table: PriceTable, by_type: list[Cost], path: Path 
         if not cost.num_nodes:
             hours, amount, notes = "", "", ["no worker fits"]
         else:
-            notes += ["as fast as the hardware at hand"] if cost.node_type != HEAD and not price.hardware else []
+            notes += ["as fast as the hardware at hand"] if not price.hardware else []
             notes += ["a spot price is an estimate"] if price.market == "spot" else []
         rows.append((cost.node_type, price.instance, price.market, str(cost.num_nodes), hours, amount, "; ".join(notes)))
     say_table(lines, rows)

@@ -63,6 +63,8 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
     The id is --id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time.
     """
     check_flags(flags)
+    if (flags.prices or flags.cluster) and not flags.dry_run:
+        raise RecipeError("--prices and --cluster say what --dry-run counts on\n  do: give --dry-run too, or leave them out")
     suite_of(flags.catalogue)
     if flags.recipe and names is not None:
         raise RecipeError(f"{', '.join(names)} and --recipe {flags.recipe[0]}: give one or the other")

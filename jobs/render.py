@@ -6,13 +6,14 @@ from typing import Annotated
 
 import tyro
 
+from imgcls import storage
 from imgcls.errors import RecipeError
 from jobs._door import DONE, enter
 from jobs._terminal import Lines
 
 INFRA = Path(__file__).parent.parent / "infra"
 PLACEHOLDER = re.compile(r"\$\{([a-z]+\.[a-z_]+)\}")
-PLAIN = re.compile(r"[\w~/.][\w~/.:@,+=-]*(?<!:)")
+PLAIN = re.compile(r"[\w~/][\w~/.:@,+=-]*(?<!:)")
 """Text that is the same in YAML with and without quotes, unless it is a number or the like."""
 DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 
@@ -29,7 +30,9 @@ def render(
         to: Folder for the filled files; a file that is there is written again.
         verbose: Tracebacks too.
     """
-    texts, lines = templates(), Lines(synthetic=False)
+    if to is not None and INFRA in (to.resolve(), *to.resolve().parents):
+        raise RecipeError(f"--to {to} is where the files to fill are\n  do: name another folder, as filled")
+    texts, lines = templates(), Lines()
     values = read_site(site, {name for text in texts.values() for name in PLACEHOLDER.findall(text)})
     for path, text in texts.items():
         if set(PLACEHOLDER.findall(text)) <= values.keys():
@@ -37,8 +40,7 @@ def render(
             for line in filter(PLACEHOLDER.search, text.splitlines()):
                 lines.say(f"  {fill(line, values).strip()}")
             if to is not None:
-                (to / path).parent.mkdir(parents=True, exist_ok=True)
-                (to / path).write_text(fill(text, values), encoding="utf-8")
+                storage.write_bytes(storage.absolute(str(to / path)), fill(text, values).encode())
     lines.say("nothing is written; --to FOLDER writes these files" if to is None else f"written to {to}")
     return DONE
 
@@ -58,8 +60,8 @@ def read_site(path: Path, needed: set[str]) -> dict[str, str]:
     import yaml
 
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in (keys or {}).items()}
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: no sections of `key: value`: {error}\n  do: fill a copy of infra/site.yaml") from None
     values = {name: value for name, value in given.items() if value not in ("", None)}
@@ -68,7 +70,7 @@ def read_site(path: Path, needed: set[str]) -> dict[str, str]:
     faults += [f"{name} is not a value of infra/site.yaml" for name in sorted(given.keys() - needed)]
     for name, value in values.items():
         if not (isinstance(value, str) and PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
-            faults.append(f"{name}: {value!r} is not plain text")
+            faults.append(f"{name}: {value!r} is not plain text: letters, digits, ~/.:@,+=_- and no number")
         elif name.endswith("image") and not DIGEST.fullmatch(value):
             faults.append(f"{name}: {value} has no digest, as in registry/name@sha256:...")
     if faults:

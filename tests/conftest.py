@@ -125,7 +125,9 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     words = [sys.executable, "-c", RAY_CLUSTER]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        assert line.startswith("{"), f"no Ray started: {line}"
+        yield json.loads(line)
         process.communicate()
 
 

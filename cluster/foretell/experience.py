@@ -22,20 +22,23 @@ def cached_sets(plan: Plan) -> list[str]:
     ]
 
 
-def forecast_of(plan: Plan, state: SuiteState, nodes: list[placements.Node], placement: Placement) -> Forecast:
-    """By what is known of the hardware at hand. Where no node is there yet, its runs are as quick as this machine's."""
-    known, there = rates.known(), any(node.there for node in nodes)
-    gpus = placement.gpus_per_worker if there or placements.local_node().gpus else 0.0
-    found = forecast(
+def forecast_of(
+    plan: Plan, state: SuiteState, nodes: list[placements.Node], placement: Placement, *, defined: bool = False
+) -> Forecast:
+    """By what is known of the hardware at hand. defined: nodes of a file; the runs are as quick as on this machine."""
+    known, at_hand = rates.known(), placement
+    if defined and not placements.local_node().gpus:
+        at_hand = placement.model_copy(update={"gpus_per_worker": 0.0})
+    forecast_at_hand = forecast(
         plan,
         state,
-        placement=placement.model_copy(update={"gpus_per_worker": gpus}),
+        placement=at_hand,
         room=placements.how_many_fit(nodes, placement),
         rates=known,
-        hardware=hardware_of(nodes, placement, known),
-        cached=cached_sets(plan) if there else (),
+        hardware=hardware_of([placements.local_node()] if defined else nodes, at_hand, known),
+        cached=() if defined else cached_sets(plan),
     )
-    return replace(found, placement=placement)
+    return replace(forecast_at_hand, placement=placement)
 
 
 def keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:

@@ -76,7 +76,7 @@ def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> st
     if placement.gpus_per_worker and len(gpus) == 1:
         gpu = gpus.pop()
         return next((rate.hardware for rate in rates.rates if gpu in rate.hardware), gpu)
-    if len(fitting) == 1 or not any(node.there for node in nodes):  # a command joins on a node; a definition has none
+    if len(fitting) == 1:  # this machine, or the one node of the cluster: a command joins on a node
         return hardware_name(environment.hardware())
     return "nodes of several kinds" if len(gpus) > 1 else "this cluster's nodes"
 

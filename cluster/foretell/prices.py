@@ -14,7 +14,7 @@ from pydantic import Field
 from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
 from cluster.foretell.forecast import Forecast, Span, forecast, schedule
-from cluster.placement import Node, choose, workers_on
+from cluster.placement import HERE, Node, choose, workers_on
 from imgcls.errors import DataError, PlacementError, RecipeError
 from imgcls.rates import Rates
 from imgcls.records import Placement, Record
@@ -88,16 +88,26 @@ class Cost:
 
 
 def costs(
-    table: PriceTable, request: Request, plan: Plan, state: SuiteState, found: Forecast, rates: Rates, *, cpus_here: float
+    table: PriceTable,
+    request: Request,
+    plan: Plan,
+    state: SuiteState,
+    found: Forecast,
+    rates: Rates,
+    *,
+    cpus: Mapping[str, float],
 ) -> list[Cost]:
-    """By node type. First the head, where the table has one, for the seconds of `found`, the forecast for this hardware."""
+    """By node type. First the head, where the table has one, for the seconds of `found`, the forecast for this hardware.
+
+    cpus: of nodes, by their types. A type of the table that is not among them has this machine's, or any number beside GPUs.
+    """
     results = []
     for name, price in table.node_types.items():
         if name == HEAD:
             results.insert(0, Cost(name, price, 1, None if found.seconds is None else found.seconds / 3600))
             continue
-        cpus = price.cpus if price.cpus is not None else (1e9 if price.gpus else cpus_here)
-        node = Node(float(cpus), float(price.gpus), name)
+        cpus_of_node = cpus.get(name, 1e9 if price.gpus else cpus[HERE]) if price.cpus is None else price.cpus
+        node = Node(float(cpus_of_node), float(price.gpus), name)
         placement = _placement_on(node, request)
         if placement is None:
             results.append(Cost(name, price))

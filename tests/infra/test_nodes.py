@@ -5,15 +5,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.placement import defined_nodes
+from cluster.placement import defined_nodes, how_many_fit
 from imgcls.errors import PlacementError
+from imgcls.records import Placement
 from tests.conftest import ROOT, Command, own_certificate
 
 DEFINITIONS = ("ray/aws.yaml", "ray/gcp.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml")
@@ -25,15 +25,18 @@ def test_each_definition_gives_a_head_without_work_and_workers_with_a_gpu(path: 
     assert (head.type, head.cpus) == ("head", 0)
     assert {worker.gpus for worker in workers} == {1}
     assert min(worker.cpus for worker in workers) >= 1
-    assert max(Counter(worker.type for worker in workers).values()) <= 5
+    most = Placement(num_workers=5, cpus_per_worker=1, gpus_per_worker=1)
+    assert how_many_fit([head, *workers], most) == 1
+    assert how_many_fit([head, *workers], most.model_copy(update={"num_workers": 6})) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("kind: RayCluster\nspec: {}", "enableInTreeAutoscaling is not set"),
-        ("kind: Pod\nspec: {enableInTreeAutoscaling: true}", "headGroupSpec"),
-        ("cluster_name: a", "available_node_types"),
+        ("kind: RayCluster\nspec: {enableInTreeAutoscaling: true}", "lacks 'headGroupSpec'"),
+        ("kind: RayService\nspec: {}", "a RayService"),
+        ("cluster_name: a", "lacks 'available_node_types'"),
         ("[]", "list"),
         ("{", "expected"),
     ],
@@ -78,8 +81,10 @@ def test_a_dry_run_counts_and_prices_the_nodes_of_a_definition_without_a_cluster
     without = defined_nodes(ROOT / "infra" / path)[-1].type
     done = enter_command(*words, "--prices", prices(tmp_path, path, leave_out=without))
     assert (done.returncode, f"no price for {without}" in done.stderr) == (2, True)
-    done = enter_command(*words, "--gpus-per-worker", "2")
-    assert (done.returncode, "can never run: this cluster has" in done.stderr) == (2, True)
+    for more in (("--gpus-per-worker", "2"), ("--num-workers", "6")):
+        done = enter_command(*words, *more)
+        assert (done.returncode, "can never run: this cluster has 1 head" in done.stderr) == (2, True)
+    assert "5 in all" in done.stderr
 
 
 ON_HEAD = """
@@ -103,12 +108,12 @@ def test_on_a_head_of_kuberay_the_nodes_that_can_be_added_are_those_of_its_raycl
     path = ROOT / "infra/kuberay/raycluster.yaml"
     certificate, tls = own_certificate(tmp_path)
     (tmp_path / "namespace").write_text("training")
-    asked, allowed = list[str](), [True]
+    asked, status = list[str](), [200]
 
     class Kubernetes(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            self.send_response(200 if allowed[0] else 403)
+            self.send_response(status[0])
             self.end_headers()
             self.wfile.write(json.dumps(yaml.safe_load(path.read_text())).encode())
 
@@ -134,6 +139,8 @@ def test_on_a_head_of_kuberay_the_nodes_that_can_be_added_are_those_of_its_raycl
     workers = [node for node in defined_nodes(path) if node.gpus]
     assert on_head() == [[node.type, node.cpus, node.gpus] for node in workers]
     assert asked == ["/apis/ray.io/v1/namespaces/training/rayclusters/imgcls"]
-    allowed[0] = False
-    assert "must be allowed to get rayclusters" in str(on_head())
+    status[0] = 403  # what a pod gets that has no autoscaler beside it
+    assert on_head() == []
     server.shutdown()
+    server.server_close()
+    assert "RayCluster imgcls in namespace training: " in str(on_head())

@@ -44,10 +44,12 @@ def test_a_section_fills_its_files_and_no_others(enter_command: Command, tmp_pat
         ({"aws": AWS | {"region": "us # west"}}, "is not plain text"),
         ({"aws": AWS | {"region": "true"}}, "is not plain text"),
         ({"aws": AWS | {"region": "12"}}, "is not plain text"),
+        ({"aws": AWS | {"region": "..."}}, "is not plain text"),
         ({"aws": AWS | {"region": 12}}, "is not plain text"),
         ({"aws": ["region"]}, "no sections"),
+        ({"aws": None}, "aws.ami is missing"),
+        (None, "aws.ami is missing"),
         ("aws", "no sections"),
-        (None, "no sections"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
@@ -59,6 +61,16 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
     assert says in done.stderr
     assert "do: " in done.stderr
     assert not (tmp_path / "filled").exists()
+
+
+@pytest.mark.parametrize(("folder", "code", "says"), [(INFRA / "new", 2, "name another"), ("/dev/null", 3, "/dev/null")])
+def test_a_folder_that_cannot_be_written_or_holds_the_files_to_fill_is_refused(
+    folder: Path, code: int, says: str, enter_command: Command, site: Path
+):
+    site.write_text(yaml.safe_dump({"aws": AWS}))
+    done = enter_command("render", site, "--to", folder)
+    assert (done.returncode, says in done.stderr) == (code, True)
+    assert not (INFRA / "new").exists()
 
 
 def test_all_that_is_missing_is_named_at_once(enter_command: Command, site: Path):
