@@ -220,28 +220,40 @@ def test_a_mistake_that_ray_lets_through_is_found(path: str, value: Json, fault:
 
 
 @pytest.mark.parametrize(
-    ("full", "launched"),
-    [((), {"g6_spot": 4, "g5_spot": 1}), (("g6_spot", "g5_spot"), {"g6_ondemand": 4, "g5_ondemand": 1})],
+    ("up", "maximum", "launched", "terminated"),
+    [
+        (0, {}, {"g6_spot": 4, "g5_spot": 1}, 0),
+        (0, {"g6_spot": 0, "g5_spot": 0}, {"g6_ondemand": 4, "g5_ondemand": 1}, 0),
+        (2, {"g6_spot": 2, "g5_spot": 0}, {"g6_ondemand": 3}, 0),
+        (2, {"g6_spot": 0, "g5_spot": 0}, {"g6_ondemand": 3}, 2),  # until they are gone they count
+    ],
 )
-def test_on_demand_takes_over_where_spot_has_no_more_workers(full: tuple[str, ...], launched: dict[str, int]):
+def test_on_demand_takes_over_and_spot_nodes_above_their_maximum_are_terminated(
+    up: int, maximum: dict[str, int], launched: dict[str, int], terminated: int
+):
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.schema import AutoscalerInstance
     from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated import instance_manager_pb2
 
     config = launcher()
-    for name in full:
-        config = planted(config, f"available_node_types/{name}/max_workers", 0)
+    for name, most in maximum.items():
+        config = planted(config, f"available_node_types/{name}/max_workers", most)
     types = AutoscalingConfig(planted(config, "auth/ssh_private_key", GONE), skip_content_hash=True).get_node_type_configs()
     assert types is not None
-    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1})] * 5)
+    instance = cast(Any, instance_manager_pb2).Instance
+    nodes = [instance(instance_type="g6_spot", status=instance.ALLOCATED, instance_id=str(i)) for i in range(up)]
     request = SchedulingRequest(
         node_type_configs=types,
         max_num_nodes=config["max_workers"] + 1,  # the head is a node
-        resource_requests=wanted,
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1})] * 5),
+        current_instances=[AutoscalerInstance(im_instance=node, cloud_instance_id=node.instance_id) for node in nodes],
         disable_launch_config_check=True,
     )
     plan = ResourceDemandScheduler(event_logger=None).schedule(request)
     assert {launch.instance_type: launch.count for launch in plan.to_launch} == launched
+    assert len(plan.to_terminate) == terminated
 
 
 # The stack
