@@ -87,7 +87,11 @@ def launched(config: Config) -> Google:
         provider = _get_node_provider(ready["provider"], ready["cluster_name"], use_cache=False)
         for name, node_type in ready["available_node_types"].items():
             role = "head" if name == ready["head_node_type"] else "worker"
-            tags = {"ray-node-type": role, "ray-user-node-type": name, "ray-node-name": f"ray-imgcls-{role}"}
+            tags = {
+                "ray-node-type": role,
+                "ray-user-node-type": name,
+                "ray-node-name": f"ray-{ready['cluster_name']}-{role}",
+            }
             provider.create_node(node_type["node_config"], tags, 1)
     return google
 
@@ -125,15 +129,20 @@ def faults(config: Config) -> list[str]:
         for name, body in bodies.items()
         for error in instance_schema().iter_errors(body)
     ]
-    return broken or cluster_faults(prepare_config(copy.deepcopy(config))) + [
-        f"{name}: {fault}" for name, body in bodies.items() for fault in node_faults(name, config, body)
-    ]
+    return broken or our_faults(config, bodies)
+
+
+def our_faults(config: Config, bodies: dict[str, Config]) -> list[str]:
+    """What we find wrong. bodies: the node types as Compute Engine is asked for them, or as the file says them."""
+    found = [f"{name}: {fault}" for name, body in bodies.items() for fault in node_faults(name, config, body)]
+    return cluster_faults(prepare_config(copy.deepcopy(config))) + found
 
 
 def cluster_faults(config: Config) -> list[str]:
     keys = {"type", "project_id", "region", "availability_zone", "use_internal_ips"}
     provider, docker, auth = config["provider"], config["docker"], config["auth"]
     commands = [command for key, value in config.items() if key.endswith("commands") for command in value]
+    hosts = re.findall(r"--dashboard-host[= ]*(\S+)", " ".join(commands))
     return [
         fault
         for fault, wrong in {
@@ -144,9 +153,11 @@ def cluster_faults(config: Config) -> list[str]:
             "the image is not named by its digest": not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", docker["image"]),
             "too few open files": "--ulimit=nofile=65536:65536" not in docker["run_options"],
             "workers' containers see no GPU": "--gpus=all" not in docker["worker_run_options"],
-            "the dashboard listens beyond loopback": "--dashboard-host=127.0.0.1" not in " ".join(commands),
+            "the dashboard listens beyond loopback": hosts != ["127.0.0.1"],
             "Ray starts without a token": "--env=RAY_AUTH_MODE=token" not in docker["run_options"],
-            "nodes get no token": "/home/imgcls/.ray/auth_token" not in config["file_mounts"],
+            "nodes do not get our token": config["file_mounts"] != {"/home/imgcls/.ray/auth_token": "~/.ray/auth_token"},
+            "it grows beyond five workers": config["max_workers"] > 5,
+            "workers stay idle for more than ten minutes": not 0 < config["idle_timeout_minutes"] <= 10,
             "packages are installed on a node": any("pip install" in command for command in commands),
         }.items()
         if wrong
@@ -161,6 +172,7 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
     gpus += sum(accelerator["acceleratorCount"] for accelerator in body.get("guestAccelerators", []))
     size = {"CPU": 0, "driver": 16} if is_head else {"CPU": cpus, "GPU": gpus}
     accounts = [account["email"] for account in body.get("serviceAccounts", [])]
+    scopes = [account.get("scopes") for account in body.get("serviceAccounts", [])]
     networks = body["networkInterfaces"]
     metadata = {item["key"]: item["value"] for item in body["metadata"]["items"]}
     market = name.partition("_")[2].replace("ondemand", "on-demand")
@@ -176,6 +188,9 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
             f"resources are {node_type['resources']}, the machine has {size}": node_type["resources"] != size,
             "it has an external address": any({"accessConfigs", "ipv6AccessConfigs"} & {*network} for network in networks),
             "it is not in our subnetwork": [network["subnetwork"] for network in networks] != ["subnetwork"],
+            f"its scopes are {scopes}": scopes != [["https://www.googleapis.com/auth/cloud-platform"]],
+            "no firewall rule of ours holds for it": body.get("tags") != {"items": ["imgcls"]},
+            "its disk stays when it is gone": not all(disk.get("autoDelete") for disk in body["disks"]),
             f"it runs as {accounts}": accounts != ["head-service-account" if is_head else "worker-service-account"],
             "the project's SSH keys open it": metadata.get("block-project-ssh-keys") != "true",
             "our SSH key does not open it": metadata.get("ssh-keys") != "ubuntu:ssh-ed25519 public-key"
@@ -185,6 +200,7 @@ def node_faults(name: str, config: Config, body: Config) -> list[str]:
             f"its scheduling should be {scheduling}": body.get("scheduling") != scheduling,
             "its label is not its market": not is_head and node_type["labels"] != {"capacity": market},
             "it never goes when idle": not is_head and not 0 < node_type["idle_timeout_s"] <= 600,
+            "it costs without work": node_type["min_workers"] != 0,
             "it may outnumber the cluster": node_type["max_workers"] > config["max_workers"],
             "it is not preferred to its twin on demand": market == "spot" and node_type["priority"] <= twin["priority"],
             "its twin on demand has another size": market == "spot"
@@ -199,7 +215,7 @@ def machine(node_type: Config) -> tuple[Any, ...]:
 
 
 def test_the_template_parses_before_it_is_filled():
-    assert yaml.safe_load((INFRA / "ray/gcp.yaml").read_text())["cluster_name"] == "imgcls"
+    assert yaml.safe_load((INFRA / "ray/gcp.yaml").read_text())["cluster_name"] == "${gcp.cluster_name}"
 
 
 def test_ray_compute_engine_and_we_find_no_fault():
@@ -237,37 +253,16 @@ NAT = [{"subnetwork": "subnetwork", "accessConfigs": [{"type": "ONE_TO_ONE_NAT"}
 @pytest.mark.parametrize(
     ("mistake", "fault"),
     [
-        (replaced("dashboard-host", "dashbord-host"), "the dashboard listens beyond loopback"),
-        (replaced("dashboard-host=127.0.0.1", "dashboard-host=0.0.0.0"), "the dashboard listens beyond loopback"),
-        (replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "Ray starts without a token"),
-        (section("docker", image=IMAGE.replace("@sha256", "")), "the image is not named by its digest"),
         (replaced("SPOT", "SPOTT"), "'SPOTT' is not one of"),
-        (replaced("project-ssh-keys", "project-ssh-key"), "the project's SSH keys open it"),
-        (without("setup_commands"), "packages are installed on a node"),
-        (without("head_setup_commands"), "packages are installed on a node"),
         (without("auth", "ssh_private_key"), "Ray asks Google for what this file should leave no need for"),
         (without("auth", "ssh_proxy_command"), "Ray: 'ssh_proxy_command' is a required property"),
         (without("docker", "container_name"), "Ray: Must provide a container & image name"),
-        (section("provider", use_internal_ip=True), "provider has {'use_internal_ip'} too much"),
-        (section("provider", use_internal_ips=False), "nodes are not reached by their internal addresses"),
-        (section("auth", ssh_proxy_use_node_id=False), "SSH does not go through IAP"),
-        (section("docker", worker_run_options=[]), "workers' containers see no GPU"),
-        (node("g2_spot", resources={}), "g2_spot: resources are {}, the machine has {'CPU': 4, 'GPU': 1}"),
         (node("g2_spot", min_workers=3, max_workers=2), "Ray: assert self.min_worker_nodes <= self.max_worker_nodes"),
         (node("g2_spot", min_workers=-1), "Ray: assert self.min_worker_nodes >= 0"),
-        (node("t4_spot", max_workers=6), "it may outnumber the cluster"),
-        (node("t4_spot", priority=0), "it is not preferred to its twin on demand"),
-        (node("t4_spot", idle_timeout_s=0), "it never goes when idle"),
-        (node("t4_ondemand", resources={"CPU": 2, "GPU": 1}), "t4_spot: its twin on demand has another size"),
-        (vm("g2_ondemand", machineType="n1-standard-4"), "g2_spot: its twin on demand has another size"),
         (vm("g2_spot", machineTyp="g2-standard-4"), "'machineTyp' was unexpected"),
         (vm("g2_spot", scheduling=[{"preemptible": True}]), "is not of type 'object'"),
-        (vm("g2_spot", scheduling={"provisioningModel": "STANDARD"}), "g2_spot: its scheduling should be"),
-        (vm("head", scheduling={"provisioningModel": "SPOT"}), "head: its scheduling should be"),
         (vm("head", networkInterfaces=NAT), "head: it has an external address"),
         (vm("head", serviceAccounts=[{"email": RAYS_ACCOUNT}]), f"head: it runs as ['{RAYS_ACCOUNT}']"),
-        (vm("t4_spot", guestAccelerators=[]), "the machine has {'CPU': 4, 'GPU': 0}"),
-        (vm("t4_spot", shieldedInstanceConfig={}), "it is no shielded VM"),
         (without("available_node_types", "t4_spot", "node_config", "networkInterfaces"), "Ray asks Google"),
     ],
 )
@@ -276,6 +271,50 @@ def test_a_planted_mistake_is_found(mistake: Callable[[Config], None], fault: st
     wrong = config()
     mistake(wrong)
     assert any(fault in found for found in faults(wrong)), faults(wrong)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "fault"),
+    [
+        (replaced("dashboard-host", "dashbord-host"), "the dashboard listens beyond loopback"),
+        (replaced("dashboard-host=127.0.0.1", "dashboard-host=0.0.0.0"), "the dashboard listens beyond loopback"),
+        (replaced("-host=127.0.0.1", "-host=127.0.0.1 --dashboard-host=0.0.0.0"), "the dashboard listens beyond loopback"),
+        (replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "Ray starts without a token"),
+        (replaced("~/.ray/auth_token", "~/auth_token"), "nodes do not get our token"),
+        (section("docker", image=IMAGE.replace("@sha256", "")), "the image is not named by its digest"),
+        (replaced("project-ssh-keys", "project-ssh-key"), "the project's SSH keys open it"),
+        (without("setup_commands"), "packages are installed on a node"),
+        (without("head_setup_commands"), "packages are installed on a node"),
+        (section("provider", use_internal_ip=True), "provider has {'use_internal_ip'} too much"),
+        (section("provider", use_internal_ips=False), "nodes are not reached by their internal addresses"),
+        (section("auth", ssh_proxy_use_node_id=False), "SSH does not go through IAP"),
+        (section("docker", worker_run_options=[]), "workers' containers see no GPU"),
+        (lambda config: config.update(max_workers=50), "it grows beyond five workers"),
+        (lambda config: config.update(idle_timeout_minutes=600), "workers stay idle for more than ten minutes"),
+        (node("g2_spot", resources={}), "g2_spot: resources are {}, the machine has {'CPU': 4, 'GPU': 1}"),
+        (node("g2_spot", min_workers=1), "g2_spot: it costs without work"),
+        (node("t4_spot", max_workers=6), "it may outnumber the cluster"),
+        (node("t4_spot", priority=0), "it is not preferred to its twin on demand"),
+        (node("t4_spot", idle_timeout_s=0), "it never goes when idle"),
+        (node("t4_ondemand", resources={"CPU": 2, "GPU": 1}), "t4_spot: its twin on demand has another size"),
+        (vm("g2_ondemand", machineType="n1-standard-4"), "g2_spot: its twin on demand has another size"),
+        (vm("g2_spot", scheduling={"provisioningModel": "STANDARD"}), "g2_spot: its scheduling should be"),
+        (vm("head", scheduling={"provisioningModel": "SPOT"}), "head: its scheduling should be"),
+        (vm("t4_spot", guestAccelerators=[]), "the machine has {'CPU': 4, 'GPU': 0}"),
+        (vm("t4_spot", shieldedInstanceConfig={}), "it is no shielded VM"),
+        (replaced("autoDelete: true", "autoDelete: false"), "head: its disk stays when it is gone"),
+        (replaced("auth/cloud-platform", "auth/devstorage.read_only"), "head: its scopes are"),
+        (
+            without("available_node_types", "t4_spot", "node_config", "tags"),
+            "t4_spot: no firewall rule of ours holds for it",
+        ),
+    ],
+)
+def test_a_mistake_in_what_we_mean_is_found_before_a_launch(mistake: Callable[[Config], None], fault: str):
+    wrong = config()
+    mistake(wrong)
+    written = {name: node_type["node_config"] for name, node_type in wrong["available_node_types"].items()}
+    assert any(fault in found for found in our_faults(wrong, written)), our_faults(wrong, written)
 
 
 def test_ray_binds_wide_roles_to_an_account_of_its_own_whatever_the_file_says():
@@ -330,4 +369,4 @@ def test_a_node_logs_in_to_the_registry_of_the_image_as_itself(said: Callable[[s
 def test_a_vm_image_whose_user_could_not_share_files_with_the_container_is_refused(said: Callable[[str, str], Path]):
     ended, _ = initialized(1001, said)
     assert ended[0].returncode == 1
-    assert "is user 1001 of this VM image, the container's is 1000" in ended[0].stderr
+    assert "has UID 1001 in this VM image, the container's has 1000" in ended[0].stderr
