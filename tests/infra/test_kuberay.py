@@ -124,11 +124,11 @@ def operator_faults(of: dict[str, Any]) -> Iterator[str]:
 
 OUR_LABELS = {"app.kubernetes.io/part-of": "imgcls"}
 ON_DEMAND = {"capacity": "on-demand"}
-GPU_TAINT = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 NO_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
-def true(there: dict[str, bool]) -> list[str]:
+def present(there: dict[str, bool]) -> list[str]:
     return [fault for fault, is_there in there.items() if is_there]
 
 
@@ -140,7 +140,7 @@ def cluster_faults(of: dict[str, Any]) -> list[str]:
         "authOptions: not the token that the operator makes": cluster.get("authOptions") != {"mode": "token"},
         "suspend: nothing starts": spec.get("suspend", False) or cluster.get("suspend", False),
         "no autoscaler of version v2": not cluster.get("enableInTreeAutoscaling") or options.get("version") != "v2",
-        "idle workers are paid for": not 60 <= options.get("idleTimeoutSeconds", 60) <= 15 * 60,
+        "idleTimeoutSeconds: idle workers are paid for": not 60 <= options.get("idleTimeoutSeconds", 60) <= 15 * 60,
         "spot is waited for less than a cold node needs, or too long": not 10 * 60 <= spot_wait_s(of) <= 30 * 60,
         "more than five workers": sum(group["maxReplicas"] for group in workers) > 5,
         "the head is on spot": head["template"]["spec"].get("nodeSelector") != ON_DEMAND,
@@ -154,12 +154,12 @@ def cluster_faults(of: dict[str, Any]) -> list[str]:
             f"{name}: name, Ray's label and nodeSelector are of different capacity": not (
                 {"capacity": name.removeprefix("gpu-")} == group.get("labels") == pod.get("nodeSelector")
             ),
-            f"{name}: no toleration for the taint of GPU nodes": pod.get("tolerations") != GPU_TAINT,
+            f"{name}: no toleration for the taint of GPU nodes": pod.get("tolerations") != TOLERATIONS,
             f"{name}: the pod has other CPUs or GPUs than Ray is told": (
                 [(limit.get("cpu"), limit.get("nvidia.com/gpu")) for limit in limits] != [(told.get("CPU"), told.get("GPU"))]
             ),
         }
-    return true(there)
+    return present(there)
 
 
 def job_faults(job: dict[str, Any]) -> list[str]:
@@ -167,14 +167,15 @@ def job_faults(job: dict[str, Any]) -> list[str]:
     starting_s, running_s, kept_s = (
         spec.get(field, 0) for field in ("preRunningDeadlineSeconds", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
     )
-    return true(
+    return present(
         {
             "a RayJob without an end": not (
                 0 < starting_s <= 3600 and running_s > 0 and spec.get("shutdownAfterJobFinishes")
             ),
-            "all attempts together may take more than 8 hours": running_s * (1 + spec.get("backoffLimit", 0)) > 8 * 3600,
-            "a head that is lost is not tried again": not spec.get("backoffLimit"),
-            "no time to read the logs, or too long a bill": not 0 < kept_s <= 3600,
+            "backoffLimit: all attempts together may take more than 8 hours": running_s * (1 + spec.get("backoffLimit", 0))
+            > 8 * 3600,
+            "backoffLimit: a job that loses its head is not tried again": not spec.get("backoffLimit"),
+            "ttlSecondsAfterFinished: no time to read the logs, or too long a bill": not 0 < kept_s <= 3600,
             "the submitter is on spot": spec["submitterPodTemplate"]["spec"].get("nodeSelector") != ON_DEMAND,
         }
     )
@@ -190,26 +191,26 @@ def pod_faults(pod: dict[str, Any]) -> list[str]:
         "a pod that may run as root": (security.get("runAsNonRoot"), security.get("runAsUser")) != (True, 1000),
         "a pod without a seccomp profile": security.get("seccompProfile") != {"type": "RuntimeDefault"},
         "the account is not ours": spec.get("serviceAccountName") != resource("service-account")["metadata"]["name"],
-        "the autoscaler alone calls the Kubernetes API": (
+        "automountServiceAccountToken: for the autoscaler's pod, and no other": (
             spec.get("automountServiceAccountToken", False) != ("autoscaler" in names)
         ),
         "a volume other than an emptyDir with sizeLimit": not all("sizeLimit" in one.get("emptyDir", {}) for one in volumes),
     }
     for container in spec["containers"]:
-        name, (requests, limits) = (
-            container["name"],
-            (container["resources"].get(kind, {}) for kind in ("requests", "limits")),
-        )
+        name, resources = container["name"], container["resources"]
+        requests, limits = resources.get("requests", {}), resources.get("limits", {})
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
         there |= {
-            f"{name}: the image is not named by its digest": not re.fullmatch(r"[^@\s]+@sha256:\w{64}", container["image"]),
+            f"{name}: the image is not named by its digest": not re.fullmatch(
+                r"[^@\s]+@sha256:[0-9a-f]{64}", container["image"]
+            ),
             f"{name}: volumeMounts: no such volume": not mounts <= {volume["name"] for volume in volumes},
             f"{name}: rights that it does not need": container.get("securityContext") != NO_RIGHTS,
             f"{name}: no limit, or a request that differs from it": (
                 not {"cpu", "memory"} <= limits.keys() or requests != limits
             ),
         }
-    return true(there)
+    return present(there)
 
 
 PEERS = {
@@ -239,7 +240,7 @@ def allowed(rules: list[dict[str, Any]], side: str) -> set[str]:
 def policy_faults(policy: dict[str, Any]) -> list[str]:
     spec = policy["spec"]
     seen = {"from": allowed(spec.get("ingress", []), "from"), "to": allowed(spec.get("egress", []), "to")}
-    return true(
+    return present(
         {
             "the policy protects other pods": spec["podSelector"] != PEERS["our pods"]["podSelector"],
             "policyTypes: one direction is open": sorted(spec.get("policyTypes", [])) != ["Egress", "Ingress"],
@@ -250,7 +251,7 @@ def policy_faults(policy: dict[str, Any]) -> list[str]:
 
 
 def account_faults(account: dict[str, Any]) -> list[str]:
-    return true({"every pod may call the Kubernetes API": account.get("automountServiceAccountToken") is not False})
+    return present({"every pod may call the Kubernetes API": account.get("automountServiceAccountToken") is not False})
 
 
 def faults(of: dict[str, Any]) -> list[str]:
@@ -260,7 +261,7 @@ def faults(of: dict[str, Any]) -> list[str]:
     refused += [fault for part in whole for fault in kubernetes_faults(json.dumps(part))]
     if refused:
         return refused
-    ours = true({"not in our namespace": of["metadata"].get("namespace") != "namespace"})
+    ours = present({"not in our namespace": of["metadata"].get("namespace") != "namespace"})
     if by_ray:
         ours += [*operator_faults(of), *cluster_faults(of), *(fault for pod in whole for fault in pod_faults(pod))]
     others = {"RayJob": job_faults, "NetworkPolicy": policy_faults, "ServiceAccount": account_faults}
@@ -362,12 +363,12 @@ MISTAKES = {
     "no seccomp of the submitter": ("rayjob", f"{SUBMITTER}/securityContext/seccompProfile", None, "seccomp"),
     "the node's network": ("raycluster", f"{POD}/hostNetwork", True, "the node's network"),
     "the node's files": ("raycluster", f"{POD}/volumes/0", {"name": "shared-mem", "hostPath": {"path": "/"}}, "other than"),
-    "a worker with the API's token": ("raycluster", f"{POD}/automountServiceAccountToken", True, "autoscaler alone"),
+    "a worker with the API's token": ("raycluster", f"{POD}/automountServiceAccountToken", True, "for the autoscaler's pod"),
     "an autoscaler without it": (
         "raycluster",
         f"{HEAD}/template/spec/automountServiceAccountToken",
         None,
-        "autoscaler alone",
+        "for the autoscaler's pod",
     ),
     "the API's token for every pod": ("service-account", "automountServiceAccountToken", True, "every pod may call"),
     "a pod without our label": ("rayjob", "spec/submitterPodTemplate/metadata/labels", {}, "does not protect"),
