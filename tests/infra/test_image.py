@@ -1,4 +1,4 @@
-"""The image's definition: hadolint with every rule on, and what it lets through; `try_image.py` runs the steps."""
+"""The Dockerfile: hadolint with every rule on, then rules of ours; `try_image.py` runs its steps."""
 
 import re
 import subprocess
@@ -12,6 +12,11 @@ from imgcls.errors import RecipeError
 from tests.infra.try_image import DOCKERFILE, ROOT, context, copied, steps
 
 TEXT = DOCKERFILE.read_text()
+DRIVER = {
+    "NVIDIA_VISIBLE_DEVICES": "all",
+    "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64",
+}
 
 
 def hadolint(text: str) -> str:
@@ -27,18 +32,21 @@ def faults(text: str) -> str:
     base = next(step.rest for step in seen if step.word == "FROM")
     commands = "\n".join(step.rest for step in seen if step.word == "RUN")
     installs = re.findall(r"pip install[^&;\n]*", commands)
+    uids = [*re.findall(r"--(?:uid|owner|group)[ =](\S+)", commands), last.user]
     variables = [pair for step in seen if step.word in ("ARG", "ENV") for pair in re.findall(r"(\w+)=?(\S*)", step.rest)]
     there = {
         "the base is no exact version with its digest": not re.match(r"\S+:\d+\.\d+\.\d+\S*@sha256:[0-9a-f]{64} ", base),
         "pip installs without hashes": not installs or not all("--require-hashes" in install for install in installs),
-        "the user is no number above 0": not re.fullmatch(r"[1-9]\d*", last.user),
+        "pip runs a package's setup code": not all("--only-binary=:all:" in install for install in installs),
+        "the user, or the owner of ~/.ray, is not UID 1000, on which the launcher's files build": uids != ["1000"] * 4,
+        "others read the token": "--mode=700 /home/imgcls/.ray" not in commands,
         "a variable has the form of a secret": any(is_secret(name, value) for name, value in variables),
         "a download is run": "ADD" in {step.word for step in seen} or bool(re.search(r"(curl|wget)\b.*\|", commands)),
         "python is not the venv's": not last.env["PATH"].startswith("/opt/venv/bin:"),
         "python is not the venv's in login shells": not re.search(r'"PATH=/opt/venv/bin:.*> /etc/profile\.d/', commands),
         "the launcher finds no home": last.env.get("HOME") != "/home/imgcls",
         "the launcher finds no rsync": not re.search(r"apt-get install .*\brsync=", commands),
-        "the launcher brings no driver": last.env.get("NVIDIA_VISIBLE_DEVICES") != "all",
+        "no driver": not DRIVER.items() <= last.env.items(),
     }
     return "\n".join(fault for fault, is_there in there.items() if is_there)
 
@@ -67,11 +75,11 @@ def test_the_dockerfile_has_no_fault():
         ("&& pip install", "&& pip install torch==2.14.1 && pip install", "hashes"),
         ("--no-cache-dir", "", "DL3042"),
         ("&& pip install", "&& pip install torch && pip install", "DL3013"),
-        ("USER 1000", "USER root", "user"),
-        ("USER 1000", "USER 0", "user"),
+        ("USER 1000", "USER root", "UID 1000"),
+        ("USER 1000", "USER 0", "UID 1000"),
         ("USER 1000", "USER imgcls", "DL3066"),
         (r"\Z", "USER root", "DL3002"),
-        ("USER 1000\n", "", "user"),
+        ("USER 1000\n", "", "UID 1000"),
         (r"rsync=3\.\*", "rsync", "DL3008"),
         (r"rsync=3\.\*", "", "rsync"),
         ("ARG COMMIT=unknown", "ARG RAY_AUTH_TOKEN", "secret"),
@@ -83,6 +91,12 @@ def test_the_dockerfile_has_no_fault():
         (r"\n    && echo .*", "", "login shells"),
         ("    HOME=.*\n", "", "home"),
         ("    NVIDIA_VISIBLE_DEVICES=.*\n", "", "driver"),
+        ("=compute,utility", "=utility", "driver"),
+        ("    LD_LIBRARY_PATH=.*\n", "", "driver"),
+        ("--uid 1000", "--uid 1001", "UID 1000"),
+        ("--owner=1000", "--owner=root", "UID 1000"),
+        ("--mode=700", "--mode=777", "read the token"),
+        (" --only-binary=:all:", "", "setup code"),
     ],
 )
 def test_a_mistake_is_seen(right: str, wrong: str, said: str):
