@@ -12,11 +12,11 @@ run: setup
 	@$(BIN)/python -m jobs.suite --pack
 
 # What can be run before each commit: the suite of five under Ray once, on S3, its workers killed; no other slow tests.
-test: check $(VENV)/validators
+test: check
 	$(PYTEST)
 
 # The slow ones too. Coverage of `cluster` is what tests see from outside its processes: reported, not bounded.
-test-all: check $(VENV)/validators
+test-all: check
 	$(PYTEST) --all --cov --cov-report=
 	$(BIN)/coverage report --include='cluster/*'
 	$(BIN)/coverage report --include='imgcls/*' --fail-under=90 --skip-covered
@@ -28,7 +28,7 @@ proof: setup
 	$(BIN)/python -m pytest tests/imgcls/data/test_door.py tests/house/test_commands.py --proof --timeout 1800
 	$(BIN)/python -m jobs.bench faults --kills 20
 
-check: setup
+check: setup $(VENV)/validators
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -47,7 +47,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	       echo "  do: give it network (or PIP_INDEX_URL, HTTPS_PROXY) and 10 GB of disk, then the same command again"; exit 3; }
 	@touch $@
 
-# The validators of infra/, beside what a run needs.
+# The validators of infra/, which tests import and a run does not need.
 $(VENV)/validators: infra/requirements.txt tests/infra/requirements.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
 	  -r requirements.txt -r infra/requirements.txt -r tests/infra/requirements.txt
