@@ -126,7 +126,7 @@ def addable_nodes(there: Sequence[Node], config: dict[str, Any] | None) -> list[
 
 
 def autoscaling_config() -> dict[str, Any] | None:
-    """The configuration that the connected cluster's head was started with; None if no autoscaler runs on the head."""
+    """That of the connected cluster's autoscaler; None without one. Raises PlacementError if the head does not answer."""
     import ray
     from ray.exceptions import RayError
 
