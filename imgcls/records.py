@@ -214,7 +214,8 @@ class RunOptions(Strict):
     gpus_per_worker: Amount | None = None
     """One where there are GPUs, else none."""
     checkpoint_every_n_steps: Count | None = None
-    """Beside the checkpoint at every epoch's end; a kill loses at most this many steps."""
+    """Beside the checkpoint at every epoch's end; a kill loses at most this many steps. Unless given, a checkpoint is
+    made as often as its measured cost and the run's failures so far make worth while."""
     checkpoint_keep: Annotated[int, Field(ge=0)] = 0
     """So many recent checkpoints stay beside the best and the last two."""
     checkpoint_budget_mb: Amount | None = None

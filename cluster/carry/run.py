@@ -131,8 +131,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     """One rank of one run, in one attempt. A stop is recorded and returned: what is raised, Train tries again."""
     given = Assignment.model_validate_json(loop_config["assignment"])
     silence_libraries(given.options.verbose)
-    begun = _begin(given)
-    if begun is None:
+    if (begun := _begin(given)) is None:
         return
     attempt, tries = begun
     report(Progress(phase="workers import"), tries=tries)
@@ -150,6 +149,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         elastic=given.config.recipe.numerics == "elastic",
         command=given.command,
         report=partial(report, tries=tries),
+        attempt=attempt,
         started_s=loop_config["started_s"],
         crashed=lambda error, step, trace: end(End.CRASHED, error, step, trace if rank else ""),  # rank 0's is in the log
         leaving=lambda: watch.leaving,

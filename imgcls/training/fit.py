@@ -99,7 +99,7 @@ def _fit(config: RunConfig, set_url: str, run: RunFolder, world: World, log: Run
     numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
     recorder = Recorder(
         history,
-        Commits(store, options, run_digest=config.digest(), numerics=numerics, log=log),
+        Commits(store, options, run_digest=config.digest(), numerics=numerics, log=log, failures=world.attempt - 1),
         RunFiles(run, writes=world.rank == 0),
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
         planned_batches=prepared.data.planned_batches,

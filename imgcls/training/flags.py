@@ -25,7 +25,7 @@ class _Shared:
     finite: Tensor
     """This rank's loss is."""
     flags: Tensor
-    """On the host, once `there`: of any rank, int32, (not finite, leaves, has lost its run)."""
+    """On the host, once `there`: of any rank, int32, (not finite, leaves, has lost its run, asks for a checkpoint)."""
     there: torch.cuda.Event | None
 
 
@@ -34,14 +34,17 @@ class StepFlags:
         self.world = world
         self.someone_leaves = False
         """Some rank's node is about to be taken away: known to all ranks at the same step."""
+        self.asks_for_checkpoint = self.checkpoint_is_due = False
+        """This rank asks; some rank has asked, known to all as the other is."""
         self._shared: _Shared | None = None
 
     def share(self, finite: Tensor, ids: Ids, *, epoch: int, step: int) -> None:
         """Every rank calls it in each step, before the gradients meet: nobody is left in a collective."""
+        self.checkpoint_is_due = False  # a checkpoint at an epoch's end may have read it
         self.read()
-        known = [torch.full_like(finite, value) for value in (self.world.leaving(), self.world.lost())]
+        known = [self.world.leaving(), self.world.lost(), self.asks_for_checkpoint]
         with self.world.heartbeat.waiting():  # for other ranks
-            flags = self._of_any_rank(torch.stack([~finite, *known]).int())
+            flags = self._of_any_rank(torch.stack([~finite, *(torch.full_like(finite, value) for value in known)]).int())
         there = torch.cuda.Event() if flags.is_cuda else None
         self._shared = _Shared(epoch, step, ids, finite, flags.to("cpu", non_blocking=True), there)
         if there:
@@ -63,7 +66,7 @@ class StepFlags:
         with self.world.heartbeat.waiting():  # for the device
             if shared.there:
                 shared.there.synchronize()
-        not_finite, self.someone_leaves, lost = map(bool, shared.flags.tolist())
+        not_finite, self.someone_leaves, lost, self.checkpoint_is_due = map(bool, shared.flags.tolist())
         if lost:
             raise LeaseError(f"another command has taken this run over at step {shared.step}: it goes on there")
         if not_finite:

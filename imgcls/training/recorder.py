@@ -27,25 +27,50 @@ from imgcls.training.progress import Progress, Row
 from imgcls.training.world import World
 
 REPORTS_AN_EPOCH = 8
+CALM_S = 3600.0
+"""A run is taken to fail once in the time that it has trained and this, until it fails more often."""
+FIRST_COST_S = 1.0
+"""Of a checkpoint, before one was made."""
 
 
 class Commits:
     """The checkpoints that this attempt makes."""
 
     def __init__(
-        self, store: CheckpointStore, options: RunOptions, *, run_digest: str, numerics: dict[str, str], log: RunLog
+        self,
+        store: CheckpointStore,
+        options: RunOptions,
+        *,
+        run_digest: str,
+        numerics: dict[str, str],
+        log: RunLog,
+        failures: int = 0,
     ) -> None:
+        """failures: of earlier attempts."""
         self.store, self.options, self.run_digest, self.numerics, self.log = store, options, run_digest, numerics, log
         self.gone_on_from: int | None = None
         """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
+        self.failures, self._cost_s, self._last_s, self._asked = failures, FIRST_COST_S, time.perf_counter(), False
         self._said_over_budget = False
+
+    def asks(self, trained_s: float) -> bool:
+        """Whether rank 0 asks for one now, once, where no number of steps is given.
+
+        The interval by which checkpoints, and what a failure loses without them, cost the least in sum, to first order:
+        J. W. Young, CACM 17 (1974), 530.
+        """
+        between_failures_s = (CALM_S + trained_s) / (1 + self.failures)
+        is_due = time.perf_counter() - self._last_s > math.sqrt(2 * self._cost_s * between_failures_s)
+        asks = is_due and not self._asked and self.options.checkpoint_every_n_steps is None
+        self._asked |= asks
+        return asks
 
     def commit(self, trainer: pl.Trainer, history: History, *, at_once: bool) -> None:
         """Everything up to this step is in the store, or on its way there; in the middle of an epoch too.
 
         Every rank calls it. at_once: it returns when it is there.
         """
-        rows = history.rows
+        began_s, rows = time.perf_counter(), history.rows
         at_epochs_end = bool(rows) and rows[-1]["step"] == trainer.global_step
         facts = CheckpointFacts(
             epoch=len(rows),
@@ -60,7 +85,8 @@ class Commits:
             self.store.wait()
         if trainer.is_global_zero:
             self._prune()
-        self.gone_on_from = None
+        self.gone_on_from, self._asked, self._last_s = None, False, time.perf_counter()
+        self._cost_s = self._last_s - began_s
 
     def _prune(self) -> None:
         size, budget_mb = self.store.prune(self.options, in_use=self.gone_on_from), self.options.checkpoint_budget_mb
@@ -82,8 +108,8 @@ def _waits(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class Recorder(Checkpoint):
-    """Commits each epoch after its validation, every `checkpoint_every_n_steps` and when a node is about to be taken away;
-    an epoch's last step never before its validation.
+    """Commits each epoch after its validation, in mid-epoch as options or `Commits.asks` say, and when a node is about to
+    be taken away; an epoch's last step never before its validation.
     """
 
     def __init__(
@@ -150,6 +176,8 @@ class Recorder(Checkpoint):
 
     @_waits
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        assert isinstance(pl_module, Classifier)
+        pl_module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
         if self.commits.gone_on_from == trainer.global_step:
             self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
@@ -161,7 +189,8 @@ class Recorder(Checkpoint):
         steps, done = int(trainer.num_training_batches), batch_idx + 1
         every = self.commits.options.checkpoint_every_n_steps
         leaves = pl_module.flags.someone_leaves and not self._said_leaving
-        if done < steps and (leaves or (every and trainer.global_step % every == 0)):
+        due = trainer.global_step % every == 0 if every else pl_module.flags.checkpoint_is_due
+        if done < steps and (leaves or due):
             self._commit(trainer, at_once=leaves)
         if leaves:
             self._said_leaving = True

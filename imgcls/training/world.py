@@ -83,6 +83,8 @@ class World:
     crashed: Callable[[str, int, str], None] = lambda error, step, trace: None
     """Told of an error of this rank's own that another try may not meet, the step at which it was, and its traceback."""
     placement: Placement | None = None
+    attempt: int = 1
+    """How often the run has been begun."""
     command: str | None = None
     """Whose run this is: its runs check a node's cache once."""
     started_s: float = field(default_factory=time.time)

@@ -70,12 +70,14 @@ def run_alone(
     dies: tuple[int, str] | None = None,
     accept: bool = False,
     ddps_own_sum: bool = False,
+    attempt: int = 1,
 ) -> list[int]:
     """Runs `recipe`, each rank in a process of its own; returns their exit codes.
 
-    dies: (step, moment) of their SIGKILL. ddps_own_sum: gradients are added by DDP's own all-reduce, which is no product's.
+    dies: (step, moment) of their SIGKILL. attempt: how often the run has been begun, by its own account. ddps_own_sum:
+    gradients are added by DDP's own all-reduce, which is no product's.
     """
-    return together(_rank, world_size, recipe.to_json(), str(packed), str(to), every, dies, accept, ddps_own_sum)
+    return together(_rank, world_size, recipe.to_json(), str(packed), str(to), every, dies, accept, ddps_own_sum, attempt)
 
 
 def result_in(folder: Path) -> RunResult:
@@ -93,6 +95,7 @@ def _rank(
     dies: tuple[int, str] | None,
     accept: bool,
     ddps_own_sum: bool,
+    attempt: int,
 ) -> None:
     import torch
 
@@ -111,7 +114,7 @@ def _rank(
         config,
         data_url=packed,
         run_url=to,
-        world=world_of(rank, world_size, meeting, elastic=config.recipe.numerics == "elastic"),
+        world=replace(world_of(rank, world_size, meeting, elastic=config.recipe.numerics == "elastic"), attempt=attempt),
         options=RunOptions(checkpoint_every_n_steps=every, accept_different_numerics=accept),
     )
 

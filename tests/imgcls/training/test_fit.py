@@ -285,6 +285,23 @@ def test_checkpoints_in_mid_epoch_change_no_bit_and_a_budget_that_is_too_small_i
     assert log.count("over the budget of 10") == 1
 
 
+@pytest.mark.parametrize(("attempt", "commits"), [(1, [8, 16, 24]), (10**12, [*range(2, 25, 2)])])
+def test_a_run_that_fails_often_makes_checkpoints_in_mid_epoch_by_itself_and_they_change_no_bit(
+    small, packed: Path, tmp_path: Path, attempt: int, commits: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """As often as it can: asked for in one step, known to all ranks in the next."""
+    made, save = [], CheckpointStore.save_checkpoint
+
+    def noted(self, checkpoint, path, storage_options):
+        made.append(storage_options.step)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(CheckpointStore, "save_checkpoint", noted)
+    result = fit(config_of(SMALL, packed), data_url=str(packed), run_url=str(tmp_path), world=World(attempt=attempt))
+    assert made == commits
+    assert result.weights_sha256 == small[1].weights_sha256
+
+
 def test_a_node_that_is_about_to_be_taken_away_brings_a_checkpoint_at_once(small, packed: Path, tmp_path: Path):
     asked = iter(range(100))
 
