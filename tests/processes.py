@@ -36,6 +36,11 @@ def descendants(pid: int) -> list[int]:
     return sorted(family)
 
 
+def begun_at(pid: int) -> int:
+    """In the kernel's ticks."""
+    return int(_stat(Path("/proc", str(pid)))[19])
+
+
 def title_of(pid: int) -> str:
     try:
         return Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()

@@ -54,11 +54,17 @@ class PlanSearcher(_NotKept, Searcher):
         committed: Callable[[str], RunState],
         fail: Callable[[str, str], None],
         view: View,
+        ahead: Callable[[], None],
+        at_once: int,
     ) -> None:
-        """command, max_failures: as `decide.verdict` takes them. fail: puts a run's failure, with its reason, on record."""
+        """command, max_failures: as `decide.verdict` takes them. fail: puts a run's failure, with its reason, on record.
+
+        ahead: begins a run's workers before its trial does; those of the first `at_once` runs have been begun.
+        """
         super().__init__()
         self.state, self.command, self.max_failures = state, command, max_failures
-        self.room, self.committed, self.fail, self.view = room, committed, fail, view
+        self.room, self.committed, self.fail, self.view, self.ahead = room, committed, fail, view, ahead
+        self.at_once = at_once
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
         self._no_room_s: float | None = None
@@ -72,6 +78,8 @@ class PlanSearcher(_NotKept, Searcher):
             self.runs[trial_id] = action.run
             self.began_s[action.run] = time.monotonic()
             self.view.started(action.run)
+            if len(self.began_s) > self.at_once:
+                self.ahead()
             return {"run": action.run}
         return None if isinstance(action, Wait) else Searcher.FINISHED
 
@@ -116,8 +124,11 @@ class PlanSearcher(_NotKept, Searcher):
 
 
 class ProgressCallback(_NotKept, Callback):
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, view: View, ahead: Callable[[], None]) -> None:
+        self.view, self.ahead = view, ahead
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ahead()  # its workers died with it
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "phase" in result:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import placement as placements
 from cluster import session
+from cluster.carry import warm
 from cluster.carry.decide import Done, Status, SuiteState, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike
@@ -126,6 +127,16 @@ def _carry_out(
     view: "View",
 ) -> "PlanSearcher":
     view.connected()
+    environment, local = worker_environment(commit()), not session.names_cluster() and not placement.gpus_per_worker
+    environment |= warm.environment() if local else {}
+    session.set_train_environment(hang_timeout_s=request.options.hang_timeout_s)  # part of the workers' environment
+
+    def ahead(runs: int = 1) -> None:
+        if local:
+            warm.prestart(runs * placement.num_workers, environment)
+
+    at_once = min(room(), sum(status is Status.OPEN for status in state.statuses.values()))
+    ahead(at_once)  # before the imports below
     from ray import tune
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
@@ -139,9 +150,11 @@ def _carry_out(
         committed=lambda run: when_answered(request.suite.run(run).state),
         fail=lambda run, reason: request.suite.run(run).fail(plan.configs[run], reason),
         view=view,
+        ahead=ahead,
+        at_once=at_once,
     )
     session.keep_credentials_here()
-    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement))
+    carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
     with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
@@ -151,7 +164,7 @@ def _carry_out(
                 storage_path=folder,
                 verbose=0,
                 stop=LeaseStopper(searcher, held),
-                callbacks=[ProgressCallback(view)],
+                callbacks=[ProgressCallback(view, ahead)],
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
@@ -168,8 +181,9 @@ def _storage_named(held: Leases) -> Iterator[None]:
         raise
 
 
-def _assignments(request: Request, plan: Plan, command: str, placement: Placement) -> dict[str, str]:
-    environment = worker_environment(commit())
+def _assignments(
+    request: Request, plan: Plan, command: str, placement: Placement, environment: dict[str, str]
+) -> dict[str, str]:
     return {
         name: Assignment(
             command=command,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from tests.conftest import Command, image, image_folder, run_in
-from tests.processes import descendants, title_of, until
+from tests.processes import begun_at, descendants, title_of, until
+from tests.proof.commands import train
 
 if TYPE_CHECKING:
     from sandbox.s3.server import Server
@@ -116,6 +117,17 @@ def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     good, bad = json.loads(done.stdout)["predictions"]
     assert len(good["top"]) == 5
     assert "error" in bad
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_local_ray_have_begun_before_their_trial_and_none_is_left_over(packed: Path, tmp_path: Path):
+    """An idle process that the workers did not take would wait for a minute."""
+    running = train(tmp_path, packed, "--num-workers", "2")
+    running.wait_for_step(1)
+    workers, trials = running.pids("ray::RayTrainWorker"), running.pids("ray::ImplicitFunc")
+    assert (len(workers), len(trials), running.pids("ray::IDLE")) == (2, 1, [])
+    assert min(map(begun_at, workers)) < begun_at(trials[0])
+    running.wait()
 
 
 @pytest.mark.slow
