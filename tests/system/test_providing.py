@@ -165,7 +165,8 @@ def test_a_notice_drains_this_node_until_its_time_whatever_the_metadata_service_
     service, instance = Metadata(cloud), f"i-{cloud}"
     service.turn("none")
     with second_node(head, instance), (tmp_path / "said").open("w") as said:
-        busy = f"import ray, time; ray.init(); ray.get(ray.remote(resources={{'{instance}': 1}})(lambda: time.sleep(200)).remote())"
+        task = f"ray.remote(resources={{'{instance}': 1}})(lambda: time.sleep(200))"
+        busy = f"import ray, time; ray.init(); ray.get({task}.remote())"
         head.begin(f"busy-{cloud}", f'{sys.executable} -c "{busy}"')
         wait_for_task(head, f"busy-{cloud}")
         (node,) = workers_of(head)
