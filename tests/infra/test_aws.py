@@ -711,6 +711,13 @@ def test_ray_up_reaches_the_head_by_session_manager_and_starts_ray_in_its_contai
     assert "docker exec" in start
     assert "--autoscaling-config=/home/imgcls/ray_bootstrap_config.yaml" in start
     assert shell.lines.index(start) > next(i for i, line in enumerate(shell.lines) if "chmod 600 /home/imgcls/.ray" in line)
+    (keeper,) = (line for line in shell.lines if "cluster.provide.keeper aws" in line)
+    assert "docker exec" in keeper
+    assert "export RAY_CLOUD_INSTANCE_ID=i-" in keeper
+    assert shell.lines.index(keeper) > shell.lines.index(start)
+    (loop,) = (line for line in shell.lines if "sudo shutdown -h now" in line)
+    assert "docker" not in loop
+    assert shell.lines.index(loop) < shell.lines.index(run)
     # The head reaches workers by their addresses, and passes on its own token.
     assert shell.config_of_head["auth"] == {"ssh_user": "ubuntu", "ssh_private_key": "~/ray_bootstrap_key.pem"}
     assert shell.config_of_head["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
