@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -219,8 +220,7 @@ def test_a_job_finds_its_own_code_before_the_nodes(head: Head, tmp_path: Path):
     done = run_in(tmp_path, "submit", "run", "--address", head.url, "--", "doctor", env=head.env)
     assert re.search(r"versions +\S.* ok ", done.stdout), done.stdout + done.stderr  # asked by our code on each node
     task = "__import__('cluster.placement').__file__"
-    script = f'cd {ROOT} && {sys.executable} -c "{IN_RAY.strip().format(task)}"'
-    head.begin("in-its-folder", script)
+    head.begin("in-its-folder", f"cd {ROOT} && {shlex.join([sys.executable, '-c', IN_RAY.format(task)])}")
     head.wait_for("in-its-folder", "SUCCEEDED")
     assert f"{ROOT}/cluster/__init__.py" in json.loads(head.get("/api/jobs/in-its-folder/logs"))["logs"]
 
