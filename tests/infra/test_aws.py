@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import boto3
@@ -23,6 +23,7 @@ from moto import mock_aws
 from moto.ec2.models.instance_types import INSTANCE_TYPES, InstanceTypeBackend
 
 from tests.conftest import ROOT
+from tests.infra.keeping import keeping_faults
 from tests.infra.site import filled
 
 # moto makes no policy of a bucket, and says so.
@@ -67,7 +68,9 @@ RUN_OPTIONS = [
     "--env=AWS_DEFAULT_REGION=region",
     "--ulimit=nofile=65536:65536",
     "--security-opt=no-new-privileges",
+    "--volume=/var/tmp/imgcls:/var/tmp/imgcls",
 ]
+PROVIDER = {"type": "external", "module": "cluster.provide.aws.SpotOrOnDemand"}
 SESSION_MANAGER = {
     "ssh_user": "ubuntu",
     "ssh_private_key": "private-key",
@@ -103,8 +106,10 @@ def unknown_words(value: Json, shape: Json, where: str) -> Iterator[str]:
 def launcher_faults(config: Mapping[str, Json]) -> Iterator[str]:
     """What is wrong with a filled aws.yaml, and what neither Ray nor a simulated AWS says."""
     provider, types, head = config["provider"], config["available_node_types"], config["head_node_type"]
-    known = {"type", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"}
+    known = {*PROVIDER, "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"}
     yield from (f"provider.{key}: unknown to Ray's AWS provider" for key in provider.keys() - known)
+    if not PROVIDER.items() <= provider.items():
+        yield "provider: spot types get no on-demand instances"
     if (provider.get("use_internal_ips"), provider.get("cache_stopped_nodes")) != (True, False):
         yield "provider: nodes are not reached by internal addresses, or not terminated when idle"
     yield from differences("SSH, which goes through Session Manager,", config["auth"].items(), SESSION_MANAGER.items())
@@ -116,6 +121,7 @@ def launcher_faults(config: Mapping[str, Json]) -> Iterator[str]:
     yield from differences("the dashboard, on the loopback interface only,", hosts, ["127.0.0.1"])
     if not any('test "$(id -u)" = 1000 ||' in command for command in config.get("initialization_commands", [])):
         yield "initialization_commands: a machine image whose user has another UID is not refused"
+    yield from keeping_faults(config, "aws")
     if not (config["max_workers"] <= 5 and 0 < config["idle_timeout_minutes"] <= 10):
         yield "it grows beyond five workers, or keeps them idle for more than ten minutes"
 
@@ -146,6 +152,8 @@ def type_faults(node_type: Mapping[str, Json], *, is_head: bool) -> Iterator[str
     for key in ("ImageId", "KeyName", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile"):
         if not node.get(key):
             yield f"has no {key}"
+    if node.get("InstanceInitiatedShutdownBehavior") != "terminate":
+        yield "it is paid for when it has shut itself down"
     yield from differences("MetadataOptions", node.get("MetadataOptions", {}).items(), IMDSV2.items())
     yield from differences("a disk", [disk["Ebs"] for disk in node["BlockDeviceMappings"]], [DISK])
     if is_head:
@@ -185,6 +193,7 @@ START = "ray start --head --dashboard-host=127.0.0.1"
         (f"{NODE}/Monitor", True, 'Unknown parameter in input: "Monitor"'),
         (f"{NODE}/IamInstanceProfile", GONE, "has no IamInstanceProfile"),
         (f"{NODE}/IamInstanceProfile/Name", "head-profile", "has the head's rights"),
+        (f"{NODE}/InstanceInitiatedShutdownBehavior", "stop", "paid for when it has shut itself down"),
         (f"{NODE}/SecurityGroupIds", GONE, "has no SecurityGroupIds"),
         (f"{NODE}/BlockDeviceMappings/0/Ebs/Encrypted", False, "a disk lacks"),
         (f"{NODE}/BlockDeviceMappings/0/Ebs/DeleteOnTermination", False, "a disk lacks"),
@@ -200,6 +209,7 @@ START = "ray start --head --dashboard-host=127.0.0.1"
         ("max_workers", 50, "beyond five workers"),
         ("idle_timeout_minutes", 600, "idle for more than ten minutes"),
         ("provider/use_internal_ip", True, "unknown to Ray's AWS provider"),
+        ("provider/module", "ray.autoscaler._private.aws.node_provider.AWSNodeProvider", "get no on-demand instances"),
         ("provider/cache_stopped_nodes", GONE, "not terminated when idle"),
         ("auth/ssh_proxy_command", "nc %h %p", "Session Manager, has ('ssh_proxy_command', 'nc %h %p')"),
         ("docker/image", "registry.test/imgcls:latest", "no digest"),
@@ -207,6 +217,9 @@ START = "ray start --head --dashboard-host=127.0.0.1"
         ("docker/run_options", [*RUN_OPTIONS, "--privileged"], "docker.run_options has --privileged"),
         ("docker/worker_run_options", ["--gpus=all", "--privileged"], "docker.worker_run_options has --privileged"),
         ("initialization_commands", GONE, "another UID is not refused"),
+        ("initialization_commands/1", "true", "no worker shuts itself down"),
+        ("worker_start_ray_commands/2", GONE, "no keeper on a worker"),
+        ("head_start_ray_commands/2", GONE, "no keeper on a head"),
         ("head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "loopback interface only, has 0.0.0.0"),
         ("head_start_ray_commands/1", f"{START} --dashboard-host 0.0.0.0", "loopback interface only, has 0.0.0.0"),
     ],
@@ -570,8 +583,7 @@ def test_ray_launches_every_type_with_what_the_stack_gave(outputs: dict[str, str
     for ec2 in (provider.ec2, provider.ec2_fail_fast):
         ec2.meta.client.meta.events.register("before-call", lambda model, **_: called.add(f"ec2:{model.name}"))
     for name, node_type in config["available_node_types"].items():
-        tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
-        provider.create_node(node_type["node_config"], tags, 1)
+        create(provider, name, node_type)
     nodes = {provider.node_tags(node)["ray-user-node-type"]: node for node in provider.non_terminated_nodes({})}
     assert nodes.keys() == {"head", "g5_spot", "g5_ondemand", "g6_spot", "g6_ondemand"}
     provider.set_node_tags(nodes["head"], {"ray-node-status": "up-to-date"})
@@ -594,6 +606,65 @@ def test_ray_launches_every_type_with_what_the_stack_gave(outputs: dict[str, str
     assert inventory() == before
     allowed = {action for statement in statements(decoded(STACK), "HeadRole") for action in actions(statement)}
     assert called == allowed - {"iam:PassRole"}
+
+
+def create(provider: Json, name: str, node_type: Json) -> None:
+    """As Ray's autoscaler asks for a node."""
+    tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
+    provider.create_node_with_resources_and_labels(node_type["node_config"], tags, 1, node_type["resources"], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "refused", "market"),
+    [
+        ("g5_spot", None, "spot", "spot"),
+        ("g5_spot", "InsufficientInstanceCapacity", "spot", None),
+        ("g5_spot", "SpotMaxPriceTooLow", "spot", None),
+        ("g5_spot", "MaxSpotInstanceCountExceeded", "spot", None),
+        ("g5_spot", "InsufficientInstanceCapacity", "spot and on-demand", "raised"),
+        ("g5_spot", "UnauthorizedOperation", "spot", "raised"),
+        ("g5_spot", "InvalidAMIID.NotFound", "spot", "raised"),
+        ("g5_ondemand", "InsufficientInstanceCapacity", "on-demand", "raised"),
+    ],
+)
+def test_where_there_is_no_spot_capacity_the_node_is_on_demand_and_other_errors_are_raised(
+    outputs: dict[str, str], caplog: pytest.LogCaptureFixture, name: str, code: str | None, refused: str, market: str | None
+):
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    config = bootstrapped(outputs)
+    provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
+    node_type = config["available_node_types"][name]
+    asked = copy.deepcopy(node_type["node_config"])
+
+    def answer(params: Json, **_: object) -> Json:
+        """AWS's, in place of what moto would say; None: moto says it."""
+        kind = "spot" if params["body"].get("InstanceMarketOptions.MarketType") == "spot" else "on-demand"
+        if code is None or kind not in refused.split():
+            return None
+        return SimpleNamespace(status_code=500), {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {}}
+
+    events = provider.ec2_fail_fast.meta.client.meta.events
+    events.register("before-call.ec2.RunInstances", answer)
+    try:
+        if market == "raised":
+            with pytest.raises(NodeLaunchException) as raised:
+                create(provider, name, node_type)
+            assert raised.value.category == code
+            assert provider.non_terminated_nodes({}) == []
+            assert ("on-demand node" in caplog.text) == (refused == "spot and on-demand")
+            return
+        create(provider, name, node_type)
+        (node,) = provider.non_terminated_nodes({})
+        seen = description(node, outputs)
+        provider.terminate_nodes([node])
+        assert (seen["type"], seen["profile"], seen["market"]) == ("g5.xlarge", "worker", market)
+        said = [record.getMessage() for record in caplog.records if "on-demand node" in record.msg]
+        assert [f"({code})" in line and name in line for line in said] == [True] * (code is not None)
+        assert node_type["node_config"] == asked
+    finally:
+        events.unregister("before-call.ec2.RunInstances", answer)
 
 
 class Shell:
@@ -640,6 +711,13 @@ def test_ray_up_reaches_the_head_by_session_manager_and_starts_ray_in_its_contai
     assert "docker exec" in start
     assert "--autoscaling-config=/home/imgcls/ray_bootstrap_config.yaml" in start
     assert shell.lines.index(start) > next(i for i, line in enumerate(shell.lines) if "chmod 600 /home/imgcls/.ray" in line)
+    (keeper,) = (line for line in shell.lines if "cluster.provide.keeper aws" in line)
+    assert "docker exec" in keeper
+    assert "export RAY_CLOUD_INSTANCE_ID=i-" in keeper
+    assert shell.lines.index(keeper) > shell.lines.index(start)
+    (loop,) = (line for line in shell.lines if "sudo shutdown -h now" in line)
+    assert "docker" not in loop
+    assert shell.lines.index(loop) < shell.lines.index(run)
     # The head reaches workers by their addresses, and passes on its own token.
     assert shell.config_of_head["auth"] == {"ssh_user": "ubuntu", "ssh_private_key": "~/ray_bootstrap_key.pem"}
     assert shell.config_of_head["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}

@@ -25,6 +25,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from jobs.render import INFRA
+from tests.infra.keeping import FOLDER, keeping_faults
 from tests.infra.site import IMAGE, filled
 
 RAYS_ACCOUNT = "ray-autoscaler-sa-v1@project.iam.gserviceaccount.com"
@@ -135,7 +136,7 @@ def faults(config: Config) -> list[str]:
 def our_faults(config: Config, bodies: dict[str, Config]) -> list[str]:
     """What we find wrong. bodies: the node types as Compute Engine is asked for them, or as the file says them."""
     found = [f"{name}: {fault}" for name, body in bodies.items() for fault in node_faults(name, config, body)]
-    return cluster_faults(prepare_config(copy.deepcopy(config))) + found
+    return cluster_faults(prepare_config(copy.deepcopy(config))) + list(keeping_faults(config, "gcp")) + found
 
 
 def cluster_faults(config: Config) -> list[str]:
@@ -288,6 +289,9 @@ def test_a_planted_mistake_is_found(mistake: Callable[[Config], None], fault: st
         (section("provider", use_internal_ip=True), "provider has {'use_internal_ip'} too much"),
         (section("provider", use_internal_ips=False), "nodes are not reached by their internal addresses"),
         (section("auth", ssh_proxy_use_node_id=False), "SSH does not go through IAP"),
+        (replaced("keeper gcp", "keeper aws"), "no keeper on a head"),
+        (replaced("sudo shutdown", "shutdown"), "no worker shuts itself down"),
+        (replaced("--volume=", "--env=VOLUME="), "the container does not reach the keeper's file"),
         (section("docker", worker_run_options=[]), "workers' containers see no GPU"),
         (lambda config: config.update(max_workers=50), "it grows beyond five workers"),
         (lambda config: config.update(idle_timeout_minutes=600), "workers stay idle for more than ten minutes"),
@@ -355,7 +359,8 @@ def initialized(uid: int, said: Callable[[str, str], Path]) -> tuple[list[subpro
     said("id", f'[ "$1" = -u ] && echo {uid} || echo ubuntu docker')
     said("curl", """echo '{"access_token": "of-this-node", "expires_in": 3599}'""")
     told = said("docker", 'echo "$@" >> "$SAID"; cat >> "$SAID"')
-    commands = [["bash", "-c", command] for command in config()["initialization_commands"]]
+    others = (command for command in config()["initialization_commands"] if FOLDER not in command)
+    commands = [["bash", "-c", command] for command in others]
     ended = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
     return ended, told.read_text()
 

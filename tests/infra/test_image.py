@@ -1,6 +1,8 @@
 """The Dockerfile: hadolint with every rule on, then rules of ours; `try_image.py` runs its steps."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 
 from cluster.send.staging import prepare
 from imgcls.errors import RecipeError
-from tests.infra.try_image import DOCKERFILE, ROOT, context, copied, steps
+from tests.infra.try_image import DOCKERFILE, ROOT, context, in_image, steps
 
 TEXT = DOCKERFILE.read_text()
 DRIVER = {
@@ -46,6 +48,9 @@ def faults(text: str) -> str:
         "python is not the venv's in login shells": not re.search(r'"PATH=/opt/venv/bin:.*> /etc/profile\.d/', commands),
         "the launcher finds no home": last.env.get("HOME") != "/home/imgcls",
         "the launcher finds no rsync": not re.search(r"apt-get install .*\brsync=", commands),
+        "nodes do not find what they run": last.env.get("PYTHONPATH") != "/opt/node"
+        or {"cluster/__init__.py", "cluster/provide/aws.py", "cluster/provide/keeper.py"}
+        - in_image(text, "/opt/node/").keys(),
         "no driver": not DRIVER.items() <= last.env.items(),
     }
     return "\n".join(fault for fault, is_there in there.items() if is_there)
@@ -93,6 +98,9 @@ def test_the_dockerfile_has_no_fault():
         ("    NVIDIA_VISIBLE_DEVICES=.*\n", "", "driver"),
         ("=compute,utility", "=utility", "driver"),
         ("    LD_LIBRARY_PATH=.*\n", "", "driver"),
+        ("ENV PYTHONPATH=/opt/node\n", "", "what they run"),
+        ("COPY cluster/provide .*\n", "", "what they run"),
+        ("COPY cluster/__init__.py .*\n", "", "what they run"),
         ("--uid 1000", "--uid 1001", "UID 1000"),
         ("--owner=1000", "--owner=root", "UID 1000"),
         ("--mode=700", "--mode=777", "read the token"),
@@ -107,7 +115,17 @@ def test_a_mistake_is_seen(right: str, wrong: str, said: str):
 
 def test_the_job_image_holds_what_submit_sends_and_no_more():
     sent = prepare(["doctor"]).files
-    files = {path: file for step in steps(TEXT) if step.word == "COPY" for path, file in copied(step).items()}
-    app = "/home/imgcls/app/"
-    assert {path.removeprefix(app): file for path, file in files.items() if path.startswith(app)} == sent
+    assert in_image(TEXT, "/home/imgcls/app/") == sent
     assert context() == {*sent.values(), ROOT / "infra/requirements.txt"}
+
+
+def test_what_nodes_run_starts_with_what_the_image_has_of_our_code(tmp_path: Path):
+    for path, file in in_image(TEXT, "/opt/node/").items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, tmp_path / path)
+    absent = "import sys; sys.modules.update(dict.fromkeys(('imgcls', 'jobs'))); "
+    for line in ("import cluster.provide.aws", "import runpy; runpy.run_module('cluster.provide.keeper')"):
+        env = {"PYTHONPATH": str(tmp_path), "PATH": os.defpath}
+        words = [sys.executable, "-c", f"{absent}{line}; import cluster; print(cluster.__file__)"]
+        done = subprocess.run(words, env=env, cwd="/", capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path}/cluster/__init__.py\n"), done.stderr

@@ -69,6 +69,12 @@ def copied(step: Step) -> dict[str, Path]:
     return {str(path): file for path, file in files.items() if file in sent}
 
 
+def in_image(text: str, folder: str) -> dict[str, Path]:
+    """Path below this folder of the image -> file here."""
+    files = {path: file for step in steps(text) if step.word == "COPY" for path, file in copied(step).items()}
+    return {path.removeprefix(folder): file for path, file in files.items() if path.startswith(folder)}
+
+
 def base(root: Path, binds: list[Path]) -> None:
     print("    Debian bookworm by debootstrap, with its own Python 3.11, stands for this image", flush=True)
     packages = "python3.11-venv,python3-distutils,ca-certificates"

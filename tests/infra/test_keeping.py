@@ -1,0 +1,79 @@
+"""The loop by which a worker's VM shuts itself down, by the very line of each file; `sudo` here keeps what it was told."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.infra.keeping import FOLDER, line_of
+from tests.processes import title_of, until
+
+FILES = ("ray/aws.yaml", "ray/gcp.yaml")
+
+
+class Vm:
+    """Half an hour is 3 s here."""
+
+    def __init__(self, path: str, folder: Path) -> None:
+        self.folder, self.file, self.said = folder, folder / "job", folder / "said"
+        changes = {"sleep 60": "sleep 0.2", "-30": "-0.05"}
+        self.line = line_of(path, "initialization_commands", "shutdown", **changes).replace(FOLDER, str(folder))
+        (folder / "sudo").write_text(f'#!/bin/sh\necho "$@" >> {self.said}\n')
+        (folder / "sudo").chmod(0o755)
+
+    def start(self, **environment: str) -> None:
+        env = {"PATH": f"{self.folder}:{os.environ['PATH']}"} | environment
+        subprocess.run(["bash", "-c", self.line], env=env, check=True, timeout=10)
+
+    @property
+    def loops(self) -> list[int]:
+        """It has left this process's family; its title has the folder."""
+        pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+        return [pid for pid in pids if title_of(pid).startswith("sh -c while") and str(self.folder) in title_of(pid)]
+
+
+@pytest.fixture(params=FILES)
+def vm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Vm]:
+    vm = Vm(request.param, tmp_path)
+    vm.file.touch()
+    yield vm
+    for pid in vm.loops:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_is_shut_down_when_its_file_is_old_and_not_before(vm: Vm):
+    vm.start(RAY_HEAD_IP="10.0.0.1")
+    for _ in range(25):  # 5 s
+        vm.file.touch()
+        time.sleep(0.2)
+    assert not vm.said.exists()
+    began = time.monotonic()
+    until(vm.said.exists, 15, "a shutdown")
+    assert time.monotonic() - began > 2.5
+    assert set(vm.said.read_text().splitlines()) == {"shutdown -h now"}
+
+
+def test_a_file_that_is_gone_is_old(vm: Vm):
+    vm.start(RAY_HEAD_IP="10.0.0.1")
+    vm.file.unlink()
+    until(vm.said.exists, 15, "a shutdown")
+
+
+def test_a_second_start_makes_no_second_loop(vm: Vm):
+    vm.start(RAY_HEAD_IP="10.0.0.1")
+    (loop,) = vm.loops
+    vm.start(RAY_HEAD_IP="10.0.0.1")
+    time.sleep(1)
+    assert vm.loops == [loop]
+
+
+def test_the_head_stays_unless_its_user_leaves_out_the_condition(vm: Vm):
+    vm.start()
+    assert vm.loops == []
+    vm.line = vm.line.removeprefix('test -z "$RAY_HEAD_IP" || ')
+    vm.start()
+    until(vm.said.exists, 15, "a shutdown")
