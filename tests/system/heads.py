@@ -10,12 +10,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.processes import descendants
+from tests.processes import alive, descendants
 
 TOKEN = "a-token-of-this-test-and-of-nobody-else"
 
@@ -26,11 +26,17 @@ class Head:
     gcs: str
     folder: str
     """Of Ray's own files."""
+    pid: int = 0
 
     @property
     def env(self) -> dict[str, str]:
         """Of a client that reaches it by its dashboard."""
         return {"RAY_AUTH_TOKEN": TOKEN, "RAY_ADDRESS": ""}
+
+    @property
+    def joining(self) -> dict[str, str]:
+        """The environment of a command that joins it."""
+        return {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": self.gcs}
 
     def get(self, path: str, body: bytes | None = None) -> str:
         request = urllib.request.Request(self.url + path, data=body, headers={"Authorization": f"Bearer {TOKEN}"})
@@ -50,40 +56,54 @@ class Head:
 
 @contextmanager
 def serving(**planted: str) -> Iterator[Head]:
-    gcs, dashboard, agent, client = (_free_port() for _ in range(4))
-    folder = tempfile.mkdtemp(prefix="ray")  # sockets lie in it: a short path
+    """A head with two CPUs."""
+    with started(head_to_be(), {"--num-cpus": 2}, planted) as head:
+        yield head
+
+
+def head_to_be() -> Head:
+    """One that is not started yet: its ports and its folder."""
+    gcs, dashboard = _free_port(), _free_port()
+    # Sockets lie in the folder: a short path.
+    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", tempfile.mkdtemp(prefix="ray"))
+
+
+@contextmanager
+def started(head: Head, words: Mapping[str, object], planted: Mapping[str, str]) -> Iterator[Head]:
+    """This head with these words more, and with all processes that it starts; none of them is left afterwards."""
     words = {
-        "--port": gcs,
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client,
+        "--port": head.gcs.rpartition(":")[2],
+        "--dashboard-port": head.url.rpartition(":")[2],
+        "--dashboard-agent-listen-port": _free_port(),
+        "--ray-client-server-port": _free_port(),
         "--node-ip-address": "127.0.0.1",
         "--min-worker-port": 0,
         "--max-worker-port": 0,
-        "--num-cpus": 2,
         "--object-store-memory": 200_000_000,
-        "--temp-dir": folder,
+        "--temp-dir": head.folder,
+        **words,
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ADDRESS": f"127.0.0.1:{gcs}"} | planted
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"]
             + [f"{flag}={value}" for flag, value in words.items()],
-            env=env,
+            env={**clean, **head.joining, **planted},
             stdout=said,
             stderr=said,
+            start_new_session=True,  # by which its processes are found, whoever has ended
         )
-        head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder)
         try:
             _wait_until_jobs_are_taken(head, process)
-            yield head
+            yield replace(head, pid=process.pid)
         finally:
-            for pid in [process.pid, *descendants(process.pid)]:  # its own way takes half a minute
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            while left := alive([process.pid, *descendants(process.pid)]):  # its own way takes half a minute
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.poll()
             process.wait()
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(head.folder, ignore_errors=True)
 
 
 def _wait_until_jobs_are_taken(head: Head, process: subprocess.Popen[bytes]) -> None:
