@@ -32,6 +32,17 @@ def asked_for(full: bool, request: pytest.FixtureRequest) -> None:
         pytest.skip("make proof, or --kills N")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """So many times is each kind of kill tried."""
+    most = {"worker_kill": 10, "driver_kill": 5, "controller_kill": 2, "many_kill": 5, "pair": 10, "node_kill": 10}
+    for name, count in most.items():
+        if name in metafunc.fixturenames:
+            asked = int(metafunc.config.getoption("--kills") or 0)
+            count = count if metafunc.config.getoption("--proof") else min(count, asked)
+            none = pytest.param(0, marks=pytest.mark.skip(reason="make proof, or --kills N"))
+            metafunc.parametrize(name, list(range(count)) or [none])
+
+
 @pytest.fixture(scope="session")
 def num_schedules(full: bool) -> int:
     return 10_000 if full else 300

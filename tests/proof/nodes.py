@@ -1,0 +1,70 @@
+"""Nodes under a run: which one a worker is on, taken away at once, and with a notice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from tests.processes import alive, descendants, title_of
+from tests.proof.commands import Running, assert_same, train
+
+WORKER = "ray::RayTrainWorker"
+
+
+def workers_below(pid: int) -> list[int]:
+    """The ranks that train on the nodes that this process, and its own, have started."""
+    return [one for one in descendants(pid) if title_of(one).startswith(WORKER)]
+
+
+def raylet_of(worker: int) -> int:
+    return int(Path("/proc", str(worker), "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def node_of(worker: int) -> str:
+    """Ray's id of its node, out of the raylet's command line."""
+    words = Path("/proc", str(raylet_of(worker)), "cmdline").read_bytes().decode().split("\0")
+    return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
+
+
+def kill_node_of(worker: int) -> None:
+    """The node and all that runs on it end at once, as when a machine loses its power."""
+    raylet = raylet_of(worker)
+    while left := alive([raylet, *descendants(raylet)]):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def drain(node: str, env: dict[str, str], *, seconds: int) -> None:
+    """The notice that this node will be taken away in so many seconds, as for a spot instance."""
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "drain-node", "--address", env["RAY_ADDRESS"], "--node-id", node, "--reason-message", "test"]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True)
+
+
+def go_on_after_a_notice(
+    folder: Path, packed: Path, env: dict[str, str], *, num_workers: int, below: int, seconds: int
+) -> Running:
+    """A run, over now, whose node got the notice in mid-epoch: it was no failure, and the bits are those without it.
+
+    below: whose nodes it has, as `workers_below` takes it. seconds: from the notice to the node's end.
+    """
+    long = ("--num-workers", str(num_workers), "--set", "length.epochs=20", "--set", "length.patience=null")
+    long += ("--checkpoint-every-n-steps", "1000")
+    running = train(folder / "drained", packed, "--max-failures", "0", *long, env=env)
+    running.wait_for_step(4)
+    of_rank_0 = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
+    drain(node_of(max(workers_below(below), key=lambda pid: pid != of_rank_0)), env, seconds=seconds)
+    assert "begun again from the last checkpoint" in running.wait()
+    endings = [json.loads(file.read_text())["end"] for file in (running.run / "attempts/00001").glob("rank-*.json")]
+    assert "preempted" in endings
+    assert "a node of this run is about to be taken away" in (running.run / "log.txt").read_text()
+    assert len(list((running.run / "attempts").iterdir())) == 2
+    whole = train(folder / "whole", packed, *long)
+    whole.wait()
+    assert_same(running.run, whole.run)
+    return running
