@@ -12,6 +12,14 @@ from tests.proof.commands import flags_of, train
 from tests.proof.records import Proof, Proved
 
 tried: list[Proved] = []
+SUBJECTS = {
+    "tests/proof": ("proof", "make proof"),
+    (AUTOSCALING := "tests/proof/test_autoscaling.py"): (
+        "autoscaling",
+        f"python -m pytest {AUTOSCALING} --proof --record --timeout 1800",
+    ),
+}
+"""Of the records: by what pytest is asked for, the subject and the command."""
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 
@@ -85,16 +93,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """docs/measurements/proof_<hardware>_<date>.json, whatever it came to."""
-    option = session.config.option
-    whole = session.config.args == ["tests/proof"] and not option.keyword
-    if not (option.proof and option.record and whole):
+    """docs/measurements/<subject>_<hardware>_<date>.json, whatever it came to."""
+    option, asked = session.config.option, " ".join(session.config.args)
+    if not (option.proof and option.record and asked in SUBJECTS and not option.keyword):
         return
+    subject, command = SUBJECTS[asked]
     commit = environment.commit()
     if commit is None or commit.endswith("+changes"):
         print(f"\nno record: {commit} is no commit; commit first")
         return
     found = Proof(
+        subject=subject,
+        command=command,
         date=date.today().isoformat(),
         commit=commit,
         versions=environment.versions(),

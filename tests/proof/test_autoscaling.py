@@ -54,9 +54,13 @@ def test_a_run_waits_for_its_node_as_long_as_the_cloud_needs_and_says_so(
     whole: dict[int, Path], packed: Path, tmp_path: Path, only_in_full, proved
 ):
     """Train itself gives a run up after eleven waits: of a minute by default, of a second here."""
-    planted = {"NODES_NEED_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1"}
-    slow = "tests.system.provider.SlowProvider"
-    with autoscaled({"cpu1": node_type(1, 1)}, max_workers=1, provider=slow, **planted) as head:
+    with autoscaled(
+        {"cpu1": node_type(1, 1)},
+        max_workers=1,
+        provider="tests.system.provider.SlowProvider",
+        NODES_NEED_S="60",
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="1",
+    ) as head:
         running = train(tmp_path, packed, env=head.joining)
         said = running.wait(420)
     assert said.count("its workers wait for nodes; `ray status` on the head says what the autoscaler does") == 1
