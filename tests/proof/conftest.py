@@ -8,7 +8,7 @@ import pytest
 
 from imgcls.training import environment
 from tests.conftest import ROOT
-from tests.proof.commands import flags_of, train
+from tests.proof.commands import EIGHTY_STEPS, flags_of, train
 from tests.proof.records import Proof, Proved
 
 tried: list[Proved] = []
@@ -59,19 +59,25 @@ def num_schedules(full: bool) -> int:
 class Whole(dict[int, Path]):
     """Runs under Ray that nobody killed, by their number of workers; each is made when it is first asked for."""
 
-    def __init__(self, packed: Path, folder: Path) -> None:
+    def __init__(self, packed: Path, folder: Path, *flags: str) -> None:
         super().__init__()
-        self.packed, self.folder = packed, folder
+        self.packed, self.folder, self.flags = packed, folder, flags
 
     def __missing__(self, num_workers: int) -> Path:
-        running = train(self.folder / str(num_workers), self.packed, *flags_of(num_workers))
-        running.wait()
+        running = train(self.folder / str(num_workers), self.packed, *flags_of(num_workers), *self.flags)
+        running.wait(420)
         return self.setdefault(num_workers, running.run)
 
 
 @pytest.fixture(scope="session")
 def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(packed, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
+def whole_of_80(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Runs of eighty steps."""
+    return Whole(packed, tmp_path_factory.mktemp("whole-of-80"), *EIGHTY_STEPS)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.processes import alive, descendants, title_of
-from tests.proof.commands import Running, assert_same, train
+from tests.proof.commands import EIGHTY_STEPS, assert_same, flags_of, train
 
 WORKER = "ray::RayTrainWorker"
 
@@ -47,24 +47,20 @@ def drain(node: str, env: dict[str, str], *, seconds: int) -> None:
 
 
 def go_on_after_a_notice(
-    folder: Path, packed: Path, env: dict[str, str], *, num_workers: int, below: int, seconds: int
-) -> Running:
-    """A run, over now, whose node got the notice in mid-epoch: it was no failure, and the bits are those without it.
+    folder: Path, packed: Path, env: dict[str, str], whole: dict[int, Path], *, num_workers: int, below: int, seconds: int
+) -> None:
+    """A run of eighty steps whose node gets the notice: it is no failure, and the bits are those of `whole`.
 
     below: whose nodes it has, as `workers_below` takes it. seconds: from the notice to the node's end.
     """
-    long = ("--num-workers", str(num_workers), "--set", "length.epochs=20", "--set", "length.patience=null")
-    long += ("--checkpoint-every-n-steps", "1000")
-    running = train(folder / "drained", packed, "--max-failures", "0", *long, env=env)
+    flags = ("--max-failures", "0", *flags_of(num_workers), *EIGHTY_STEPS)
+    running = train(folder, packed, *flags, env=env)
     running.wait_for_step(4)
     of_rank_0 = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
     drain(node_of(max(workers_below(below), key=lambda pid: pid != of_rank_0)), env, seconds=seconds)
-    assert "begun again from the last checkpoint" in running.wait()
+    assert "begun again from the last checkpoint" in running.wait(420)
     endings = [json.loads(file.read_text())["end"] for file in (running.run / "attempts/00001").glob("rank-*.json")]
     assert "preempted" in endings
     assert "a node of this run is about to be taken away" in (running.run / "log.txt").read_text()
     assert len(list((running.run / "attempts").iterdir())) == 2
-    whole = train(folder / "whole", packed, *long)
-    whole.wait()
-    assert_same(running.run, whole.run)
-    return running
+    assert_same(running.run, whole[num_workers])

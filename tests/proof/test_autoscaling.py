@@ -84,7 +84,7 @@ def test_a_node_that_is_killed_is_replaced_and_the_run_ends_with_the_same_bits(
     node = node_of(victim)
     kill_node_of(victim)
     again_s = until((running.run / "attempts/00002/began.json").exists, 240, "the run to go on")
-    running.wait()
+    running.wait(420)
     until(lambda: node not in workers_of(two_at_most), 60, "Ray to see that the node is gone")
     assert len(list((running.run / "attempts").iterdir())) == 2
     assert_same(running.run, whole[num_workers])
@@ -93,8 +93,8 @@ def test_a_node_that_is_killed_is_replaced_and_the_run_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_node_with_a_notice_is_replaced_and_the_run_ends_with_the_same_bits_and_no_failure(
-    num_workers: int, two_at_most: Head, packed: Path, tmp_path: Path, only_in_full, proved
+    num_workers: int, two_at_most: Head, whole_of_80: dict[int, Path], packed: Path, tmp_path: Path, only_in_full, proved
 ):
-    env, seconds = two_at_most.joining, 30
-    go_on_after_a_notice(tmp_path, packed, env, num_workers=num_workers, below=two_at_most.pid, seconds=seconds)
-    proved("notice to a node of an autoscaler, --max-failures 0", f"of one of {num_workers} workers, {seconds} s before")
+    where = (tmp_path, packed, two_at_most.joining, whole_of_80)
+    go_on_after_a_notice(*where, num_workers=num_workers, below=two_at_most.pid, seconds=30)
+    proved("notice to a node of an autoscaler, --max-failures 0", f"of one of {num_workers} workers, 30 s before its end")

@@ -142,9 +142,9 @@ def _said_by(code: str, env: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
-    num_workers: int, three_nodes: dict[str, str], packed: Path, tmp_path: Path, proved
+    num_workers: int, three_nodes: dict[str, str], whole_of_80: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
-    go_on_after_a_notice(tmp_path, packed, three_nodes, num_workers=num_workers, below=os.getpid(), seconds=5)
+    go_on_after_a_notice(tmp_path, packed, three_nodes, whole_of_80, num_workers=num_workers, below=os.getpid(), seconds=5)
     proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits")
 
 
