@@ -96,5 +96,5 @@ def test_a_node_with_a_notice_is_replaced_and_the_run_ends_with_the_same_bits_an
     num_workers: int, two_at_most: Head, whole_of_80: dict[int, Path], packed: Path, tmp_path: Path, only_in_full, proved
 ):
     where = (tmp_path, packed, two_at_most.joining, whole_of_80)
-    go_on_after_a_notice(*where, num_workers=num_workers, below=two_at_most.pid, seconds=30)
-    proved("notice to a node of an autoscaler, --max-failures 0", f"of one of {num_workers} workers, 30 s before its end")
+    committed = go_on_after_a_notice(*where, num_workers=num_workers, below=two_at_most.pid)
+    proved("notice to a node of an autoscaler, --max-failures 0", f"of one of {num_workers} workers: {committed}")

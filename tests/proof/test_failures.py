@@ -144,8 +144,9 @@ def _said_by(code: str, env: dict[str, str]) -> str:
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
     num_workers: int, three_nodes: dict[str, str], whole_of_80: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
-    go_on_after_a_notice(tmp_path, packed, three_nodes, whole_of_80, num_workers=num_workers, below=os.getpid(), seconds=5)
-    proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits")
+    where = (tmp_path, packed, three_nodes, whole_of_80)
+    committed = go_on_after_a_notice(*where, num_workers=num_workers, below=os.getpid())
+    proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits; {committed}")
 
 
 def test_a_killed_command_leaves_nothing_in_a_cluster_that_it_had_joined(
