@@ -119,7 +119,7 @@ def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
                 # Nothing but metrics goes through Train; checkpoints have their own store.
                 storage_path=folder,
                 callbacks=[Report()],
-                # Train counts preemptions apart, without a bound. Each failed start of the workers takes a minute.
+                # Train counts preemptions apart, without a bound.
                 failure_config=ray.train.FailureConfig(max_failures=restarts, controller_failure_limit=10),
                 logging_config=ray.train.LoggingConfig(log_level="INFO" if options.verbose else "CRITICAL"),
                 worker_runtime_env={"env_vars": given.environment},

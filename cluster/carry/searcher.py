@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 
 from cluster.carry.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
 from cluster.carry.lease import Leases
-from cluster.carry.trainer import remove_workers
+from cluster.carry.trainer import remove_workers, wait_for_nodes
 from imgcls.runs import RunState
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
@@ -68,6 +68,7 @@ class PlanSearcher(_NotKept, Searcher):
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
         self._no_room_s: float | None = None
+        self._wait_s: dict[str, float] = {}
         self.began_s: dict[str, float] = {}
         self.ended_s: dict[str, float] = {}
         """By run, by `time.monotonic`."""
@@ -111,6 +112,16 @@ class PlanSearcher(_NotKept, Searcher):
         if time.monotonic() - self._looked_s > LOOK_S:
             self._looked_s = time.monotonic()
             self._room()
+            self._say_who_waits(time.monotonic())
+
+    def _say_who_waits(self, now: float) -> None:
+        """For nodes: a cloud may need long for one, and the run says nothing meanwhile."""
+        started = [run for run, status in self.state.statuses.items() if status is Status.STARTED]
+        waiting = {run: self._wait_s.get(run, now) for run in started if wait_for_nodes(run)}
+        for run in [run for run, since_s in waiting.items() if now - since_s > NO_ROOM_S]:
+            self.view.say(f"{run}: its workers wait for nodes; `ray status` on the head says what the autoscaler does")
+            waiting[run] = math.inf
+        self._wait_s = waiting
 
     def lose(self, runs: Collection[str]) -> None:
         """Other commands hold the leases of these runs."""

@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
 
 from imgcls.records import Placement
 
@@ -73,6 +73,13 @@ def remove_workers(run: str) -> None:
         remove_placement_group(get_placement_group(run))
 
 
+def wait_for_nodes(run: str) -> bool:
+    """Whether the workers of this run have no place in the cluster yet."""
+    with suppress(ValueError, RayError):  # its trial has not asked for one yet
+        return placement_group_table(get_placement_group(run))["state"] in ("PENDING", "RESCHEDULING")
+    return False
+
+
 class _Devices(Backend):
     share_cuda_visible_devices = True  # also where Ray is told to leave CUDA_VISIBLE_DEVICES alone
 
@@ -99,7 +106,15 @@ class _Workers(WorkerGroup):
             name=run,
             bundle_label_selector=worker_group_context.label_selector,
         )
-        return DefaultPlacementGroupHandle(group)
+        return _Awaited(group)
+
+
+class _Awaited(DefaultPlacementGroupHandle):
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        """True at last: a cloud may need long for a node, and Train would give the run up after eleven such waits."""
+        while not self.placement_group.wait(timeout_seconds):
+            pass
+        return True
 
 
 class _Controller(TrainController):

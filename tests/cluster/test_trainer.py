@@ -93,5 +93,51 @@ def test_a_run_of_one_worker_has_no_more_processes_than_it_needs():
     assert set(done.stdout.splitlines()) == needed, done.stdout + done.stderr
 
 
+A_RUN_THAT_WAITS = """
+import time
+from cluster.session import session
+from imgcls import storage
+from imgcls.records import Placement
+
+class Trial:
+    def run(self, folder):
+        from cluster.carry.trainer import TrialTrainer, backend_config
+        return TrialTrainer(
+            lambda: "done",
+            backend_config=backend_config(Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)),
+            scaling_config=ray.train.ScalingConfig(num_workers=1),
+            run_config=ray.train.RunConfig(
+                name="late", storage_path=folder, failure_config=ray.train.FailureConfig(controller_failure_limit=0)
+            ),
+        ).fit().return_value
+
+with session(verbose=False), storage.temporary_folder("test") as folder:
+    import ray, ray.train
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from cluster.carry.trainer import wait_for_nodes
+
+    others = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(others.ready())
+    print(wait_for_nodes("late"))
+    limit = {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "0.2"}}
+    done = ray.remote(num_cpus=0, runtime_env=limit)(Trial).remote().run.remote(folder)
+    until = time.monotonic() + 60
+    while not wait_for_nodes("late") and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(2)
+    print(wait_for_nodes("late"))
+    remove_placement_group(others)
+    print(ray.get(done, timeout=90), wait_for_nodes("late"))
+"""
+
+
+def test_workers_whose_place_is_taken_wait_for_it_longer_than_train_would(ray_cluster: dict[str, str]):
+    done = subprocess.run(
+        [sys.executable, "-c", A_RUN_THAT_WAITS],
+        cwd=ROOT, env={**os.environ, **ray_cluster}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["False", "True", "done False"], done.stdout + done.stderr
+
+
 def local_ray() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

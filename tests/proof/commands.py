@@ -23,6 +23,9 @@ TWELVE_STEPS = (
 )
 """`scratch`, a ResNet-18, on 270 synthetic images: three epochs of four steps, with all that could come out otherwise."""
 
+EIGHTY_STEPS = (*("--set", "length.epochs=20", "--set", "length.patience=null"), *("--checkpoint-every-n-steps", "1000"))
+"""Beside them, makes of them twenty epochs with a checkpoint at the end of each."""
+
 
 @dataclass(frozen=True)
 class Running:

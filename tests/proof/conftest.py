@@ -8,10 +8,18 @@ import pytest
 
 from imgcls.training import environment
 from tests.conftest import ROOT
-from tests.proof.commands import flags_of, train
+from tests.proof.commands import EIGHTY_STEPS, flags_of, train
 from tests.proof.records import Proof, Proved
 
 tried: list[Proved] = []
+SUBJECTS = {
+    "tests/proof": ("proof", "make proof"),
+    (AUTOSCALING := "tests/proof/test_autoscaling.py"): (
+        "autoscaling",
+        f"python -m pytest {AUTOSCALING} --proof --record --timeout 1800",
+    ),
+}
+"""Of the records: by what pytest is asked for, the subject and the command."""
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 
@@ -32,6 +40,17 @@ def asked_for(full: bool, request: pytest.FixtureRequest) -> None:
         pytest.skip("make proof, or --kills N")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """So many times is each kind of kill tried."""
+    most = {"worker_kill": 10, "driver_kill": 5, "controller_kill": 2, "many_kill": 5, "pair": 10, "node_kill": 10}
+    for name, count in most.items():
+        if name in metafunc.fixturenames:
+            asked = int(metafunc.config.getoption("--kills") or 0)
+            count = count if metafunc.config.getoption("--proof") else min(count, asked)
+            none = pytest.param(0, marks=pytest.mark.skip(reason="make proof, or --kills N"))
+            metafunc.parametrize(name, list(range(count)) or [none])
+
+
 @pytest.fixture(scope="session")
 def num_schedules(full: bool) -> int:
     return 10_000 if full else 300
@@ -40,19 +59,25 @@ def num_schedules(full: bool) -> int:
 class Whole(dict[int, Path]):
     """Runs under Ray that nobody killed, by their number of workers; each is made when it is first asked for."""
 
-    def __init__(self, packed: Path, folder: Path) -> None:
+    def __init__(self, packed: Path, folder: Path, *flags: str) -> None:
         super().__init__()
-        self.packed, self.folder = packed, folder
+        self.packed, self.folder, self.flags = packed, folder, flags
 
     def __missing__(self, num_workers: int) -> Path:
-        running = train(self.folder / str(num_workers), self.packed, *flags_of(num_workers))
-        running.wait()
+        running = train(self.folder / str(num_workers), self.packed, *flags_of(num_workers), *self.flags)
+        running.wait(420)
         return self.setdefault(num_workers, running.run)
 
 
 @pytest.fixture(scope="session")
 def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(packed, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
+def whole_of_80(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Runs of eighty steps."""
+    return Whole(packed, tmp_path_factory.mktemp("whole-of-80"), *EIGHTY_STEPS)
 
 
 @pytest.fixture
@@ -74,16 +99,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """docs/measurements/proof_<hardware>_<date>.json, whatever it came to."""
-    option = session.config.option
-    whole = session.config.args == ["tests/proof"] and not option.keyword
-    if not (option.proof and option.record and whole):
+    """docs/measurements/<subject>_<hardware>_<date>.json, whatever it came to."""
+    option, asked = session.config.option, " ".join(session.config.args)
+    if not (option.proof and option.record and asked in SUBJECTS and not option.keyword):
         return
+    subject, command = SUBJECTS[asked]
     commit = environment.commit()
     if commit is None or commit.endswith("+changes"):
         print(f"\nno record: {commit} is no commit; commit first")
         return
     found = Proof(
+        subject=subject,
+        command=command,
         date=date.today().isoformat(),
         commit=commit,
         versions=environment.versions(),

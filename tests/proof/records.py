@@ -24,7 +24,7 @@ class Proved(Record):
 
 
 class Proof(Figures):
-    """What `make proof` tried, and whether it came out equal."""
+    """What `make proof` tried, or the part of it under an autoscaler, and whether it came out equal."""
 
     subject: str = "proof"
     claim: str = "a run that was killed, moved or cut otherwise ends with the bits of one that was not"
@@ -144,8 +144,8 @@ def numerics_table(folder: Path) -> str:
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record.runs[0])}"
 
 
-def proof_table(folder: Path) -> str:
-    found = newest(Proof, folder, "proof")
+def proof_table(folder: Path, subject: str = "proof") -> str:
+    found = newest(Proof, folder, subject)
     header = ("tried", "as it has to be")
     if found is None:
         return rows_of(header, [("", "unmeasured")])
@@ -251,6 +251,7 @@ def _amount(value: float) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "numerics": numerics_table,
     "proof": proof_table,
+    "autoscaling": partial(proof_table, subject="autoscaling"),
     "faults": faults_table,
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},

@@ -17,9 +17,10 @@ from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from imgcls.training.checkpoints import CheckpointStore
 from tests.conftest import ROOT
-from tests.processes import alive, descendants, title_of, until
+from tests.processes import alive, until
 from tests.proof.commands import Running, assert_same, result_in, start, train
 from tests.proof.faults import HANGS_ONCE, RAISES, TURNS_NAN, planted
+from tests.proof.nodes import go_on_after_a_notice
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.usefixtures("only_in_full")]
 
@@ -141,39 +142,11 @@ def _said_by(code: str, env: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_drained_node_brings_a_checkpoint_and_does_not_count_as_a_failure(
-    num_workers: int, three_nodes: dict[str, str], packed: Path, tmp_path: Path, proved
+    num_workers: int, three_nodes: dict[str, str], whole_of_80: dict[int, Path], packed: Path, tmp_path: Path, proved
 ):
-    long = ("--num-workers", str(num_workers), "--set", "length.epochs=20", "--set", "length.patience=null")
-    long += ("--checkpoint-every-n-steps", "1000")
-    running = train(tmp_path / "drained", packed, "--max-failures", "0", *long, env=three_nodes)
-    running.wait_for_step(4)
-    of_rank_0 = json.loads((running.run / "attempts/00001/began.json").read_text())["pid"]
-    workers = [pid for pid in descendants(os.getpid()) if title_of(pid).startswith("ray::RayTrainWorker")]
-    _drain(_node_of(max(workers, key=lambda pid: pid != of_rank_0)), three_nodes, seconds=5)
-    assert "begun again from the last checkpoint" in running.wait()
-    endings = [json.loads(file.read_text())["end"] for file in (running.run / "attempts/00001").glob("rank-*.json")]
-    assert "preempted" in endings
-    log = (running.run / "log.txt").read_text()
-    assert "a node of this run is about to be taken away" in log
-    assert len(list((running.run / "attempts").iterdir())) == 2
-    whole = train(tmp_path / "whole", packed, *long)
-    whole.wait()
-    assert_same(running.run, whole.run)
-    proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits")
-
-
-def _node_of(pid: int) -> str:
-    """Ray's id of the node on which this worker runs, out of its command line's parent, the raylet."""
-    raylet = int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
-    words = Path("/proc", str(raylet), "cmdline").read_bytes().decode().split("\0")
-    return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
-
-
-def _drain(node: str, env: dict[str, str], *, seconds: int) -> None:
-    ray = str(Path(sys.executable).parent / "ray")
-    command = [ray, "drain-node", "--address", env["RAY_ADDRESS"], "--node-id", node, "--reason-message", "test"]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
-    subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True)
+    where = (tmp_path, packed, three_nodes, whole_of_80)
+    committed = go_on_after_a_notice(*where, num_workers=num_workers, below=os.getpid())
+    proved("a drained node, --max-failures 0", f"of one of {num_workers} workers: not counted, the same bits; {committed}")
 
 
 def test_a_killed_command_leaves_nothing_in_a_cluster_that_it_had_joined(

@@ -29,16 +29,6 @@ def at_a_random_moment(running: Running, moment: random.Random) -> str:
     return f"{delay_s:.2f} s after step {step}"
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    most = {"worker_kill": 10, "driver_kill": 5, "controller_kill": 2, "many_kill": 5, "pair": 10}
-    for name, count in most.items():
-        if name in metafunc.fixturenames:
-            asked = int(metafunc.config.getoption("--kills") or 0)
-            count = count if metafunc.config.getoption("--proof") else min(count, asked)
-            none = pytest.param(0, marks=pytest.mark.skip(reason="make proof, or --kills N"))
-            metafunc.parametrize(name, list(range(count)) or [none])
-
-
 @pytest.mark.timeout(420)
 def test_a_run_whose_worker_is_killed_ends_with_the_same_bits(
     worker_kill: int, whole: dict[int, Path], packed: Path, tmp_path: Path, proved

@@ -107,7 +107,7 @@ def started(head: Head, words: Mapping[str, object], planted: Mapping[str, str])
 
 
 def _wait_until_jobs_are_taken(head: Head, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 180
     while True:
         assert process.poll() is None, "ray start ended"
         with suppress(OSError):

@@ -1,6 +1,7 @@
 """The node provider of `autoscaled`: Ray's own fake one, whose nodes are processes of this machine."""
 
 import os
+import time
 from typing import Any
 from unittest.mock import patch
 
@@ -16,3 +17,13 @@ class LocalProvider(FakeMultiNodeProvider):
     ) -> None:
         with self.lock, patch.dict(os.environ, RAY_NODE_TYPE_NAME=tags[TAG_RAY_USER_NODE_TYPE]):
             super()._create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
+
+
+class SlowProvider(LocalProvider):
+    """As a cloud whose nodes need long to come, or have to wait until others give them back."""
+
+    def create_node_with_resources_and_labels(
+        self, node_config: Any, tags: dict[str, str], count: int, resources: Any, labels: Any
+    ) -> None:
+        time.sleep(float(os.environ["NODES_NEED_S"]))
+        super().create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
