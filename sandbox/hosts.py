@@ -68,13 +68,14 @@ class Hosts:
         pid, port = str(self.first[host][1]), f"p{host[1:]}"
         with suppress(subprocess.CalledProcessError):  # after a crash the kernel removes the link, but later
             self._on_hub("ip", "link", "del", port, stderr=subprocess.DEVNULL)
-        self._on_hub("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", pid)
+        card = f"02:00:00:00:00:{int(host[1:]):02x}"  # the same after a crash: other hosts remember it
+        self._on_hub("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "address", card, "netns", pid)
         self.heal(host)
         self.run(host, "ip", "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         self.run(host, "ip", "link", "set", "eth0", "up")
 
     def crash(self, host: str) -> None:
-        """SIGKILL for all its processes at once. The kernel closes their connections: unless it is cut, others hear of it."""
+        """SIGKILL for all its processes. The kernel closes their connections: others hear of it, unless the link is cut."""
         process, pid = self.first.pop(host)
         os.kill(pid, signal.SIGKILL)
         process.communicate()

@@ -204,16 +204,17 @@ class Site:
 
     def hosts_of_workers(self) -> list[str]:
         """Hosts on which a worker of a run is alive."""
-        return [
-            host
-            for host in WORKERS
-            if any(title_of(pid).startswith("ray::RayTrainWorker") for pid in self.hosts.pids(host))
-        ]
+        up = [host for host in WORKERS if host in self.hosts.first]
+        return [host for host in up if any(map(_is_worker, self.hosts.pids(host)))]
 
     @contextmanager
     def log(self, name: str):
         with (self.folder / f"{name}-{time.monotonic_ns()}.txt").open("w") as file:
             yield file
+
+
+def _is_worker(pid: int) -> bool:
+    return title_of(pid).startswith("ray::RayTrainWorker")
 
 
 @contextmanager
