@@ -82,7 +82,7 @@ class Sent:
     process: subprocess.Popen[str]
     said: Path
 
-    def wait(self, timeout_s: float = 300) -> str:
+    def wait(self, timeout_s: float = 900) -> str:
         """Its output, when it has ended with 0."""
         code, text = self.process.wait(timeout_s), self.said.read_text()
         assert code == 0, f"exit code {code}\n{text}"
@@ -102,7 +102,7 @@ class Steps:
         lines = [line.split() for line in self.said.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [(float(at), int(step), int(attempts)) for at, step, attempts in lines]
 
-    def wait_for(self, step: int, *, attempt: int = 1, timeout_s: float = 240) -> float:
+    def wait_for(self, step: int, *, attempt: int = 1, timeout_s: float = 400) -> float:
         """When so many attempts were on record and this step, or a later one, was committed."""
 
         def reached() -> list[float]:
@@ -163,7 +163,7 @@ class Site:
     def doctor(self) -> tuple[int, dict[str, list[dict]]]:
         """Exit code, and the checks by their name."""
         sent = self._send("--address", DASHBOARD, "--json", door="doctor")
-        code, text = sent.process.wait(120), sent.said.read_text()
+        code, text = sent.process.wait(300), sent.said.read_text()
         checks: dict[str, list[dict]] = {}
         for check in json.loads(text[text.index("{\n") :])["checks"]:
             checks.setdefault(check["name"], []).append(check)

@@ -14,10 +14,11 @@ from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from sandbox.hosts import why_not
 from tests.conftest import run_in
+from tests.processes import until
 from tests.proof.commands import assert_same, result_in, start
 from tests.proof.over_hosts import BUCKET, LATENCY_S, WORKERS, Site, site_of_hosts
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("only_in_full")]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("only_in_full")]
 
 CUT_S = 10
 MBIT = 100
@@ -77,7 +78,7 @@ def test_a_suite_sent_from_another_host_has_the_bits_of_one_host(
     sent.wait()
     assert max(map(len, used)) == num_workers, used
     local = ("suite", "--data", packed, "--storage", "runs", "--id", "one", *flags, "--cpus-per-worker", "0.5")
-    done = run_in(tmp_path, *local, env={"RAY_ADDRESS": ""})
+    done = run_in(tmp_path, *local, env={"RAY_ADDRESS": ""}, timeout_s=900)
     assert done.returncode == 0, done.stdout + done.stderr
     over, one = site.fetch(f"suite-{num_workers}"), tmp_path / "runs" / "one"
     runs = sorted(path.parent.name for path in one.glob("*/result.json"))
@@ -91,21 +92,36 @@ def test_a_suite_sent_from_another_host_has_the_bits_of_one_host(
 
 
 def test_the_doctor_names_the_interface_and_a_wrong_one_is_a_fault(site: Site, proved):
-    code, checks = site.doctor()
-    (right,) = checks["all-reduce"]
-    assert (code, right["ok"]) == (0, True), checks
+    (right,), healthy = all_reduce(site)
+    assert healthy
     assert right["found"].endswith(", by eth0"), right
-    site.hosts.crash(WORKERS[2])
-    site.hosts.boot(WORKERS[2])
-    site.join(WORKERS[2], GLOO_SOCKET_IFNAME="lo")
+    host = WORKERS[2]
+    site.hosts.run(host, "sh", "-c", f"cp /mnt/hosts /mnt/right; echo 127.0.1.1 {host} >/mnt/hosts")
+    (by_name,), _ = all_reduce(site)
+    site.hosts.run(host, "sh", "-c", "cat /mnt/right >/mnt/hosts")
+    restart(site, host, GLOO_SOCKET_IFNAME="lo")
+    (by_variable,), _ = all_reduce(site)
+    restart(site, host)
+    for wrong in (by_name, by_variable):
+        assert not wrong["ok"]
+        assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
+    proved("jobs.doctor over hosts: all-reduce", right["found"])
+    proved("jobs.doctor over hosts: a fault", f"a host's name resolves to 127.0.1.1: {by_name['found']}")
+    proved("jobs.doctor over hosts: a fault", f"GLOO_SOCKET_IFNAME=lo on a host: {by_variable['found']}")
+
+
+def all_reduce(site: Site) -> tuple[list[dict], bool]:
+    """The check, and whether no other one found a fault."""
     code, checks = site.doctor()
-    (wrong,) = checks["all-reduce"]
-    site.hosts.crash(WORKERS[2])
-    site.hosts.boot(WORKERS[2])
-    site.join(WORKERS[2])
-    assert (code, wrong["ok"]) == (3, False), checks
-    assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
-    proved("jobs.doctor over hosts", f"right: {right['found']}; GLOO_SOCKET_IFNAME=lo on one: {wrong['found']}", n=2)
+    faults = {name for name, some in checks.items() if not all(check["ok"] for check in some)}
+    assert (code, faults <= {"all-reduce"}) == (3 if faults else 0, True), checks
+    return checks["all-reduce"], not faults
+
+
+def restart(site: Site, host: str, **env: str) -> None:
+    site.hosts.crash(host)
+    site.hosts.boot(host)
+    site.join(host, **env)
 
 
 def test_a_link_that_is_cut_for_ten_seconds_costs_no_restart(site: Site, on_one_host: Path, proved):
@@ -139,6 +155,7 @@ def test_a_host_that_crashes_is_replaced_by_another_and_the_run_ends_with_the_sa
     crashed = time.time()
     last = steps.seen[-1][1]
     (spare,) = set(WORKERS) - set(before)
+    dead_s = until(lambda: site.hosts.address(victim) not in site.nodes(), 180, "the head to take the host for dead")
     seconds = steps.wait_for(last + 1, attempt=2) - crashed
     assert spare in site.hosts_of_workers() or sent.process.poll() is not None
     sent.wait()
@@ -148,7 +165,8 @@ def test_a_host_that_crashes_is_replaced_by_another_and_the_run_ends_with_the_sa
     assert attempts_of(run) == 2
     assert_same(run, on_one_host)
     kind = "its connections end" if heard else "in silence: its link is cut for good"
-    proved(f"a host of two crashed, {kind}", f"replaced by another, the next step after {seconds:.1f} s")
+    spent = f"taken for dead after {dead_s:.0f} s, the next step with another host after {seconds:.1f} s"
+    proved(f"a host of two crashed, {kind}", spent)
 
 
 def test_a_slow_bucket_bounds_the_first_epoch_alone(site: Site, tmp_path: Path, proved):
@@ -168,7 +186,7 @@ def test_a_slow_bucket_bounds_the_first_epoch_alone(site: Site, tmp_path: Path, 
         first[kind] = result_in(run).seconds["cache"] + float(rows[0][1])
         later[kind] = statistics.median(float(row[3]) for row in rows[1:])
     link_s, ratio = num_mb * 8 / MBIT, later["far"] / later["near"]
-    assert first["far"] > max(link_s, first["near"])
+    assert first["far"] > link_s
     assert ratio > 0.6
     proved(
         f"bucket at {LATENCY_S * 1e3:.0f} ms and {MBIT} Mbit/s",
