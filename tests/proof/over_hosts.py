@@ -145,10 +145,17 @@ class Site:
         until(lambda: address in self.nodes(), 90, "the head")
 
     def join(self, *names: str, **env: str) -> None:
-        """These hosts become nodes of one CPU each."""
-        for host in names:
-            self._ray_start(host, f"--address={self.hosts.address(HEAD)}:6379", "--num-cpus=1", **env)
-        until(lambda: {self.hosts.address(host) for host in names} <= self.nodes(), 90, f"{names} to join")
+        """These hosts become nodes of one CPU each. On a machine that is busy with other things `ray start` may give up."""
+        started = dict[str, subprocess.Popen[str]]()
+
+        def joined() -> bool:
+            for host in names:
+                if host not in started or started[host].poll() is not None:
+                    address = f"--address={self.hosts.address(HEAD)}:6379"
+                    started[host] = self._ray_start(host, address, "--num-cpus=1", **env)
+            return {self.hosts.address(host) for host in names} <= self.nodes()
+
+        until(joined, 240, f"{names} to join")
 
     def nodes(self) -> set[str]:
         """Addresses of the nodes that are alive."""
@@ -175,12 +182,12 @@ class Site:
             process = self.hosts.popen(CLIENT, PYTHON, "-m", f"jobs.{door}", *words, env=self.env, cwd=ROOT, **quiet)
         return Sent(process, Path(said.name))
 
-    def _ray_start(self, host: str, *flags: str, **env: str) -> None:
+    def _ray_start(self, host: str, *flags: str, **env: str) -> subprocess.Popen[str]:
         common = ("--block", "--disable-usage-stats", "--object-store-memory=100000000")
         with self.log(host) as said:
             quiet = {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL}
-            ray = Path(PYTHON).with_name("ray")
-            self.hosts.popen(host, ray, "start", *flags, *common, env=self.env | self.near | env, cwd="/mnt", **quiet)
+            words = (Path(PYTHON).with_name("ray"), "start", *flags, *common)
+            return self.hosts.popen(host, *words, env=self.env | self.near | env, cwd="/mnt", **quiet)
 
     def watch(self, run: str) -> Steps:
         """run: ID/NAME."""
