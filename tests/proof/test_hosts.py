@@ -76,7 +76,7 @@ def test_a_suite_sent_from_another_host_has_the_bits_of_one_host(
         used.add(tuple(site.hosts_of_workers()))
         time.sleep(0.2)
     sent.wait()
-    assert max(map(len, used)) == num_workers, used
+    assert max(map(len, used)) >= num_workers, used
     local = ("suite", "--data", packed, "--storage", "runs", "--id", "one", *flags, "--cpus-per-worker", "0.5")
     done = run_in(tmp_path, *local, env={"RAY_ADDRESS": ""}, timeout_s=900)
     assert done.returncode == 0, done.stdout + done.stderr
