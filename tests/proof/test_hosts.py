@@ -96,18 +96,13 @@ def test_the_doctor_names_the_interface_and_a_wrong_one_is_a_fault(site: Site, p
     assert healthy
     assert right["found"].endswith(", by eth0"), right
     host = WORKERS[2]
-    site.hosts.run(host, "sh", "-c", f"cp /mnt/hosts /mnt/right; echo 127.0.1.1 {host} >/mnt/hosts")
-    (by_name,), _ = all_reduce(site)
-    site.hosts.run(host, "sh", "-c", "cat /mnt/right >/mnt/hosts")
     restart(site, host, GLOO_SOCKET_IFNAME="lo")
-    (by_variable,), _ = all_reduce(site)
+    (wrong,), _ = all_reduce(site)
     restart(site, host)
-    for wrong in (by_name, by_variable):
-        assert not wrong["ok"]
-        assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
+    assert not wrong["ok"]
+    assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
     proved("jobs.doctor over hosts: all-reduce", right["found"])
-    proved("jobs.doctor over hosts: a fault", f"a host's name resolves to 127.0.1.1: {by_name['found']}")
-    proved("jobs.doctor over hosts: a fault", f"GLOO_SOCKET_IFNAME=lo on a host: {by_variable['found']}")
+    proved("jobs.doctor over hosts: a fault", f"GLOO_SOCKET_IFNAME=lo on a host: {wrong['found']}")
 
 
 def all_reduce(site: Site) -> tuple[list[dict], bool]:
@@ -120,6 +115,7 @@ def all_reduce(site: Site) -> tuple[list[dict], bool]:
 
 def restart(site: Site, host: str, **env: str) -> None:
     site.hosts.crash(host)
+    until(lambda: site.hosts.address(host) not in site.nodes(), 180, f"the head to take {host} for dead")
     site.hosts.boot(host)
     site.join(host, **env)
 
