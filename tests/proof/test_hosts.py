@@ -95,14 +95,14 @@ def test_the_doctor_names_the_interface_and_a_wrong_one_is_a_fault(site: Site, p
     (right,), healthy = all_reduce(site)
     assert healthy
     assert right["found"].endswith(", by eth0"), right
-    host = WORKERS[2]
-    restart(site, host, GLOO_SOCKET_IFNAME="lo")
+    # One alone is no fault on 10.x: gloo connects from the higher address to the lower one, and 127.0.0.1 is the higher.
+    restart(site, *WORKERS[1:], GLOO_SOCKET_IFNAME="lo")
     (wrong,), _ = all_reduce(site)
-    restart(site, host)
+    restart(site, *WORKERS[1:])
     assert not wrong["ok"]
     assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
     proved("jobs.doctor over hosts: all-reduce", right["found"])
-    proved("jobs.doctor over hosts: a fault", f"GLOO_SOCKET_IFNAME=lo on a host: {wrong['found']}")
+    proved("jobs.doctor over hosts: a fault", f"GLOO_SOCKET_IFNAME=lo on two hosts: {wrong['found']}")
 
 
 def all_reduce(site: Site) -> tuple[list[dict], bool]:
@@ -113,11 +113,14 @@ def all_reduce(site: Site) -> tuple[list[dict], bool]:
     return checks["all-reduce"], not faults
 
 
-def restart(site: Site, host: str, **env: str) -> None:
-    site.hosts.crash(host)
-    until(lambda: site.hosts.address(host) not in site.nodes(), 180, f"the head to take {host} for dead")
-    site.hosts.boot(host)
-    site.join(host, **env)
+def restart(site: Site, *names: str, **env: str) -> None:
+    for host in names:
+        site.hosts.crash(host)
+    gone = {site.hosts.address(host) for host in names}
+    until(lambda: not gone & site.nodes(), 180, f"the head to take {names} for dead")
+    for host in names:
+        site.hosts.boot(host)
+    site.join(*names, **env)
 
 
 def test_a_link_that_is_cut_for_ten_seconds_costs_no_restart(site: Site, on_one_host: Path, proved):
