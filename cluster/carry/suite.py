@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -127,21 +128,15 @@ def _carry_out(
     view: "View",
 ) -> "PlanSearcher":
     view.connected()
-    environment, local = worker_environment(commit()), not session.names_cluster() and not placement.gpus_per_worker
-    environment |= warm.environment() if local else {}
-    session.set_train_environment(hang_timeout_s=request.options.hang_timeout_s)  # part of the workers' environment
-
-    def ahead(runs: int = 1) -> None:
-        if local:
-            warm.prestart(runs * placement.num_workers, environment)
-
-    at_once = min(room(), sum(status is Status.OPEN for status in state.statuses.values()))
-    ahead(at_once)  # before the imports below
+    options = request.options
+    session.set_train_environment(hang_timeout_s=options.hang_timeout_s)  # a part of the workers' environment
+    environment, ahead = _workers_ahead(placement)
+    ahead(at_once := min(room(), sum(status is Status.OPEN for status in state.statuses.values())))
+    # These imports take seconds.
     from ray import tune
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
-    options = request.options
     searcher = PlanSearcher(
         state,
         command=held.command,
@@ -150,7 +145,7 @@ def _carry_out(
         committed=lambda run: when_answered(request.suite.run(run).state),
         fail=lambda run, reason: request.suite.run(run).fail(plan.configs[run], reason),
         view=view,
-        ahead=ahead,
+        ahead=partial(ahead, 1),
         at_once=at_once,
     )
     session.keep_credentials_here()
@@ -164,11 +159,20 @@ def _carry_out(
                 storage_path=folder,
                 verbose=0,
                 stop=LeaseStopper(searcher, held),
-                callbacks=[ProgressCallback(view, ahead)],
+                callbacks=[ProgressCallback(view, partial(ahead, 1))],
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
     return searcher
+
+
+def _workers_ahead(placement: Placement) -> tuple[dict[str, str], Callable[[int], None]]:
+    """The workers' environment, and what begins the workers of so many runs before their trials do, where that is known."""
+    environment = worker_environment(commit())
+    if session.names_cluster() or placement.gpus_per_worker:
+        return environment, lambda runs: None
+    environment |= warm.environment()
+    return environment, lambda runs: warm.prestart(runs * placement.num_workers, environment)
 
 
 @contextmanager

@@ -250,8 +250,8 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
         rank = min(silent)
         where = "" if on_gpus else f" on {nodes[ids[rank % len(ids)]]['where']}"
         return reduced.model_copy(update={"error": f"rank {rank}{where}: {silent[rank]}"})
-    seconds, interfaces = zip(*answers.values(), strict=True)
-    return reduced.model_copy(update={"seconds": max(seconds), "interfaces": tuple(sorted(set().union(*interfaces)))})
+    seconds, made = zip(*answers.values(), strict=True)
+    return reduced.model_copy(update={"seconds": max(seconds), "interfaces": probes.between_ranks(made)})
 
 
 def check_seen_by_nodes(urls: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -220,8 +220,12 @@ def describe_worker() -> Worker:
     )
 
 
-def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[str]]:
-    """Seconds, the median of three, and the interfaces that the connections took."""
+End = tuple[str, int]
+"""Address and port."""
+
+
+def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[tuple[str, End, End]]]:
+    """Seconds, the median of three, and the process's new connections: interface, own end, other end."""
     import psutil  # pyright: ignore
     import torch
     import torch.distributed as dist
@@ -236,15 +240,23 @@ def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[str]]:
         dist.all_reduce(tensor)
         tensor[0].item()  # waits for a GPU
         seconds.append(time.monotonic() - began)
-    addresses = [own.ip for own, other in _connections() - before if first.port not in (own.port, other.port)]
+    made = [(own, other) for own, other in _connections() - before if first.port not in (own[1], other[1])]
     names = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-    interfaces = {str(names.get(address.removeprefix("::ffff:"), address)) for address in addresses}
-    return statistics.median(seconds[1:]), interfaces
+    return statistics.median(seconds[1:]), {(str(names.get(own[0], own[0])), own, other) for own, other in made}
 
 
-def _connections() -> set[tuple[Any, Any]]:
+def between_ranks(made: Sequence[set[tuple[str, End, End]]]) -> tuple[str, ...]:
+    """Interfaces of the connections that have a rank at each end: Ray makes others, on the loopback too."""
+    both = {(own, other) for some in made for _, own, other in some}
+    return tuple(sorted({name for some in made for name, own, other in some if (other, own) in both}))
+
+
+def _connections() -> set[tuple[End, End]]:
     """Both ends of each TCP connection of this process: own, other."""
     import psutil  # pyright: ignore
 
+    def end(address: Any) -> End:
+        return address.ip.removeprefix("::ffff:"), address.port
+
     connections = psutil.Process().net_connections("tcp")
-    return {(entry.laddr, entry.raddr) for entry in connections if entry.status == "ESTABLISHED"}
+    return {(end(entry.laddr), end(entry.raddr)) for entry in connections if entry.status == "ESTABLISHED"}

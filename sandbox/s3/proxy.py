@@ -75,6 +75,8 @@ class Proxy:
     tls: ssl.SSLContext | None = None
     stall_s: float = 5.0
     seed: int = 0
+    host: str = "127.0.0.1"
+    """Where it listens."""
     port: int = 0
     passed: list[Passed] = field(default_factory=list)
     _number: int = 0
@@ -171,13 +173,13 @@ def _error(fault: str) -> tuple[bytes, bytes]:
 
 
 @contextmanager
-def faulty(host: str, port: int, **options) -> Iterator[Proxy]:
+def faulty(target: str, port: int, **options) -> Iterator[Proxy]:
     """A proxy in a thread of this process, listening on `proxy.port`. options: the fields of `Proxy`."""
-    proxy, loop = Proxy((host, port), **options), asyncio.new_event_loop()
+    proxy, loop = Proxy((target, port), **options), asyncio.new_event_loop()
     listening = threading.Event()
 
     async def run() -> None:
-        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20, ssl=proxy.tls)
+        server = await asyncio.start_server(proxy.serve, proxy.host, 0, limit=1 << 20, ssl=proxy.tls)
         proxy.port = server.sockets[0].getsockname()[1]
         listening.set()
         with suppress(asyncio.CancelledError):

@@ -17,6 +17,7 @@ from imgcls.errors import StorageError
 
 ADMIN, READER = ("administrator", "administrators-secret-0123456789"), ("reader", "readers-secret-0123456789")
 START_S = 60
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[Server]:
-    """A server with these buckets, whose objects lie in `folder`; gone at the end. Raises StorageError."""
+def serving(folder: Path, *, buckets: tuple[str, ...], host: str = LOOPBACK) -> Iterator[Server]:
+    """A server with these buckets at this address, whose objects lie in `folder`; gone at the end. Raises StorageError."""
     folder = folder.absolute()
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None:
@@ -49,9 +50,9 @@ def serving(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[Server]:
         with ExitStack() as stack:
             ports = _free_ports(9)
             sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="s3-"))  # their paths have to be short
-            process = _start(weed, folder, ports, sockets)
+            server = Server(host, ports[0])
+            process = _start(weed, folder, host, ports, sockets)
             stack.callback(_stop, process)
-            server = Server("127.0.0.1", ports[0])
             if _answers(server, process):
                 _make(server, buckets)
                 yield server
@@ -68,17 +69,17 @@ def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((LOOPBACK, 0))
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _start(weed: str, folder: Path, ports: list[int], sockets: str) -> subprocess.Popen[bytes]:
+def _start(weed: str, folder: Path, host: str, ports: list[int], sockets: str) -> subprocess.Popen[bytes]:
     names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     names += ("filer.port", "filer.port.grpc", "admin.port")
     flags = {name: str(port) for name, port in zip(names, ports, strict=True)} | {
         "dir": str(folder / "data"),
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": host,
+        "ip.bind": host,
         "s3.config": str(folder / "identities.json"),
         "s3.autoCreateBucket": "false",
         "s3.port.iceberg": "0",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.look.preflight import Check, judge, marked, remedy_for, sees
-from cluster.look.probes import AllReduce, NodeFacts, Place, Worker, look_at
+from cluster.look.probes import AllReduce, NodeFacts, Place, Worker, between_ranks, look_at
 from jobs.doctor import mismatch
 from sandbox.s3.server import READER, Server
 from tests.conftest import reached_by
@@ -93,6 +93,12 @@ def test_a_fault_of_the_workers_is_named(all_reduce: AllReduce, name: str, says:
     found = faults([node(gpus=("NVIDIA L4, 580.1",), num_ray_gpus=1.0)], all_reduce)
     assert [check.name for check in found] == [name]
     assert says in found[0].remedy
+
+
+def test_the_interface_is_that_of_connections_between_ranks_and_not_of_rays_own():
+    one, other, agent, own = ("10.0.0.1", 5000), ("10.0.0.2", 41000), ("127.0.0.1", 8000), ("127.0.0.1", 42000)
+    assert between_ranks([{("eth0", one, other), ("lo", own, agent)}, {("ens5", other, one)}]) == ("ens5", "eth0")
+    assert between_ranks([{("lo", own, agent)}, {("lo", agent, own)}]) == ("lo",)
 
 
 def test_both_versions_are_named_where_ray_refuses_this_process():

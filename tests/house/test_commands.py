@@ -57,6 +57,7 @@ RUN_BY = {
 """The file, or the test in it, that runs a command."""
 ONLY_PARSED = {
     "jobs.bench faults": "takes an hour, and wants a commit without changes; a part of `make proof`",
+    "pytest": "proofs that take minutes, and want a commit without changes; a part of `make proof`",
     "pip": "installs what `bench speed data` compares with",
     "make run": "its recipe is `jobs.suite --pack`, which .ci/run runs",
     "make test": "its recipe is a part of that of `make test-all`",

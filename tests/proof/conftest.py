@@ -12,15 +12,20 @@ from tests.proof.commands import EIGHTY_STEPS, flags_of, train
 from tests.proof.records import Proof, Proved
 
 tried: list[Proved] = []
-SUBJECTS = {
-    "tests/proof": ("proof", "make proof"),
-    (AUTOSCALING := "tests/proof/test_autoscaling.py"): (
-        "autoscaling",
-        f"python -m pytest {AUTOSCALING} --proof --record --timeout 1800",
-    ),
-}
-"""Of the records: by what pytest is asked for, the subject and the command."""
 MEASUREMENTS = ROOT / "docs" / "measurements"
+RECORDS: dict[str, dict[str, str]] = {
+    "tests/proof": {},
+    "tests/proof/test_hosts.py": {
+        "subject": "hosts",
+        "claim": "a run over several hosts ends with the bits of one on one host; a cut link or a lost host costs time",
+        "command": "python -m pytest tests/proof/test_hosts.py --proof --record",
+    },
+    "tests/proof/test_autoscaling.py": {
+        "subject": "autoscaling",
+        "command": "python -m pytest tests/proof/test_autoscaling.py --proof --record",
+    },
+}
+"""What pytest is given -> fields of the record that it leaves."""
 
 
 @pytest.fixture(scope="session")
@@ -99,24 +104,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """docs/measurements/<subject>_<hardware>_<date>.json, whatever it came to."""
-    option, asked = session.config.option, " ".join(session.config.args)
-    if not (option.proof and option.record and asked in SUBJECTS and not option.keyword):
+    """docs/measurements/<subject>_<hardware>_<date>.json, whatever it came to; none where everything was skipped."""
+    option = session.config.option
+    fields = RECORDS.get(" ".join(session.config.args))
+    if fields is None or option.keyword or not (tried and option.proof and option.record):
         return
-    subject, command = SUBJECTS[asked]
     commit = environment.commit()
     if commit is None or commit.endswith("+changes"):
         print(f"\nno record: {commit} is no commit; commit first")
         return
     found = Proof(
-        subject=subject,
-        command=command,
         date=date.today().isoformat(),
         commit=commit,
         versions=environment.versions(),
         hardware=environment.hardware(),
         tried=tuple(tried),
-    )
+    ).model_copy(update=fields)
     path = MEASUREMENTS / found.file_name
     path.write_bytes(found.to_bytes())
     print(f"\nwrote {path.relative_to(ROOT)}")

@@ -144,15 +144,23 @@ def numerics_table(folder: Path) -> str:
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, about, record.runs[0])}"
 
 
-def proof_table(folder: Path, subject: str = "proof") -> str:
+def proof_table(folder: Path, subject: str = "proof", *, details: bool = False) -> str:
+    """details: a column with what a kind's one or two tries took."""
     found = newest(Proof, folder, subject)
-    header = ("tried", "as it has to be")
+    header = ("tried", "as it has to be", *["what was seen"] * details)
     if found is None:
-        return rows_of(header, [("", "unmeasured")])
+        return rows_of(header, [("", "unmeasured", *[""] * details)])
     path, record = found
     kinds = list(dict.fromkeys(one.what for one in record.tried))
     counts = {kind: [one for one in record.tried if one.what == kind] for kind in kinds}
-    rows = [(kind, f"{sum(one.equal for one in some):,} of {sum(one.n for one in some):,}") for kind, some in counts.items()]
+    rows = [
+        (
+            kind,
+            f"{sum(one.equal for one in some):,} of {sum(one.n for one in some):,}",
+            *["; ".join(one.detail for one in some) if len(some) < 3 else "each in the record"] * details,
+        )
+        for kind, some in counts.items()
+    ]
     return f"{rows_of(header, rows)}\n\n{source(path, record.command, 'each row in the record', record)}"
 
 
@@ -251,7 +259,8 @@ def _amount(value: float) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "numerics": numerics_table,
     "proof": proof_table,
-    "autoscaling": partial(proof_table, subject="autoscaling"),
+    "autoscaling": partial(proof_table, subject="autoscaling", details=True),
+    "hosts": partial(proof_table, subject="hosts", details=True),
     "faults": faults_table,
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
