@@ -131,8 +131,7 @@ def _carry_out(
     options = request.options
     session.set_train_environment(hang_timeout_s=options.hang_timeout_s)  # a part of the workers' environment
     environment, ahead = _workers_ahead(placement)
-    ahead(at_once := min(room(), sum(status is Status.OPEN for status in state.statuses.values())))
-    # These imports take seconds.
+    ahead(at_once := min(room(), sum(status is Status.OPEN for status in state.statuses.values())))  # long imports follow
     from ray import tune
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback

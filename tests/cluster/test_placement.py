@@ -11,6 +11,7 @@ from cluster.placement import Node, addable_nodes, choose, find_autoscaling_conf
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
 from imgcls.records import Placement
+from tests.processes import until
 
 TWO_CORES = Node(2, 0)
 GPU_NODE = Node(8, 1)
@@ -132,6 +133,7 @@ def test_the_autoscaling_configuration_is_that_of_this_cluster(tmp_path: Path):
         words = (f"--gcs-address=127.0.0.1:{port}", f"--autoscaling-config={config}")
         processes.append(subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE))
     try:
+        until(lambda: find_autoscaling_config("127.0.0.1:6002") is not None, 10, "the command line of a process that begins")
         found = find_autoscaling_config("127.0.0.1:6002")
         assert found == AUTOSCALED | {"max_workers": 6002}
         assert find_autoscaling_config("127.0.0.1:6003") is None
