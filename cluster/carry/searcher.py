@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 
 from cluster.carry.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
 from cluster.carry.lease import Leases
-from cluster.carry.trainer import remove_workers, wait_for_nodes
+from cluster.carry.trainer import remove_workers, waits_for_nodes
 from imgcls.runs import RunState
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
@@ -54,17 +54,17 @@ class PlanSearcher(_NotKept, Searcher):
         committed: Callable[[str], RunState],
         fail: Callable[[str, str], None],
         view: View,
-        ahead: Callable[[], None],
-        at_once: int,
+        begin_workers: Callable[[], None],
+        num_begun: int,
     ) -> None:
         """command, max_failures: as `decide.verdict` takes them. fail: puts a run's failure, with its reason, on record.
 
-        ahead: begins a run's workers before its trial does; those of the first `at_once` runs have been begun.
+        begin_workers: of a run, before its trial does. num_begun: of so many runs they have begun already.
         """
         super().__init__()
         self.state, self.command, self.max_failures = state, command, max_failures
-        self.room, self.committed, self.fail, self.view, self.ahead = room, committed, fail, view, ahead
-        self.at_once = at_once
+        self.room, self.committed, self.fail, self.view = room, committed, fail, view
+        self.begin_workers, self.num_begun = begin_workers, num_begun
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
         self._no_room_s: float | None = None
@@ -79,8 +79,8 @@ class PlanSearcher(_NotKept, Searcher):
             self.runs[trial_id] = action.run
             self.began_s[action.run] = time.monotonic()
             self.view.started(action.run)
-            if len(self.began_s) > self.at_once:
-                self.ahead()
+            if len(self.began_s) > self.num_begun:
+                self.begin_workers()
             return {"run": action.run}
         return None if isinstance(action, Wait) else Searcher.FINISHED
 
@@ -117,7 +117,7 @@ class PlanSearcher(_NotKept, Searcher):
     def _say_who_waits(self, now: float) -> None:
         """For nodes: a cloud may need long for one, and the run says nothing meanwhile."""
         started = [run for run, status in self.state.statuses.items() if status is Status.STARTED]
-        waiting = {run: self._wait_s.get(run, now) for run in started if wait_for_nodes(run)}
+        waiting = {run: self._wait_s.get(run, now) for run in started if waits_for_nodes(run)}
         for run in [run for run, since_s in waiting.items() if now - since_s > NO_ROOM_S]:
             self.view.say(f"{run}: its workers wait for nodes; `ray status` on the head says what the autoscaler does")
             waiting[run] = math.inf
@@ -135,11 +135,11 @@ class PlanSearcher(_NotKept, Searcher):
 
 
 class ProgressCallback(_NotKept, Callback):
-    def __init__(self, view: View, ahead: Callable[[], None]) -> None:
-        self.view, self.ahead = view, ahead
+    def __init__(self, view: View, begin_workers: Callable[[], None]) -> None:
+        self.view, self.begin_workers = view, begin_workers
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.ahead()  # its workers died with it
+        self.begin_workers()  # those of before died with it
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "phase" in result:

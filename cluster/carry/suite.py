@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import placement as placements
 from cluster import session
 from cluster.carry import warm
-from cluster.carry.decide import Done, Status, SuiteState, next_start, start_order
+from cluster.carry.decide import Done, Start, Status, SuiteState, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike
 from cluster.carry.run import Assignment, trial, worker_environment
@@ -130,8 +130,8 @@ def _carry_out(
     view.connected()
     options = request.options
     session.set_train_environment(hang_timeout_s=options.hang_timeout_s)  # a part of the workers' environment
-    environment, ahead = _workers_ahead(placement)
-    ahead(at_once := min(room(), sum(status is Status.OPEN for status in state.statuses.values())))  # long imports follow
+    environment, begin_workers = _begin_workers(placement)
+    begin_workers(num_begun := _starting(state, room()))  # before the imports below, which take seconds
     from ray import tune
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
@@ -144,8 +144,8 @@ def _carry_out(
         committed=lambda run: when_answered(request.suite.run(run).state),
         fail=lambda run, reason: request.suite.run(run).fail(plan.configs[run], reason),
         view=view,
-        ahead=partial(ahead, 1),
-        at_once=at_once,
+        begin_workers=partial(begin_workers, 1),
+        num_begun=num_begun,
     )
     session.keep_credentials_here()
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
@@ -158,15 +158,23 @@ def _carry_out(
                 storage_path=folder,
                 verbose=0,
                 stop=LeaseStopper(searcher, held),
-                callbacks=[ProgressCallback(view, partial(ahead, 1))],
+                callbacks=[ProgressCallback(view, partial(begin_workers, 1))],
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
     return searcher
 
 
-def _workers_ahead(placement: Placement) -> tuple[dict[str, str], Callable[[int], None]]:
-    """The workers' environment, and what begins the workers of so many runs before their trials do, where that is known."""
+def _starting(state: SuiteState, room: int) -> int:
+    """How many runs start before any has ended."""
+    count = 0
+    while isinstance((step := next_start(state, room=room))[1], Start):
+        state, count = step[0], count + 1
+    return count
+
+
+def _begin_workers(placement: Placement) -> tuple[dict[str, str], Callable[[int], None]]:
+    """The workers' environment, and what begins the workers of so many runs before their trials do, where that can be."""
     environment = worker_environment(commit())
     if session.names_cluster() or placement.gpus_per_worker:
         return environment, lambda runs: None

@@ -8,6 +8,7 @@ others. These are Train's own seams in Ray 2.60, `ray/train/v2/api/data_parallel
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -23,9 +24,18 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
+from imgcls.errors import ClusterError
 from imgcls.records import Placement
+
+NODES_S = 2 * 3600.0
 
 
 class LeanTrainer(DataParallelTrainer):
@@ -73,11 +83,15 @@ def remove_workers(run: str) -> None:
         remove_placement_group(get_placement_group(run))
 
 
-def wait_for_nodes(run: str) -> bool:
+def waits_for_nodes(run: str) -> bool:
     """Whether the workers of this run have no place in the cluster yet."""
     with suppress(ValueError, RayError):  # its trial has not asked for one yet
-        return placement_group_table(get_placement_group(run))["state"] in ("PENDING", "RESCHEDULING")
+        return _is_pending(get_placement_group(run))
     return False
+
+
+def _is_pending(group: PlacementGroup) -> bool:
+    return placement_group_table(group).get("state") in ("PENDING", "RESCHEDULING")
 
 
 class _Devices(Backend):
@@ -111,10 +125,15 @@ class _Workers(WorkerGroup):
 
 class _Awaited(DefaultPlacementGroupHandle):
     def wait(self, timeout_seconds: float = 30) -> bool:
-        """True at last: a cloud may need long for a node, and Train would give the run up after eleven such waits."""
-        while not self.placement_group.wait(timeout_seconds):
-            pass
-        return True
+        """Returns when all workers have a place: a cloud may need longer for a node than Train waits for one.
+
+        Raises ClusterError after `NODES_S`: a run that waits keeps the nodes of the cluster up.
+        """
+        until = time.monotonic() + NODES_S
+        while not (there := super().wait(timeout_seconds)) and _is_pending(self.placement_group):
+            if time.monotonic() > until:
+                raise ClusterError(f"no nodes for its workers in {NODES_S / 3600:g} h; `ray status` on the head may say why")
+        return there
 
 
 class _Controller(TrainController):

@@ -1,8 +1,8 @@
 """Workers of a local Ray that have begun, and imported what training needs, when their run's trial asks for them.
 
-An actor takes an idle process of its job whose runtime environment is the same to the byte; another one is not found, and
-costs a start. The seams are Ray's own in 2.60, none public: the raylet's `PrestartWorkers`, the variable that Ray sets for a
-`worker_process_setup_hook`, and the environment that a trial of Tune hands on to its workers.
+An actor takes an idle process of its job whose runtime environment is the same to the byte; with any other environment the
+process is not used, and a new one begins. The seams are Ray's own in 2.60, none public: the raylet's `PrestartWorkers`, the
+variable that Ray sets for a `worker_process_setup_hook`, and the environment that a trial of Tune hands on to its workers.
 """
 
 import json
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 KEPT_S = 60
-"""So long an idle process waits for its actor."""
+"""Seconds for which an idle process is kept."""
 
 
 def environment() -> dict[str, str]:
@@ -23,8 +23,9 @@ def environment() -> dict[str, str]:
 
 def import_training() -> None:
     """The longest imports of a worker, and of its first optimizer."""
-    for name in ("torch._dynamo", "cluster.carry.watch", "imgcls.training.fit"):
-        import_module(name)
+    with suppress(Exception):  # `train_worker` imports again, and what fails there is on record
+        for name in ("torch._dynamo", "cluster.carry.watch", "imgcls.training.fit"):
+            import_module(name)
 
 
 def prestart(count: int, worker_environment: dict[str, str]) -> None:

@@ -121,7 +121,8 @@ def _of_all_reduce(reduced: AllReduce) -> Row:
     found += f"{size_mb:.0f} MB in {reduced.seconds * 1e3:,.0f} ms, {size_mb / reduced.seconds:,.0f} MB/s"
     apart = len({worker.address for worker in reduced.workers}) > 1
     fault = apart and any(name.startswith("lo") for name in reduced.interfaces)
-    return "all-reduce", f"{found}, by {', '.join(reduced.interfaces) or 'shared memory'}", fault, INTERFACE
+    unseen = "an interface that was not seen" if apart else "shared memory"
+    return "all-reduce", f"{found}, by {', '.join(reduced.interfaces) or unseen}", fault, INTERFACE
 
 
 def examine(questions: Questions) -> list[Check]:

@@ -220,11 +220,11 @@ def describe_worker() -> Worker:
     )
 
 
-End = tuple[str, int]
+Socket = tuple[str, int]
 """Address and port."""
 
 
-def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[tuple[str, End, End]]]:
+def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[tuple[str, Socket, Socket]]]:
     """Seconds, the median of three, and the process's new connections: interface, own end, other end."""
     import psutil  # pyright: ignore
     import torch
@@ -245,17 +245,18 @@ def all_reduce(rank: int, reduced: AllReduce) -> tuple[float, set[tuple[str, End
     return statistics.median(seconds[1:]), {(str(names.get(own[0], own[0])), own, other) for own, other in made}
 
 
-def between_ranks(made: Sequence[set[tuple[str, End, End]]]) -> tuple[str, ...]:
-    """Interfaces of the connections that have a rank at each end: Ray makes others, on the loopback too."""
-    both = {(own, other) for some in made for _, own, other in some}
-    return tuple(sorted({name for some in made for name, own, other in some if (other, own) in both}))
+def between_ranks(made: Sequence[set[tuple[str, Socket, Socket]]]) -> tuple[str, ...]:
+    """Interfaces of the connections of one rank with another: Ray makes others, on the loopback too."""
+    ranks = {(own, other): rank for rank, some in enumerate(made) for _, own, other in some}
+    names = {name for rank, some in enumerate(made) for name, own, other in some if ranks.get((other, own), rank) != rank}
+    return tuple(sorted(names))
 
 
-def _connections() -> set[tuple[End, End]]:
+def _connections() -> set[tuple[Socket, Socket]]:
     """Both ends of each TCP connection of this process: own, other."""
     import psutil  # pyright: ignore
 
-    def end(address: Any) -> End:
+    def end(address: Any) -> Socket:
         return address.ip.removeprefix("::ffff:"), address.port
 
     connections = psutil.Process().net_connections("tcp")

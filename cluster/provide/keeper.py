@@ -25,6 +25,8 @@ TIMEOUT_S = 5
 GCP_NOTICE_S = 30
 INTERNAL = "_ray_internal_"
 """Ray's own drivers, as the dashboard, have such namespaces; the records of submitted jobs have such keys."""
+ALIVE = 0
+"""`GcsNodeInfo.ALIVE` in Ray's gcs.proto."""
 
 _direct = build_opener(ProxyHandler({}))  # the environment's proxy has another metadata service
 
@@ -65,12 +67,12 @@ def head() -> Any:
 
 def drain(instance: str, deadline: float) -> None:
     """Ray places nothing more on the nodes of this instance, and their runs know the deadline."""
-    from ray.core.generated import autoscaler_pb2, gcs_pb2
+    from ray.core.generated import autoscaler_pb2
 
-    preemption, alive = cast(Any, autoscaler_pb2).DRAIN_NODE_REASON_PREEMPTION, cast(Any, gcs_pb2).GcsNodeInfo.ALIVE
+    preemption = cast(Any, autoscaler_pb2).DRAIN_NODE_REASON_PREEMPTION
     gcs = head()
     nodes = gcs.get_all_node_info(timeout=TIMEOUT_S).values()
-    ours = [node.node_id.hex() for node in nodes if node.instance_id == instance and node.state == alive]
+    ours = [node.node_id.hex() for node in nodes if node.instance_id == instance and node.state == ALIVE]
     if not ours:
         raise LookupError(f"no node of {instance} is alive")
     for node in ours:
@@ -93,12 +95,15 @@ def has_job() -> bool:
         return True
     keys = gcs.internal_kv_keys(f"{INTERNAL}job_info_".encode(), KV_NAMESPACE_JOB, timeout=TIMEOUT_S)
     records = gcs.internal_kv_multi_get(keys, KV_NAMESPACE_JOB, timeout=TIMEOUT_S)
-    return any(not JobStatus(json.loads(record)["status"]).is_terminal() for record in records.values())
+    alive = {node.node_id.hex() for node in gcs.get_all_node_info(timeout=TIMEOUT_S).values() if node.state == ALIVE}
+    open_jobs = [job for job in map(json.loads, records.values()) if not JobStatus(job["status"]).is_terminal()]
+    # Nobody closes the record of a job whose node has died.
+    return any(job["driver_node_id"] is None or job["driver_node_id"] in alive for job in open_jobs)
 
 
 @lru_cache(maxsize=100)
 def say(text: str) -> None:
-    """Once."""
+    """Prints a text the first time only."""
     print(f"{datetime.now():%F %T} {text}", flush=True)
 
 
@@ -108,6 +113,13 @@ def outlived(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         say(f"{what}: {type(error).__name__}: {error}")
+
+
+def named(instance: str) -> str:
+    """Without a name it would be every node's."""
+    if not instance:
+        raise argparse.ArgumentTypeError("RAY_CLOUD_INSTANCE_ID is not set: Ray's autoscaler v2 sets it")
+    return instance
 
 
 def keep(cloud: str, instance: str, metadata: str, file: Path) -> None:
@@ -129,7 +141,7 @@ def keep(cloud: str, instance: str, metadata: str, file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m cluster.provide.keeper")
     parser.add_argument("cloud", choices=CLOUDS)
-    parser.add_argument("--instance", required=True, help="Ray's name for this VM, RAY_CLOUD_INSTANCE_ID")
+    parser.add_argument("--instance", type=named, required=True, help="Ray's name for this VM, RAY_CLOUD_INSTANCE_ID")
     parser.add_argument("--file", type=Path, required=True, help="renewed while the cluster has a job")
     parser.add_argument("--metadata", default=METADATA, help="URL of the metadata service")
     keep(**vars(parser.parse_args()))

@@ -50,7 +50,7 @@ class Commits:
         self.store, self.options, self.run_digest, self.numerics, self.log = store, options, run_digest, numerics, log
         self.gone_on_from: int | None = None
         """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
-        self.failures, self._cost_s, self._last_s, self._asked = failures, FIRST_COST_S, time.perf_counter(), False
+        self.failures, self._costs_s, self._last_s, self._asked = failures, [FIRST_COST_S], time.perf_counter(), False
         self._said_over_budget = False
 
     def asks(self, trained_s: float) -> bool:
@@ -60,7 +60,8 @@ class Commits:
         J. W. Young, CACM 17 (1974), 530.
         """
         between_failures_s = (CALM_S + trained_s) / (1 + self.failures)
-        is_due = time.perf_counter() - self._last_s > math.sqrt(2 * self._cost_s * between_failures_s)
+        cost_s = max(self._costs_s[-2:])  # to a bucket, one that comes too soon waits for the upload of the one before
+        is_due = time.perf_counter() - self._last_s > math.sqrt(2 * cost_s * between_failures_s)
         asks = is_due and not self._asked and self.options.checkpoint_every_n_steps is None
         self._asked |= asks
         return asks
@@ -86,7 +87,7 @@ class Commits:
         if trainer.is_global_zero:
             self._prune()
         self.gone_on_from, self._asked, self._last_s = None, False, time.perf_counter()
-        self._cost_s = self._last_s - began_s
+        self._costs_s.append(self._last_s - began_s)
 
     def _prune(self) -> None:
         size, budget_mb = self.store.prune(self.options, in_use=self.gone_on_from), self.options.checkpoint_budget_mb

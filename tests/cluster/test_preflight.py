@@ -99,6 +99,7 @@ def test_the_interface_is_that_of_connections_between_ranks_and_not_of_rays_own(
     one, other, agent, own = ("10.0.0.1", 5000), ("10.0.0.2", 41000), ("127.0.0.1", 8000), ("127.0.0.1", 42000)
     assert between_ranks([{("eth0", one, other), ("lo", own, agent)}, {("ens5", other, one)}]) == ("ens5", "eth0")
     assert between_ranks([{("lo", own, agent)}, {("lo", agent, own)}]) == ("lo",)
+    assert between_ranks([{("lo", own, agent), ("lo", agent, own)}, set()]) == ()  # with itself
 
 
 def test_both_versions_are_named_where_ray_refuses_this_process():

@@ -114,20 +114,20 @@ class Trial:
 with session(verbose=False), storage.temporary_folder("test") as folder:
     import ray, ray.train
     from ray.util.placement_group import placement_group, remove_placement_group
-    from cluster.carry.trainer import wait_for_nodes
+    from cluster.carry.trainer import waits_for_nodes
 
     others = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     ray.get(others.ready())
-    print(wait_for_nodes("late"))
+    print(waits_for_nodes("late"))
     limit = {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "0.2"}}
     done = ray.remote(num_cpus=0, runtime_env=limit)(Trial).remote().run.remote(folder)
     until = time.monotonic() + 60
-    while not wait_for_nodes("late") and time.monotonic() < until:
+    while not waits_for_nodes("late") and time.monotonic() < until:
         time.sleep(0.1)
     time.sleep(2)
-    print(wait_for_nodes("late"))
+    print(waits_for_nodes("late"))
     remove_placement_group(others)
-    print(ray.get(done, timeout=90), wait_for_nodes("late"))
+    print(ray.get(done, timeout=90), waits_for_nodes("late"))
 """
 
 

@@ -226,14 +226,18 @@ def test_a_vm_shuts_itself_down_without_a_job_and_not_with_one_whatever_else_is_
         assert shut_down() == 0, (tmp_path / "keeper.log").read_text()
         until(lambda: shut_down() > 0, 40, "a shutdown without a job")
 
-        head.begin("more", "sleep 300")
-        head.wait_for("more", "RUNNING")
-        time.sleep(5)
-        before = shut_down()
-        time.sleep(25)
-        assert shut_down() == before, "it is shut down beside a job"
-        kill(head, "/gcs_server")
-        until(lambda: shut_down() > before, 60, "a shutdown without a head")
+        command = [sys.executable, "-c", "import ray, time; ray.init(); time.sleep(300)"]  # joins: no record of a job
+        joined, began = subprocess.Popen(command, env=os.environ | head.joining, stdout=subprocess.DEVNULL), time.time()
+        try:
+            until(lambda: (tmp_path / "job").stat().st_mtime > began, 60, "the keeper to see the command")
+            before = shut_down()
+            time.sleep(25)
+            assert shut_down() == before, "it is shut down beside a command"
+            kill(head, "/gcs_server")
+            until(lambda: shut_down() > before, 60, "a shutdown without a head")
+        finally:
+            joined.kill()
+            joined.wait()
     proved("a VM without a job shuts itself down, and not beside one", "the autoscaler dead; then the head dead", n=2)
 
 

@@ -31,7 +31,7 @@ def test_where_spot_is_refused_an_on_demand_node_comes_within_two_updates_and_th
         "spot": node_type(1, 2, node_config=SPOT, labels={"capacity": "spot"}, priority=20),
         "ondemand": node_type(1, 2, labels={"capacity": "on-demand"}, priority=0),
     }
-    with autoscaled(types, max_workers=2, provider="tests.system.refusing.NoSpotButOnDemand") as head:
+    with autoscaled(types, max_workers=2, idle_s=60, provider="tests.system.refusing.NoSpotButOnDemand") as head:
         done = subprocess.run(
             [sys.executable, "-c", IN_RAY.format("'on a node'")],
             env=os.environ | head.joining,
