@@ -99,12 +99,14 @@ def _evaluate(request: EvaluationRequest, *, placement: Placement | None) -> Eva
 
     silence_libraries(request.verbose)
     source = find_model(request.checkpoint)  # Lightning, whose import takes seconds, is not needed to miss it
+    from imgcls.training.environment import threads
     from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
     manifest = manifest_for(source, data_url=request.data_url, split=request.split)
     world = world_of(placement, command=request.command) if placement else World(accelerator="auto")
-    scores = evaluate(source, data_url=request.data_url, split=request.split, world=world)
+    with threads(None if placement else 1):  # as a worker has: on some CPUs the last bits depend on their number
+        scores = evaluate(source, data_url=request.data_url, split=request.split, world=world)
     return Evaluation(
         checkpoint=source.url,
         weights_sha256=source.model.weights_sha256,
