@@ -86,12 +86,12 @@ def remove_workers(run: str) -> None:
 def waits_for_nodes(run: str) -> bool:
     """Whether the workers of this run have no place in the cluster yet."""
     with suppress(ValueError, RayError):  # its trial has not asked for one yet
-        return _is_pending(get_placement_group(run))
+        return _state_of(get_placement_group(run)) in ("PENDING", "RESCHEDULING")
     return False
 
 
-def _is_pending(group: PlacementGroup) -> bool:
-    return placement_group_table(group).get("state") in ("PENDING", "RESCHEDULING")
+def _state_of(group: PlacementGroup) -> str:
+    return placement_group_table(group).get("state", "REMOVED")
 
 
 class _Devices(Backend):
@@ -127,13 +127,16 @@ class _Awaited(DefaultPlacementGroupHandle):
     def wait(self, timeout_seconds: float = 30) -> bool:
         """Returns when all workers have a place: a cloud may need longer for a node than Train waits for one.
 
-        Raises ClusterError after `NODES_S`: a run that waits keeps the nodes of the cluster up.
+        False where somebody has removed the group. Raises ClusterError after `NODES_S`: a run that waits keeps the nodes of
+        the cluster up.
         """
         until = time.monotonic() + NODES_S
-        while not (there := super().wait(timeout_seconds)) and _is_pending(self.placement_group):
+        while not super().wait(timeout_seconds):
+            if _state_of(self.placement_group) == "REMOVED":
+                return False
             if time.monotonic() > until:
                 raise ClusterError(f"no nodes for its workers in {NODES_S / 3600:g} h; `ray status` on the head may say why")
-        return there
+        return True
 
 
 class _Controller(TrainController):
