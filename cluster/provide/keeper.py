@@ -72,9 +72,10 @@ def drain(instance: str, deadline: float) -> None:
     preemption = cast(Any, autoscaler_pb2).DRAIN_NODE_REASON_PREEMPTION
     gcs = head()
     nodes = gcs.get_all_node_info(timeout=TIMEOUT_S).values()
-    ours = [node.node_id.hex() for node in nodes if node.instance_id == instance and node.state == ALIVE]
+    # Ray's autoscaler v1 gives no name: none of these nodes is known to be ours.
+    ours = [node.node_id.hex() for node in nodes if instance and node.instance_id == instance and node.state == ALIVE]
     if not ours:
-        raise LookupError(f"no node of {instance} is alive")
+        raise LookupError(f"no node of the instance {instance!r} is alive")
     for node in ours:
         why = "the cloud takes this VM back"
         accepted, problem = gcs.drain_node(node, preemption, why, int(deadline * 1000), timeout=TIMEOUT_S)
@@ -115,13 +116,6 @@ def outlived(what: str) -> Iterator[None]:
         say(f"{what}: {type(error).__name__}: {error}")
 
 
-def named(instance: str) -> str:
-    """Without a name it would be every node's."""
-    if not instance:
-        raise argparse.ArgumentTypeError("RAY_CLOUD_INSTANCE_ID is not set: Ray's autoscaler v2 sets it")
-    return instance
-
-
 def keep(cloud: str, instance: str, metadata: str, file: Path) -> None:
     """Does not return."""
     deadline, drained = None, False
@@ -141,7 +135,7 @@ def keep(cloud: str, instance: str, metadata: str, file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m cluster.provide.keeper")
     parser.add_argument("cloud", choices=CLOUDS)
-    parser.add_argument("--instance", type=named, required=True, help="Ray's name for this VM, RAY_CLOUD_INSTANCE_ID")
+    parser.add_argument("--instance", required=True, help="Ray's name for this VM, RAY_CLOUD_INSTANCE_ID")
     parser.add_argument("--file", type=Path, required=True, help="renewed while the cluster has a job")
     parser.add_argument("--metadata", default=METADATA, help="URL of the metadata service")
     keep(**vars(parser.parse_args()))

@@ -35,7 +35,7 @@ class StepFlags:
         self.someone_leaves = False
         """Some rank's node is about to be taken away: known to all ranks at the same step."""
         self.asks_for_checkpoint = self.checkpoint_is_due = False
-        """This rank asks; some rank has asked, known to all as the other is."""
+        """This rank asks for one in its next step; some rank has asked in the step before."""
         self._shared: _Shared | None = None
 
     def share(self, finite: Tensor, ids: Ids, *, epoch: int, step: int) -> None:

@@ -28,7 +28,7 @@ from imgcls.training.world import World
 
 REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
-"""A run is taken to fail once in the time that it has trained and this, until it fails more often."""
+"""Seconds after which a run that has not failed yet is taken to fail."""
 FIRST_COST_S = 1.0
 """Of a checkpoint, before one was made."""
 
