@@ -64,7 +64,7 @@ ONLY_PARSED = {
     "make check": "a prerequisite of `make test-all`",
     "make setup": "a prerequisite of `make test-all`",
     "make readme": "its recipe is `jobs.bench readme`",
-    "make proof": "takes two hours; .ci/run runs tests/proof with fewer kills",
+    "make proof": "takes hours; .ci/run runs tests/proof with fewer kills",
 }
 
 

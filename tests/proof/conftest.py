@@ -24,6 +24,10 @@ RECORDS: dict[str, dict[str, str]] = {
         "subject": "autoscaling",
         "command": "python -m pytest tests/proof/test_autoscaling.py --proof --record",
     },
+    "tests/proof/test_recovery.py": {
+        "subject": "recovery",
+        "command": "python -m pytest tests/proof/test_recovery.py --proof --record",
+    },
 }
 """What pytest is given -> fields of the record that it leaves."""
 
@@ -47,7 +51,8 @@ def asked_for(full: bool, request: pytest.FixtureRequest) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """So many times is each kind of kill tried."""
-    most = {"worker_kill": 10, "driver_kill": 5, "controller_kill": 2, "many_kill": 5, "pair": 10, "node_kill": 10}
+    most = {"worker_kill": 10, "driver_kill": 5, "controller_kill": 2, "many_kill": 5, "pair": 10}
+    most |= {"node_kill": 10, "killed_run": 20}
     for name, count in most.items():
         if name in metafunc.fixturenames:
             asked = int(metafunc.config.getoption("--kills") or 0)

@@ -24,7 +24,7 @@ class Proved(Record):
 
 
 class Proof(Figures):
-    """What `make proof` tried, or the part of it under an autoscaler, and whether it came out equal."""
+    """What `make proof` tried, or a part of it with a record of its own, and whether it came out equal."""
 
     subject: str = "proof"
     claim: str = "a run that was killed, moved or cut otherwise ends with the bits of one that was not"
@@ -259,8 +259,7 @@ def _amount(value: float) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "numerics": numerics_table,
     "proof": proof_table,
-    "autoscaling": partial(proof_table, subject="autoscaling", details=True),
-    "hosts": partial(proof_table, subject="hosts", details=True),
+    **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery")},
     "faults": faults_table,
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
