@@ -20,13 +20,12 @@ RECORDS: dict[str, dict[str, str]] = {
         "claim": "a run over several hosts ends with the bits of one on one host; a cut link or a lost host costs time",
         "command": "python -m pytest tests/proof/test_hosts.py --proof --record",
     },
-    "tests/proof/test_autoscaling.py": {
-        "subject": "autoscaling",
-        "command": "python -m pytest tests/proof/test_autoscaling.py --proof --record",
-    },
-    "tests/proof/test_recovery.py": {
-        "subject": "recovery",
-        "command": "python -m pytest tests/proof/test_recovery.py --proof --record",
+    **{
+        f"tests/proof/test_{part}.py": {
+            "subject": part,
+            "command": f"python -m pytest tests/proof/test_{part}.py --proof --record",
+        }
+        for part in ("autoscaling", "recovery", "goodput")
     },
 }
 """What pytest is given -> fields of the record that it leaves."""

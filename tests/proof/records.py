@@ -259,7 +259,7 @@ def _amount(value: float) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "numerics": numerics_table,
     "proof": proof_table,
-    **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery")},
+    **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery", "goodput")},
     "faults": faults_table,
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
