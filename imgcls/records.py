@@ -188,6 +188,10 @@ class Scores(Record):
     """confusion[label][prediction]"""
 
 
+PREDICTED = (("sample", "<i8"), ("label", "<u2"), ("prediction", "<u2"), ("probability", "<f4"))
+"""Columns of a run's predictions.npy: a row a test sample, by its id; the probability is the prediction's."""
+
+
 class PredictedSample(Record):
     """One prediction for the page, with its image."""
 
@@ -275,6 +279,8 @@ class RunResult(Record):
     """Of the state_dict in the run's model file."""
     model_sha256: str | None = None
     """Of the model file itself."""
+    predictions_sha256: str | None = None
+    """Of what was predicted of each test sample; None where an earlier version tested it."""
     history_sha256: str | None = None
     """Of the history as CSV."""
     num_parameters: int = 0

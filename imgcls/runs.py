@@ -5,6 +5,7 @@
     <recipe>-seed<N>/                               RunFolder
         config.json  result.json                    the request, and what it came to
         history.csv  timing.csv  log.txt  events.out.tfevents.*  model.pt
+        predictions.npy                             of each test sample, columns as in `records.PREDICTED`
         checkpoints/step-00000268/                  CheckpointFolder
             checkpoint.ckpt  committed.json         the data, and the marker, which is written last
         attempts/00001/began.json                   by rank 0, when the run goes on
@@ -14,7 +15,7 @@
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -170,6 +171,10 @@ class RunFolder:
         return self._place("history.csv")
 
     @property
+    def predictions_url(self) -> str:
+        return self._place("predictions.npy")
+
+    @property
     def timing_url(self) -> str:
         return self._place("timing.csv")
 
@@ -210,11 +215,16 @@ class RunFolder:
 
     def history(self, result: RunResult) -> bytes | None:
         """Its history as CSV, where it has one. Raises DataError where it is another than the result says."""
-        data = storage.read_bytes_if_there(self.history_url)
-        if data is not None and result.history_sha256 not in (None, storage.sha256(data)):
-            raise DataError(
-                f"{self.history_url} was altered: its SHA-256 is not the one in {self.RESULT}\n  do: bring it back"
-            )
+        return self._checked(self.history_url, result.history_sha256)
+
+    def predictions(self, result: RunResult) -> bytes | None:
+        """What it predicted of each test sample, where that was kept. Raises DataError as `history` does."""
+        return self._checked(self.predictions_url, result.predictions_sha256) if result.predictions_sha256 else None
+
+    def _checked(self, url: str, digest: str | None) -> bytes | None:
+        data = storage.read_bytes_if_there(url)
+        if data is not None and digest not in (None, storage.sha256(data)):
+            raise DataError(f"{url} was altered: its SHA-256 is not the one in {self.RESULT}\n  do: bring it back")
         return data
 
     @property
@@ -331,10 +341,15 @@ class SuiteFolder:
         refused = [attempt.error for attempt in last if attempt.end is End.REFUSED]
         return RunResult.of(config, status="open", error=(*refused, "not finished yet: the same command goes on")[0])
 
-    def histories(self, results: SuiteResults) -> dict[str, bytes]:
-        """Each run's history as CSV, where it has one. Raises DataError where one was altered."""
-        histories = {run.name: self.run(run.name).history(run) for run in results.runs}
-        return {name: data for name, data in histories.items() if data is not None}
+    def page(self, results: SuiteResults) -> str:
+        """Raises DataError where a history or what was predicted is another than its run's result says."""
+        from imgcls.results.page import render
+
+        def of_each(read: Callable[[RunFolder, RunResult], bytes | None]) -> dict[str, bytes]:
+            found = {run.name: read(self.run(run.name), run) for run in results.runs}
+            return {name: data for name, data in found.items() if data is not None}
+
+        return render(results, of_each(RunFolder.history), of_each(RunFolder.predictions))
 
     def publish(self, **work: Any) -> SuiteResults:
         """The suite's results from its runs' records; they, and the page, lie in the folder.
@@ -342,8 +357,6 @@ class SuiteFolder:
         work: fields of `WORK`, of a command that has just ended; without them, what the results said before stays. Other
         commands may be at work under the same id: whoever writes last has looked once more after it wrote.
         """
-        from imgcls.results.page import render
-
         url = storage.join(self.url, "results.json")
         if not work and (before := records.read_if_there(SuiteResults, url)):
             work = before.model_dump(include=set(WORK))
@@ -351,7 +364,7 @@ class SuiteFolder:
         results = self.results(**work)
         while True:
             records.write(results, url)
-            storage.write_bytes(self.page_url, render(results, self.histories(results)).encode())
+            storage.write_bytes(self.page_url, self.page(results).encode())
             written, results = results, self.results(**work)
             if results == written:
                 return results

@@ -1,12 +1,16 @@
 """Records -> the rows of the table, and the answers. The page and the printed table use it."""
 
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imgcls.catalogue.published import PUBLISHED, Published
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.statistics import Interval, accuracy_interval, difference_interval
+from imgcls.results.statistics import Estimate, Hits, accuracy, difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +45,41 @@ def groups(results: SuiteResults, recipe: str | None = None) -> list[dict[int, R
     return list(by_request.values())
 
 
-def counts(result: RunResult) -> tuple[int, int]:
-    """(correct, counted) on the test split."""
-    assert result.test is not None
-    return round(result.test.accuracy * result.test.num_samples), result.test.num_samples
+Predicted = Mapping[str, NDArray[np.void]]
+"""By run: what was predicted of each test sample, rows of `records.PREDICTED`."""
 
 
-def interval_of(group: dict[int, RunResult]) -> Interval:
-    return accuracy_interval([counts(run) for run in group.values()])
+def predicted(files: Mapping[str, bytes]) -> Predicted:
+    """files: by run, as `RunFolder.predictions` reads them."""
+    return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in files.items()}
 
 
+def hits_of(runs: Iterable[RunResult], tested: Predicted) -> Hits | None:
+    """None where these runs were not tested on the same images, or one of them did not keep what it predicted."""
+    names = [run.name for run in runs]
+    tables = [tested[name] for name in names if name in tested]
+    if len(tables) < len(names) or not all(np.array_equal(table["sample"], tables[0]["sample"]) for table in tables):
+        return None
+    return np.stack([table["label"] == table["prediction"] for table in tables])
+
+
+def of_one(run: RunResult) -> Estimate:
+    """Of one run's test accuracy; its count alone decides it."""
+    assert run.test is not None
+    return accuracy(np.arange(run.test.num_samples)[None] < round(run.test.accuracy * run.test.num_samples))
+
+
+def estimates(results: SuiteResults, tested: Predicted) -> list[tuple[list[RunResult], Estimate]]:
+    """Of each recipe the finished seeds and their estimate; a seed alone where they cannot be taken together."""
+    found = list[tuple[list[RunResult], Estimate]]()
+    for group in groups(results):
+        runs = list(group.values())
+        hits = hits_of(runs, tested) if len(runs) > 1 else None
+        found += [([run], of_one(run)) for run in runs] if hits is None else [(runs, accuracy(hits))]
+    return found
+
+
+NOT_PAIRED = "their test images differ, or an earlier version tested one of them and kept no predictions.npy"
 CONFUSED = 10
 
 
@@ -70,13 +99,13 @@ def published_beside(run: RunResult) -> Published | None:
     return figure if figure and figure.dataset == run.recipe.dataset and not run.synthetic else None
 
 
-def answers(results: SuiteResults) -> list[Answer]:
+def answers(results: SuiteResults, tested: Predicted) -> list[Answer]:
     """One for each question whose two recipes the suite has."""
     recipes = {run.recipe.name for run in results.runs}
-    return [_answer(results, question) for question in QUESTIONS if {question.first, question.second} <= recipes]
+    return [_answer(results, question, tested) for question in QUESTIONS if {question.first, question.second} <= recipes]
 
 
-def _answer(results: SuiteResults, question: Question) -> Answer:
+def _answer(results: SuiteResults, question: Question, tested: Predicted) -> Answer:
     firsts, seconds = groups(results, question.first), groups(results, question.second)
     for name, candidates in ((question.first, firsts), (question.second, seconds)):
         if len(candidates) > 1:
@@ -86,19 +115,36 @@ def _answer(results: SuiteResults, question: Question) -> Answer:
     if not shared:
         missing = question.first if not a else question.second
         return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
-    gap = difference_interval([counts(a[seed]) for seed in shared], [counts(b[seed]) for seed in shared])
-    by = "" if len(shared) > 1 else ", by one seed"
-    size = f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
-    detail = f"{question.first} minus {question.second}: {size} (it covers {gap.of})"
+    hits = hits_of([*(a[seed] for seed in shared), *(b[seed] for seed in shared)], tested)
+    if hits is None:
+        return Answer(question.text, "not answered", NOT_PAIRED)
+    gap = difference(hits[: len(shared)], hits[len(shared) :])
+    detail = f"{question.first} minus {question.second}: {_told(gap, question)}"
+    detail += f" Minutes of training: {_minutes(results, question.first, a)}; {_minutes(results, question.second, b)}."
     if other := _other_differences(a[shared[0]], b[shared[0]], question):
-        detail += f". They also differ in {other}."
-    if gap.low > 0:
-        verdict = f"{question.first} is better{by}"
-    elif gap.high < 0:
-        verdict = f"{question.second} is better{by}"
-    else:
-        verdict = "not decided by these runs"
+        detail += f" They also differ in {other}."
+    better = {gap.low > 0: question.first, gap.high < 0: question.second}.get(True)
+    verdict = f"{better} is better{', by one seed' * (len(shared) == 1)}" if better else "not distinguishable by these runs"
     return Answer(question.text, verdict, detail)
+
+
+def _told(gap: Estimate, question: Question) -> str:
+    sure = (
+        f"{gap.probability:.3f}" if 0.001 <= gap.probability <= 0.999 else "over 0.999" if gap.center > 0 else "under 0.001"
+    )
+    return (
+        f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f} (it covers {gap.of}). "
+        f"{question.first} is the better one with a probability of {sure}. A true difference of "
+        f"{100 * gap.detectable:.1f} points would be found in four of five cases."
+    )
+
+
+def _minutes(results: SuiteResults, recipe: str, group: dict[int, RunResult]) -> str:
+    """Mean of the seeds, with what their sources took."""
+    took = {run.name: run.seconds.get("fit", 0.0) / 60 for run in results.finished}
+    sources = [took.get(run.init.run, 0.0) if run.init else 0.0 for run in group.values()]
+    of_source = f", {fmean(sources):.1f} of them for its source" if any(sources) else ""
+    return f"{recipe} {fmean(took[run.name] for run in group.values()) + fmean(sources):.1f}{of_source}"
 
 
 def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
@@ -117,7 +163,7 @@ def table_row(run: RunResult) -> tuple[str, ...]:
     beside = f"{published.accuracy:.4f}" if published else ""
     if run.test is None or run.val is None:
         return (run.name, run.status, *[""] * len(MEASURED), beside)
-    interval = accuracy_interval([counts(run)])
+    interval = of_one(run)
     return (
         run.name,
         run.status,

@@ -17,8 +17,7 @@ import torch
 
 from imgcls import storage
 from imgcls.data import order
-from imgcls.data.augment import inputs
-from imgcls.data.batches import EVALUATION_BATCH, ImageData
+from imgcls.data.batches import ImageData
 from imgcls.data.cache import open_cache
 from imgcls.data.images import encode_png
 from imgcls.data.shards import read_manifest, read_pixel_digests
@@ -36,6 +35,7 @@ from imgcls.training.lineage import Seen, refuse_seen_images
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress
 from imgcls.training.recorder import Commits, Recorder
+from imgcls.training.totals import as_npy
 from imgcls.training.world import World, lost_a_rank, make_trainer
 
 NUM_EXAMPLES = 8
@@ -210,11 +210,12 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         trainer.test(module, datamodule=prepared.data, verbose=False)
     test, class_names = module.scores["test"], prepared.manifest.class_names
     check_counted(test, len(prepared.data.splits.test))
-    state, lineage = module.network.state_dict(), prepared.lineage
-    model = weights.Model(config.recipe, class_names, state, lineage, config.synthetic)
+    lineage = prepared.lineage
+    model = weights.Model(config.recipe, class_names, module.network.state_dict(), lineage, config.synthetic)
     # Before rank 0 is alone with storage: others would wait for it in a collective.
     others = _traffic_of_others(trainer, recorder.traffic)
-    model_sha256 = weights.save_model(model, run.model_url) if world.rank == 0 else None
+    predicted = as_npy(module.predicted)
+    model_sha256 = _keep(model, predicted, run) if world.rank == 0 else None
     recorder.run_log.line(
         f"tested once, on the best checkpoint (epoch {history.best_row['epoch']}): accuracy {test.accuracy:.4f}"
     )
@@ -238,12 +239,19 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         weights_sha256=last_sha256,
         best_weights_sha256=model.weights_sha256,
         model_sha256=model_sha256,
+        predictions_sha256=storage.sha256(predicted),
         history_sha256=storage.sha256(history.as_csv()),
         num_parameters=sum(p.numel() for p in module.network.parameters()),
         lineage=tuple(seen.entry for seen in lineage),
         placement=world.placement,
         **environment.origin(),
     )
+
+
+def _keep(model: weights.Model, predicted: bytes, run: RunFolder) -> str:
+    """Returns the SHA-256 of the model's file."""
+    storage.write_bytes(run.predictions_url, predicted)
+    return weights.save_model(model, run.model_url)
 
 
 def _traffic_of_others(trainer: pl.Trainer, traffic: TrafficMeter) -> dict[str, float]:
@@ -254,21 +262,21 @@ def _traffic_of_others(trainer: pl.Trainer, traffic: TrafficMeter) -> dict[str, 
     return {name: total - value for (name, value), total in zip(mine.items(), summed, strict=True)}
 
 
-@torch.no_grad()
 def _examples(prepared: Prepared) -> tuple[PredictedSample, ...]:
-    """Right and wrong predictions among one fixed batch of test samples, whatever the number of workers."""
-    ids, network, cache = prepared.data.splits.test, prepared.module.network.eval(), prepared.data.cache
-    batch = np.sort(ids[order.permutation(0, 0, len(ids))[:EVALUATION_BATCH]])
-    images = torch.from_numpy(cache.images[batch]).to(next(network.parameters()).device)
-    top = network(inputs(images, prepared.module.recipe.input)).float().softmax(1).cpu().max(1)
-    predicted = zip(batch, cache.labels[batch].tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-    right, wrong = [], []
-    for sample, label, prediction, probability in predicted:
-        examples = right if label == prediction else wrong
-        if len(examples) < NUM_EXAMPLES:
-            png = base64.b64encode(encode_png(cache.images[sample])).decode()
-            examples.append(PredictedSample(label=label, prediction=prediction, probability=probability, png_base64=png))
-    return (*right, *wrong)
+    """Some right predictions, drawn once for all runs, and the most confident mistakes."""
+    table, images = prepared.module.predicted, prepared.data.cache.images
+    drawn = table[order.permutation(0, 0, len(table))]
+    mistakes = table[np.argsort(-table["probability"], kind="stable")]
+    right, wrong = drawn[drawn["label"] == drawn["prediction"]], mistakes[mistakes["label"] != mistakes["prediction"]]
+    return tuple(
+        PredictedSample(
+            label=int(row["label"]),
+            prediction=int(row["prediction"]),
+            probability=float(row["probability"]),
+            png_base64=base64.b64encode(encode_png(images[row["sample"]])).decode(),
+        )
+        for row in (*right[:NUM_EXAMPLES], *wrong[:NUM_EXAMPLES])
+    )
 
 
 def check_counted(scores: Scores, expected: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, assert_never
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -16,13 +17,13 @@ from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
 from imgcls.errors import TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
-from imgcls.records import Scores
+from imgcls.records import PREDICTED, Scores
 from imgcls.training.elastic import VirtualRanks, virtual_parts
 from imgcls.training.flags import StepFlags
 from imgcls.training.gradients import make_repeatable, share_buffers
 from imgcls.training.ledger import Entry, Ledger
 from imgcls.training.schedule import lr_factor
-from imgcls.training.totals import Totals
+from imgcls.training.totals import Predictions, Totals
 from imgcls.training.weights import weights_sha256
 from imgcls.training.world import World
 
@@ -40,11 +41,14 @@ class Classifier(pl.LightningModule):
         self.flags = StepFlags(world)
         self.automatic_optimization = recipe.numerics != "elastic"
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
+        self.predictions = Predictions()
         self.ledger = Ledger()
         self.seen: Entry | None = None
         """The ledger of the last whole epoch."""
         self.scores: dict[str, Scores] = {}
         """Of the last whole pass over each split."""
+        self.predicted = np.empty(0, list(PREDICTED))
+        """Of the last whole pass over the test split."""
 
     def on_train_start(self) -> None:
         if isinstance(self.trainer.model, DistributedDataParallel):
@@ -153,14 +157,19 @@ class Classifier(pl.LightningModule):
         self._take("val", self.val_totals)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(self.test_totals, batch)
+        logits = self._evaluate(self.test_totals, batch)
+        self.predictions.update(batch.ids[: batch.counted], logits, batch.labels[: batch.counted])
 
     def on_test_epoch_end(self) -> None:
         self._take("test", self.test_totals)
+        with self.world.heartbeat.waiting():
+            self.predicted = self.predictions.compute()
+        self.predictions.reset()
 
-    def _evaluate(self, totals: Totals, batch: Batch) -> None:
-        logits = self.network(batch.images)
-        totals.update(logits[: batch.counted], batch.labels[: batch.counted])
+    def _evaluate(self, totals: Totals, batch: Batch) -> Tensor:
+        logits = self.network(batch.images)[: batch.counted]
+        totals.update(logits, batch.labels[: batch.counted])
+        return logits
 
     def _take(self, split: str, totals: Totals) -> Scores:
         with self.world.heartbeat.waiting():

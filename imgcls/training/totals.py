@@ -1,12 +1,20 @@
-"""Loss, accuracy and confusion over a split, in integers: no order of adding changes a bit, at any number of ranks."""
+"""Loss, accuracy and confusion over a split, in integers: no order of adding changes a bit, at any number of ranks. And
+what was predicted of each sample.
+"""
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
+from imgcls.data.order import Ids
 from imgcls.errors import TrainingError
-from imgcls.records import Scores
+from imgcls.records import PREDICTED, Scores
 
 _LOSS_UNIT, _LOSS_LIMIT = 2.0**-24, 1e4
 """Losses are added as multiples of the unit, each up to the limit: 5e7 samples fit into 63 bits."""
@@ -50,3 +58,35 @@ class Totals(Metric):
             accuracy=int(confusion.diagonal().sum()) / max(1, count),
             confusion=tuple(tuple(row) for row in confusion.tolist()),
         )
+
+
+class Predictions(Metric):
+    """Collected over batches and, by torchmetrics, over ranks."""
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, ids: Ids, logits: Tensor, labels: Tensor) -> None:
+        """logits: (b, classes); labels: int64, (b,)."""
+        best = logits.argmax(dim=1, keepdim=True)
+        probability = logits.float().softmax(dim=1).gather(1, best)
+        samples = torch.from_numpy(ids).to(labels.device)
+        columns = (samples[:, None], labels[:, None], best, probability)
+        self.rows.append(torch.cat([column.double() for column in columns], dim=1))
+
+    def compute(self) -> NDArray[np.void]:
+        """Rows of `records.PREDICTED`, in the order of the samples."""
+        rows = dim_zero_cat(self.rows).cpu().numpy()
+        table = np.empty(len(rows), list(PREDICTED))
+        for column, (name, _) in enumerate(PREDICTED):
+            table[name] = rows[:, column]
+        return np.sort(table, order="sample")
+
+
+def as_npy(table: NDArray[np.void]) -> bytes:
+    np.save(file := io.BytesIO(), table)
+    return file.getvalue()

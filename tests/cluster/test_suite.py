@@ -63,11 +63,11 @@ def test_a_run_that_ends_while_a_command_writes_the_page_is_on_it(asked, monkeyp
     write_down(two, other_plan)
     render, rendered = page.render, []
 
-    def while_it_ends(results, histories) -> str:
+    def while_it_ends(results, *files) -> str:
         if not rendered:
             fails(two, other_plan)  # between our look and our write
         rendered.append([run.status for run in results.runs])
-        return render(results, histories)
+        return render(results, *files)
 
     monkeypatch.setattr(page, "render", while_it_ends)
     fails(one, its_plan)

@@ -45,7 +45,7 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
     (checkpoint,) = (run / "checkpoints").iterdir()
 
     def results() -> None:
-        SuiteFolder(str(suite)).histories(SuiteFolder(str(suite)).results(seconds=0.0, command=""))
+        SuiteFolder(str(suite)).page(SuiteFolder(str(suite)).results(seconds=0.0, command=""))
 
     def all_shards() -> None:
         for shard in manifest.shards:
@@ -61,7 +61,10 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
         Object(checkpoint / "checkpoint.ckpt", checkpoints),
         Object(checkpoint / "committed.json", checkpoints),
         Object(run / "model.pt", lambda: (load_model(str(run / "model.pt")), None)[1]),
-        *(Object(path, results) for path in (run / "result.json", run / "config.json", run / "history.csv")),
+        *(
+            Object(path, results)
+            for path in (run / "result.json", run / "config.json", run / "history.csv", run / "predictions.npy")
+        ),
         Object(suite / "suite.json", results),
     ]
 

@@ -11,13 +11,13 @@ from jinja2 import Environment, StrictUndefined
 from imgcls.catalogue import CATALOGUES
 from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import answers, groups, interval_of, most_confused, published_beside
+from imgcls.results.compare import answers, estimates, most_confused, predicted, published_beside
 from imgcls.results.page import figures
 from imgcls.runs import SuiteFolder
 
 
-def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
-    """histories: each run's history as CSV, by run."""
+def render(results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes]) -> str:
+    """histories, predictions: of each run that has them, as `RunFolder` reads them."""
     here = files("imgcls.results.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -25,16 +25,20 @@ def render(results: SuiteResults, histories: dict[str, bytes]) -> str:
         "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
     }
     template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
-    done, same_recipe = results.finished, groups(results)
+    done, tested = results.finished, predicted(predictions)
+    estimated = estimates(results, tested)
     published = {run.recipe.name: figure for run in results.runs if (figure := published_beside(run))}
     return template.render(
         results=results,
         style=(here / "style.css").read_text(encoding="utf-8"),
-        answers=answers(results),
+        answers=answers(results, tested),
         published=published,
-        intervals={run.name: interval_of(group) for group in same_recipe for run in group.values()},
-        accuracy_figure=figures.accuracies(same_recipe, published) if done else "",
-        curves={run.name: figures.curves(_rows(histories[run.name])) for run in done if run.name in histories},
+        intervals={run.name: estimate for runs, estimate in estimated for run in runs},
+        accuracy_figure=figures.accuracies(estimated, published) if done else "",
+        curves={run.name: figures.curves(_rows(histories[run.name]), run.name) for run in done if run.name in histories},
+        reliability={
+            run.name: figures.reliability(tested[run.name], run.name) if run.name in tested else "" for run in done
+        },
         confusions={run.name: figures.confusion(run) for run in done},
         confused={run.name: most_confused(run) for run in done},
         done=done,

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,10 +14,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from imgcls.catalogue.published import Published
 from imgcls.records import RunResult
-from imgcls.results.compare import interval_of
+from imgcls.results.statistics import Estimate, calibration
 
 INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
 STYLE: dict[Any, Any] = {
@@ -35,16 +37,22 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def accuracies(groups: Sequence[dict[int, RunResult]], published: Mapping[str, Published]) -> str:
-    """Test accuracy of each recipe with its interval, beside the published figure. groups: from `compare.groups`."""
+def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published: Mapping[str, Published]) -> str:
+    """Test accuracy of each recipe with its interval and its seeds, beside the published figure.
+
+    estimated: by `compare.estimates`.
+    """
     with rc_context(STYLE):
-        recipes = [next(iter(group.values())).recipe.name for group in groups]
-        places, intervals = range(len(groups)), [interval_of(group) for group in groups]
-        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(groups)), layout="constrained")
+        recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
+        places = range(len(estimated))
+        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(estimated)), layout="constrained")
         axes = figure.subplots()
         ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
         axes.plot(ends, [places, places], color=FIRST, linewidth=2)
         axes.plot([interval.center for interval in intervals], places, "o", color=FIRST, label="ours, 95% interval")
+        seeds = [(place, run.test.accuracy) for place in places for run in estimated[place][0] if run.test]
+        if len(seeds) > len(places):
+            axes.plot([value for _, value in seeds], [place + 0.22 for place, _ in seeds], ".", color=INK, label="each seed")
         beside = {place: published[recipe].accuracy for place, recipe in enumerate(recipes) if recipe in published}
         if beside:
             axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
@@ -52,11 +60,11 @@ def accuracies(groups: Sequence[dict[int, RunResult]], published: Mapping[str, P
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy")
         axes.grid(axis="x", color=GROUND, linewidth=0.5)
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)
-        return _svg(figure)
+        figure.legend(loc="outside upper right", ncols=3, frameon=False)
+        return _svg(figure, "test accuracy of each recipe with its interval; the table below has the figures")
 
 
-def curves(rows: Sequence[Mapping[str, float]]) -> str:
+def curves(rows: Sequence[Mapping[str, float]], run: str) -> str:
     """Loss and accuracy over epochs, training and validation."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.3), layout="constrained")
@@ -71,7 +79,22 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
             axes.set_xlim(0.5, max(epochs) + 0.5)
             axes.grid(color=GROUND, linewidth=0.5)
         right.legend(frameon=False)
-        return _svg(figure)
+        return _svg(figure, f"{run}: loss and accuracy by epoch, training and validation")
+
+
+def reliability(table: NDArray[np.void], run: str) -> str:
+    """How often predictions of a probability are right, with the calibration error. table: as in `compare.Predicted`."""
+    rows, error = calibration(table["label"] == table["prediction"], table["probability"])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=GROUND, linewidth=1)
+        axes.plot(rows[:, 1], rows[:, 2], color=FIRST, linewidth=1)
+        axes.scatter(rows[:, 1], rows[:, 2], s=4 + 80 * rows[:, 0] / len(table), color=FIRST)
+        axes.set_xlabel("probability of the prediction")
+        axes.set_ylabel("how often it is right")
+        axes.set_title(f"calibration error {error:.3f}", fontsize=9)
+        return _svg(figure, f"{run}: how often predictions of a probability are right; calibration error {error:.3f}")
 
 
 NAMED = 20
@@ -96,7 +119,7 @@ def confusion(result: RunResult) -> str:
             axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
-        return _svg(figure)
+        return _svg(figure, f"{result.name}: how often each label was taken for each class")
 
 
 def _short(name: str) -> str:
@@ -104,7 +127,8 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, alternative: str) -> str:
+    """alternative: what is said to a reader who does not see it."""
     text = io.StringIO()
     with warnings.catch_warnings():  # letters stay text; the reader's browser draws them with its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -113,4 +137,5 @@ def _svg(figure: Figure) -> str:
     # HTML needs no XML head, and the page decides the width.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="figure"', svg, count=1)
+    about = f'class="figure" role="img" aria-label="{escape(alternative)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: about, svg, count=1)
