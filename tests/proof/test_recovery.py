@@ -21,8 +21,12 @@ from tests.system.heads import Head
 pytestmark = pytest.mark.usefixtures("asked_for")
 
 SEED = 20261129
-STEPS = (*("--set", "length.epochs=12", "--set", "length.patience=null"), *("--checkpoint-every-n-steps", "1"))
-"""Beside the twelve: 48 of them, each committed."""
+NUM_STEPS = 240
+STEPS = (
+    *("--set", f"length.epochs={NUM_STEPS // 4}", "--set", "length.patience=null", "--checkpoint-every-n-steps", "1"),
+    *("--set", 'model={"kind": "basic-cnn", "dropout": 0.3}', "--set", "input.px=16", "--set", "input.stored_px=16"),
+)
+"""Beside the twelve: small ones, each committed, and so many that a run is not over before it was killed five times."""
 NODES = ("node",) * 5
 spent: dict[str, list[float]] = {}
 """Seconds from each kill to the next step, by what was killed."""
@@ -35,13 +39,13 @@ def three_at_most() -> Iterator[Head]:
 
 
 @pytest.fixture(scope="module")
-def whole_of_48(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return Whole(packed, tmp_path_factory.mktemp("whole-of-48"), *STEPS)
+def whole_of_all(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(packed, tmp_path_factory.mktemp("whole-of-all"), *STEPS)
 
 
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
-    killed_run: int, whole_of_48: Whole, packed: Path, tmp_path: Path, request: pytest.FixtureRequest, proved
+    killed_run: int, whole_of_all: Whole, packed: Path, tmp_path: Path, request: pytest.FixtureRequest, proved
 ):
     """Every fourth on nodes that an autoscaler replaces; else a local Ray's worker, controller or command is killed."""
     seed, num_workers, on_nodes = SEED + killed_run, 1 + killed_run % 3, killed_run % 4 == 3
@@ -54,7 +58,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         killed.wait_for(killed.step() + chance.randrange(4))
         time.sleep(chance.uniform(0, 0.3))
         step = killed.step()
-        assert step < 48, "the run came to its end before it was killed"
+        assert step < NUM_STEPS, "the run came to its end before it was killed"
         began, seconds = killed.kill(what, chance)
         until(lambda began=began: max(commits_of(killed.run).values()) > began, 240, "the attempt's first step")
         seconds += max(commits_of(killed.run).values()) - began
@@ -62,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         spent.setdefault(what, []).append(seconds)
         print(what, told[-1])
     killed.running.wait(420)
-    assert_same(killed.run, whole_of_48[num_workers])
+    assert_same(killed.run, whole_of_all[num_workers])
     for what, detail in zip(kinds, told, strict=True):
         proved(f"{what} killed, in a run that was killed {len(kinds)} times", detail)
 
