@@ -189,7 +189,7 @@ class Scores(Record):
 
 
 PREDICTED = (("sample", "<i8"), ("label", "<u2"), ("prediction", "<u2"), ("probability", "<f4"))
-"""Columns of a run's predictions.npy: a row a test sample, by its id; the probability is the prediction's."""
+"""Columns of a run's predictions: a row a test sample, by its id; the probability is the prediction's."""
 
 
 class PredictedSample(Record):
@@ -280,7 +280,7 @@ class RunResult(Record):
     model_sha256: str | None = None
     """Of the model file itself."""
     predictions_sha256: str | None = None
-    """Of what was predicted of each test sample; None where an earlier version tested it."""
+    """Of the file of its predictions; None for runs of earlier versions."""
     history_sha256: str | None = None
     """Of the history as CSV."""
     num_parameters: int = 0

@@ -5,6 +5,7 @@
     <recipe>-seed<N>/                               RunFolder
         config.json  result.json                    the request, and what it came to
         history.csv  timing.csv  log.txt  events.out.tfevents.*  model.pt
+        audits/00001.json                           by whoever checked the run when it was over
         predictions.npy                             of each test sample, columns as in `records.PREDICTED`
         checkpoints/step-00000268/                  CheckpointFolder
             checkpoint.ckpt  committed.json         the data, and the marker, which is written last
@@ -87,6 +88,28 @@ class Committed(CheckpointFacts):
 
     num_bytes: int
     sha256: str
+
+
+class Audit(Record):
+    """What somebody found who trained pieces of a run again, and tested its model again."""
+
+    at: str
+    seed: int
+    """By which the pieces were drawn."""
+    steps: tuple[str, ...]
+    num_pieces: int
+    """Between two checkpoints of the run: so many could have been drawn."""
+    difference: str
+    """The first thing that differs; empty where nothing does."""
+    commit: str
+    hardware: dict[str, str]
+
+    @property
+    def told(self) -> str:
+        what = (
+            f"steps {', '.join(self.steps)} trained again ({len(self.steps)} of {self.num_pieces} pieces, seed {self.seed})"
+        )
+        return f"{what}: {self.difference or 'weights, optimizer, history and test scores are equal'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +301,14 @@ class RunFolder:
             return next((ending.trace for ending in endings if ending.trace), "")
         return ""
 
+    def audits(self) -> list[Audit]:
+        url = self._place("audits")
+        return [records.read(Audit, storage.join(url, name)) for name in storage.files(url) if name.endswith(".json")]
+
+    def keep_audit(self, audit: Audit) -> None:
+        number = len(storage.files(self._place("audits"))) + 1
+        records.write(audit, self._place("audits", f"{number:05d}.json"))
+
     def lease_url(self, number: int) -> str:
         return self._place("leases", f"{number:05d}.json")
 
@@ -349,7 +380,8 @@ class SuiteFolder:
             found = {run.name: read(self.run(run.name), run) for run in results.runs}
             return {name: data for name, data in found.items() if data is not None}
 
-        return render(results, of_each(RunFolder.history), of_each(RunFolder.predictions))
+        audits = {run.name: [audit.told for audit in self.run(run.name).audits()] for run in results.runs}
+        return render(results, of_each(RunFolder.history), of_each(RunFolder.predictions), audits)
 
     def publish(self, **work: Any) -> SuiteResults:
         """The suite's results from its runs' records; they, and the page, lie in the folder.

@@ -1,16 +1,15 @@
 """Records -> the rows of the table, and the answers. The page and the printed table use it."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imgcls.catalogue.published import PUBLISHED, Published
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.statistics import Estimate, Hits, accuracy, difference
+from imgcls.results.statistics import Difference, Estimate, Hits, accuracy, difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +44,20 @@ def groups(results: SuiteResults, recipe: str | None = None) -> list[dict[int, R
     return list(by_request.values())
 
 
-Predicted = Mapping[str, NDArray[np.void]]
-"""By run: what was predicted of each test sample, rows of `records.PREDICTED`."""
+Predictions = Mapping[str, NDArray[np.void]]
+"""By run: a row a test sample, columns as in `records.PREDICTED`."""
 
 
-def predicted(files: Mapping[str, bytes]) -> Predicted:
+def read_predictions(files: Mapping[str, bytes]) -> Predictions:
     """files: by run, as `RunFolder.predictions` reads them."""
     return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in files.items()}
 
 
-def hits_of(runs: Iterable[RunResult], tested: Predicted) -> Hits | None:
-    """None where these runs were not tested on the same images, or one of them did not keep what it predicted."""
-    names = [run.name for run in runs]
-    tables = [tested[name] for name in names if name in tested]
-    if len(tables) < len(names) or not all(np.array_equal(table["sample"], tables[0]["sample"]) for table in tables):
+def hits_of(runs: Sequence[RunResult], predictions: Predictions) -> Hits | None:
+    """None where they were not all tested on the same images."""
+    tables = [predictions[run.name] for run in runs]
+    alike = all(np.array_equal(table[["sample", "label"]], tables[0][["sample", "label"]]) for table in tables)
+    if not alike or len({run.data_digest for run in runs}) > 1:
         return None
     return np.stack([table["label"] == table["prediction"] for table in tables])
 
@@ -69,17 +68,19 @@ def of_one(run: RunResult) -> Estimate:
     return accuracy(np.arange(run.test.num_samples)[None] < round(run.test.accuracy * run.test.num_samples))
 
 
-def estimates(results: SuiteResults, tested: Predicted) -> list[tuple[list[RunResult], Estimate]]:
-    """Of each recipe the finished seeds and their estimate; a seed alone where they cannot be taken together."""
+def estimates(results: SuiteResults, predictions: Predictions) -> list[tuple[list[RunResult], Estimate]]:
+    """Of each recipe the finished seeds and their estimate; a seed alone where it did not keep what it predicted."""
     found = list[tuple[list[RunResult], Estimate]]()
     for group in groups(results):
-        runs = list(group.values())
-        hits = hits_of(runs, tested) if len(runs) > 1 else None
-        found += [([run], of_one(run)) for run in runs] if hits is None else [(runs, accuracy(hits))]
+        kept = [run for run in group.values() if run.name in predictions]
+        hits = hits_of(kept, predictions) if len(kept) > 1 else None
+        together = [] if hits is None else kept
+        found += [(together, accuracy(hits))] if hits is not None else []
+        found += [([run], of_one(run)) for run in group.values() if run not in together]
     return found
 
 
-NOT_PAIRED = "their test images differ, or an earlier version tested one of them and kept no predictions.npy"
+NOT_PAIRED = "they were not tested on the same images, or what was predicted of them was not kept"
 CONFUSED = 10
 
 
@@ -99,52 +100,71 @@ def published_beside(run: RunResult) -> Published | None:
     return figure if figure and figure.dataset == run.recipe.dataset and not run.synthetic else None
 
 
-def answers(results: SuiteResults, tested: Predicted) -> list[Answer]:
+def answers(results: SuiteResults, predictions: Predictions) -> list[Answer]:
     """One for each question whose two recipes the suite has."""
     recipes = {run.recipe.name for run in results.runs}
-    return [_answer(results, question, tested) for question in QUESTIONS if {question.first, question.second} <= recipes]
+    return [
+        _answer(results, question, predictions) for question in QUESTIONS if {question.first, question.second} <= recipes
+    ]
 
 
-def _answer(results: SuiteResults, question: Question, tested: Predicted) -> Answer:
+def _answer(results: SuiteResults, question: Question, predictions: Predictions) -> Answer:
     firsts, seconds = groups(results, question.first), groups(results, question.second)
     for name, candidates in ((question.first, firsts), (question.second, seconds)):
         if len(candidates) > 1:
             return Answer(question.text, "not answered", f"runs of {name} differ in their settings or data")
     a, b = (candidates[0] if candidates else {} for candidates in (firsts, seconds))
-    shared = sorted(a.keys() & b.keys())
-    if not shared:
+    both = sorted(a.keys() & b.keys())
+    if not both:
         missing = question.first if not a else question.second
         return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
-    hits = hits_of([*(a[seed] for seed in shared), *(b[seed] for seed in shared)], tested)
+    shared = [seed for seed in both if a[seed].name in predictions and b[seed].name in predictions]
+    first, second = [a[seed] for seed in shared], [b[seed] for seed in shared]
+    hits = hits_of([*first, *second], predictions) if shared else None
     if hits is None:
         return Answer(question.text, "not answered", NOT_PAIRED)
     gap = difference(hits[: len(shared)], hits[len(shared) :])
-    detail = f"{question.first} minus {question.second}: {_told(gap, question)}"
-    detail += f" Minutes of training: {_minutes(results, question.first, a)}; {_minutes(results, question.second, b)}."
-    if other := _other_differences(a[shared[0]], b[shared[0]], question):
+    detail = f"{question.first} minus {question.second}: {_in_words(gap, question.first)}"
+    detail += f" Minutes from start to end: {_minutes(results, first)}; {_minutes(results, second)}."
+    if other := _other_differences(first[0], second[0], question):
         detail += f" They also differ in {other}."
-    better = {gap.low > 0: question.first, gap.high < 0: question.second}.get(True)
-    verdict = f"{better} is better{', by one seed' * (len(shared) == 1)}" if better else "not distinguishable by these runs"
-    return Answer(question.text, verdict, detail)
+    better = question.first if gap.low > 0 else question.second if gap.high < 0 else None
+    by = ", by one seed" if len(shared) == 1 else ""
+    return Answer(question.text, f"{better} is better{by}" if better else "not distinguishable by these runs", detail)
 
 
-def _told(gap: Estimate, question: Question) -> str:
+def _in_words(gap: Difference, first: str) -> str:
     sure = (
         f"{gap.probability:.3f}" if 0.001 <= gap.probability <= 0.999 else "over 0.999" if gap.center > 0 else "under 0.001"
     )
+    findable = (
+        f"A true difference of {100 * gap.detectable:.1f} points would be found in about four of five cases."
+        if gap.detectable < 1
+        else "No difference could be found by so few."
+    )
     return (
         f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f} (it covers {gap.of}). "
-        f"{question.first} is the better one with a probability of {sure}. A true difference of "
-        f"{100 * gap.detectable:.1f} points would be found in four of five cases."
+        f"{'This run of ' if gap.num_seeds == 1 else ''}{first} is the better one with a probability of {sure}. {findable}"
     )
 
 
-def _minutes(results: SuiteResults, recipe: str, group: dict[int, RunResult]) -> str:
-    """Mean of the seeds, with what their sources took."""
-    took = {run.name: run.seconds.get("fit", 0.0) / 60 for run in results.finished}
-    sources = [took.get(run.init.run, 0.0) if run.init else 0.0 for run in group.values()]
-    of_source = f", {fmean(sources):.1f} of them for its source" if any(sources) else ""
-    return f"{recipe} {fmean(took[run.name] for run in group.values()) + fmean(sources):.1f}{of_source}"
+def _minutes(results: SuiteResults, runs: Sequence[RunResult]) -> str:
+    """Mean over these seeds of one recipe, with the sources of their weights, and theirs."""
+    finished = {run.name: run for run in results.finished}
+    own, of_sources, all_known = 0.0, 0.0, True
+    for run in runs:
+        own += run.seconds.get("fit", 0.0)
+        source = run
+        while source.init is not None:
+            if source.init.run not in finished:
+                all_known = False
+                break
+            source = finished[source.init.run]
+            of_sources += source.seconds.get("fit", 0.0)
+    own, of_sources = own / 60 / len(runs), of_sources / 60 / len(runs)
+    of_source = f", of which its source took {of_sources:.1f}" if of_sources else ""
+    unknown = "" if all_known else " (without a source that is not here)"
+    return f"{runs[0].recipe.name} {own + of_sources:.1f}{of_source}{unknown}"
 
 
 def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:

@@ -1,10 +1,10 @@
 """How sure a figure is, from which seeds were right on which test images. Pure.
 
-The mean over seeds and images has two errors: other seeds, and other test images, would have given another mean. Their
-variances are those of the crossed two-way layout (Searle, Casella, McCulloch 1992, section 4.3): what is common to an image
-over all seeds is the images' part, and the whole spread of the seeds' means the seeds'. An error as large as the sum of both
-is normal where it comes from the many images, and Student's where it comes from the few seeds: its distribution is mixed by
-their shares. Decision 27 has the coverage that this was chosen by.
+Other seeds, and other test images, would have given another mean. The variance of the mean is the sum of both parts, as in
+the crossed two-way layout (Searle, Casella, McCulloch 1992, section 4.3): the images' part is what an image has in common
+over all seeds, the seeds' part is the whole spread of the seeds' means. The distribution of the error is a mixture of a
+normal one for the images, which are many, and Student's for the seeds, which are few, weighted by each part's share of the
+variance. Decision 27 compares the coverage of the alternatives.
 """
 
 import math
@@ -29,13 +29,8 @@ class Estimate:
     low: float
     high: float
     num_seeds: int
-    num_images: int
     deviation: float
     """Standard deviation of the seeds' own values; 0 for one."""
-    probability: float
-    """That the true value is above 0, if nothing else is known of it."""
-    detectable: float
-    """The smallest true value that such seeds and images tell from 0 in `POWER` of all cases."""
 
     @property
     def of(self) -> str:
@@ -44,24 +39,48 @@ class Estimate:
         return f"the test set's sampling{spread}"
 
 
+@dataclass(frozen=True, slots=True)
+class Difference(Estimate):
+    probability: float
+    """That the true value is above 0, if nothing else is known of it."""
+    detectable: float
+    """The smallest true value that such seeds and images tell from 0 in about `POWER` of all cases."""
+
+
 def accuracy(hits: Hits) -> Estimate:
     """Of the recipe's accuracy over all seeds and images; of one seed, of this network's. Within [0, 1].
 
-    Wilson's interval, of as many images as would leave this much uncertain. Source: Franco, Little, Louis, Slud 2019.
+    Wilson's interval, of as many images as have this variance. Source: Franco, Little, Louis, Slud 2019. Seeds whose means
+    agree by chance do not make it narrower than if each had had images of its own.
     """
-    error = _error(hits)
-    p, q = float(hits.mean()), error.quantile((1 - LEVEL) / 2)
-    n = p * (1 - p) / error.scale**2 if error.scale else hits.shape[1]
+    error, p, z = _error(hits), float(hits.mean()), NormalDist().inv_cdf((1 + LEVEL) / 2)
+    q = error.quantile((1 - LEVEL) / 2)
+    n, most = hits.shape[1], hits.size * (q / z) ** 2
+    n = min(p * (1 - p) / error.scale**2, most) if error.scale else n
     middle, half, whole = p + q**2 / (2 * n), q * math.sqrt(p * (1 - p) / n + q**2 / (4 * n**2)), 1 + q**2 / n
-    return _estimate(hits, error, max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole))
+    low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+    return Estimate(p, min(low, p), max(high, p), len(hits), _deviation(hits))
 
 
-def difference(a: Hits, b: Hits) -> Estimate:
+def difference(a: Hits, b: Hits) -> Difference:
     """Of the accuracy of `a` minus that of `b`, by the same seeds on the same images, in pairs. Within [-1, 1]."""
     pairs = a.astype(np.int8) - b.astype(np.int8)
-    error = _error(pairs, least=1 / pairs.shape[1])  # where no image tells them apart, the next one may
-    half, center = error.quantile((1 - LEVEL) / 2) * error.scale, float(pairs.mean())
-    return _estimate(pairs, error, max(-1.0, center - half), min(1.0, center + half))
+    error = _error(pairs, least=1 / pairs.shape[1])  # agreement on all images still leaves some uncertainty
+    q, center = error.quantile((1 - LEVEL) / 2), float(pairs.mean())
+    above = error.above(abs(center))
+    return Difference(
+        center,
+        max(-1.0, center - q * error.scale),
+        min(1.0, center + q * error.scale),
+        len(pairs),
+        _deviation(pairs),
+        probability=1 - above if center > 0 else above,
+        detectable=(q + error.quantile(1 - POWER)) * error.scale,
+    )
+
+
+def _deviation(values: NDArray) -> float:
+    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def calibration(right: NDArray[np.bool_], probability: NDArray[np.floating]) -> tuple[NDArray[np.float64], float]:
@@ -71,7 +90,7 @@ def calibration(right: NDArray[np.bool_], probability: NDArray[np.floating]) -> 
     """
     places = np.minimum((probability * BINS).astype(int), BINS - 1)
     counts, sums, hits = (np.bincount(places, weights, BINS) for weights in (None, probability, right))
-    rows = np.stack([counts, sums, hits], axis=1)[counts > 0].astype(np.float64)
+    rows = np.stack([counts, sums, hits], axis=1)[counts > 0].astype(float)
     rows[:, 1:] /= rows[:, :1]
     return rows, float((rows[:, 0] * abs(rows[:, 1] - rows[:, 2])).sum() / len(right))
 
@@ -80,12 +99,12 @@ def calibration(right: NDArray[np.bool_], probability: NDArray[np.floating]) -> 
 class _Error:
     scale: float
     share: float
-    """Of the seeds' part in its square."""
+    """Of the seeds' part in the variance."""
     df: int
 
     def above(self, value: float) -> float:
         """The probability of an error of more than `value`, at least 0."""
-        return _tail(value / self.scale, self.share, self.df) if self.scale else 0.5 * (value == 0)
+        return _tail(value / self.scale, self.share, self.df)
 
     def quantile(self, tail: float) -> float:
         """In units of `scale`."""
@@ -103,21 +122,6 @@ def _error(values: NDArray, *, least: float = 0.0) -> _Error:
     of_images = max(0.0, float(by_image.var()) - rest / seeds) / images + least**2
     total = of_seeds + of_images
     return _Error(math.sqrt(total), of_seeds / total if total else 0.0, seeds - 1)
-
-
-def _estimate(values: NDArray, error: _Error, low: float, high: float) -> Estimate:
-    (seeds, images), center = values.shape, float(values.mean())
-    above = error.above(abs(center))
-    return Estimate(
-        center,
-        min(low, center),
-        max(high, center),
-        seeds,
-        images,
-        deviation=float(values.mean(axis=1).std(ddof=1)) if seeds > 1 else 0.0,
-        probability=1 - above if center > 0 else above,
-        detectable=(error.quantile((1 - LEVEL) / 2) + error.quantile(1 - POWER)) * error.scale,
-    )
 
 
 def _tail(q: float, share: float, df: int) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from imgcls import storage
 from imgcls.data import order
@@ -210,12 +211,10 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         trainer.test(module, datamodule=prepared.data, verbose=False)
     test, class_names = module.scores["test"], prepared.manifest.class_names
     check_counted(test, len(prepared.data.splits.test))
-    lineage = prepared.lineage
-    model = weights.Model(config.recipe, class_names, module.network.state_dict(), lineage, config.synthetic)
+    model = weights.Model(config.recipe, class_names, module.network.state_dict(), prepared.lineage, config.synthetic)
     # Before rank 0 is alone with storage: others would wait for it in a collective.
     others = _traffic_of_others(trainer, recorder.traffic)
-    predicted = as_npy(module.predicted)
-    model_sha256 = _keep(model, predicted, run) if world.rank == 0 else None
+    model_sha256 = _keep(model, module.predicted, run) if world.rank == 0 else None
     recorder.run_log.line(
         f"tested once, on the best checkpoint (epoch {history.best_row['epoch']}): accuracy {test.accuracy:.4f}"
     )
@@ -239,18 +238,18 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         weights_sha256=last_sha256,
         best_weights_sha256=model.weights_sha256,
         model_sha256=model_sha256,
-        predictions_sha256=storage.sha256(predicted),
+        predictions_sha256=storage.sha256(as_npy(module.predicted)),
         history_sha256=storage.sha256(history.as_csv()),
         num_parameters=sum(p.numel() for p in module.network.parameters()),
-        lineage=tuple(seen.entry for seen in lineage),
+        lineage=tuple(seen.entry for seen in prepared.lineage),
         placement=world.placement,
         **environment.origin(),
     )
 
 
-def _keep(model: weights.Model, predicted: bytes, run: RunFolder) -> str:
-    """Returns the SHA-256 of the model's file."""
-    storage.write_bytes(run.predictions_url, predicted)
+def _keep(model: weights.Model, predictions: NDArray[np.void], run: RunFolder) -> str:
+    """Both lie in the run's folder. Returns the SHA-256 of the model's file."""
+    storage.write_bytes(run.predictions_url, as_npy(predictions))
     return weights.save_model(model, run.model_url)
 
 

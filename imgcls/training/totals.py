@@ -84,7 +84,7 @@ class Predictions(Metric):
         table = np.empty(len(rows), list(PREDICTED))
         for column, (name, _) in enumerate(PREDICTED):
             table[name] = rows[:, column]
-        return np.sort(table, order="sample")
+        return table[np.argsort(table["sample"])]
 
 
 def as_npy(table: NDArray[np.void]) -> bytes:

@@ -89,6 +89,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert a.weights_sha256 == b.weights_sha256
     assert (run / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
     assert (a.best_weights_sha256, a.test, a.val) == (b.best_weights_sha256, b.test, b.val)
+    assert a.predictions_sha256 == b.predictions_sha256
 
 
 def result_in(run: Path) -> RunResult:

@@ -15,7 +15,7 @@ from imgcls.data.cache import open_cache
 from imgcls.errors import ImgclsError
 from imgcls.recipe import Length
 from imgcls.records import Manifest, SuiteRecord
-from imgcls.runs import SuiteFolder
+from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.training.fit import fit
 from imgcls.training.weights import load_model, read_checkpoint
 from imgcls.training.world import World
@@ -45,7 +45,9 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
     (checkpoint,) = (run / "checkpoints").iterdir()
 
     def results() -> None:
-        SuiteFolder(str(suite)).page(SuiteFolder(str(suite)).results(seconds=0.0, command=""))
+        (one,) = SuiteFolder(str(suite)).results(seconds=0.0, command="").runs
+        RunFolder(str(run)).history(one)
+        RunFolder(str(run)).predictions(one)
 
     def all_shards() -> None:
         for shard in manifest.shards:

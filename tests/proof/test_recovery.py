@@ -26,7 +26,7 @@ STEPS = (
     *("--set", f"length.epochs={NUM_STEPS // 4}", "--set", "length.patience=null", "--checkpoint-every-n-steps", "1"),
     *("--set", 'model={"kind": "basic-cnn", "dropout": 0.3}', "--set", "input.px=16", "--set", "input.stored_px=16"),
 )
-"""Beside the twelve: small ones, each committed, and so many that a run is not over before it was killed five times."""
+"""Flags added to those of `train`: a small model, and a checkpoint at each of so many steps."""
 NODES = ("node",) * 5
 spent: dict[str, list[float]] = {}
 """Seconds from each kill to the next step, by what was killed."""
@@ -39,13 +39,13 @@ def three_at_most() -> Iterator[Head]:
 
 
 @pytest.fixture(scope="module")
-def whole_of_all(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return Whole(packed, tmp_path_factory.mktemp("whole-of-all"), *STEPS)
+def undisturbed(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(packed, tmp_path_factory.mktemp("undisturbed"), *STEPS)
 
 
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
-    killed_run: int, whole_of_all: Whole, packed: Path, tmp_path: Path, request: pytest.FixtureRequest, proved
+    killed_run: int, undisturbed: Whole, packed: Path, tmp_path: Path, request: pytest.FixtureRequest, proved
 ):
     """Every fourth on nodes that an autoscaler replaces; else a local Ray's worker, controller or command is killed."""
     seed, num_workers, on_nodes = SEED + killed_run, 1 + killed_run % 3, killed_run % 4 == 3
@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         spent.setdefault(what, []).append(seconds)
         print(what, told[-1])
     killed.running.wait(420)
-    assert_same(killed.run, whole_of_all[num_workers])
+    assert_same(killed.run, undisturbed[num_workers])
     for what, detail in zip(kinds, told, strict=True):
         proved(f"{what} killed, in a run that was killed {len(kinds)} times", detail)
 

@@ -186,5 +186,5 @@ def assert_same(one: Path, other: Path) -> None:
     a, b = result_in(one), result_in(other)
     assert a.weights_sha256 == b.weights_sha256
     assert a.best_weights_sha256 == b.best_weights_sha256
-    assert a.test == b.test
+    assert (a.test, a.predictions_sha256) == (b.test, b.predictions_sha256)
     assert (one / "history.csv").read_bytes() == (other / "history.csv").read_bytes()

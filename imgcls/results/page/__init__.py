@@ -11,13 +11,15 @@ from jinja2 import Environment, StrictUndefined
 from imgcls.catalogue import CATALOGUES
 from imgcls.recipe import changes_between
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import answers, estimates, most_confused, predicted, published_beside
+from imgcls.results.compare import answers, estimates, most_confused, published_beside, read_predictions
 from imgcls.results.page import figures
 from imgcls.runs import SuiteFolder
 
 
-def render(results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes]) -> str:
-    """histories, predictions: of each run that has them, as `RunFolder` reads them."""
+def render(
+    results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes], audits: dict[str, list[str]]
+) -> str:
+    """histories, predictions: of each run that has them, as `RunFolder` reads them. audits: what each found, by run."""
     here = files("imgcls.results.page")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -25,24 +27,25 @@ def render(results: SuiteResults, histories: dict[str, bytes], predictions: dict
         "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
     }
     template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
-    done, tested = results.finished, predicted(predictions)
-    estimated = estimates(results, tested)
+    done, tables = results.finished, read_predictions(predictions)
+    estimated = estimates(results, tables)
     published = {run.recipe.name: figure for run in results.runs if (figure := published_beside(run))}
     return template.render(
         results=results,
         style=(here / "style.css").read_text(encoding="utf-8"),
-        answers=answers(results, tested),
+        answers=answers(results, tables),
         published=published,
         intervals={run.name: estimate for runs, estimate in estimated for run in runs},
         accuracy_figure=figures.accuracies(estimated, published) if done else "",
         curves={run.name: figures.curves(_rows(histories[run.name]), run.name) for run in done if run.name in histories},
         reliability={
-            run.name: figures.reliability(tested[run.name], run.name) if run.name in tested else "" for run in done
+            run.name: figures.reliability(tables[run.name], run.name) if run.name in tables else "" for run in done
         },
         confusions={run.name: figures.confusion(run) for run in done},
         confused={run.name: most_confused(run) for run in done},
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
+        audits=audits,
         commands={run.name: _command(results, run) for run in done},
     )
 

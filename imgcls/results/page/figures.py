@@ -44,6 +44,10 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
     """
     with rc_context(STYLE):
         recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
+        names = [
+            runs[0].name if recipes.count(recipe) > 1 else recipe
+            for recipe, (runs, _) in zip(recipes, estimated, strict=True)
+        ]
         places = range(len(estimated))
         figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(estimated)), layout="constrained")
         axes = figure.subplots()
@@ -56,7 +60,7 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
         beside = {place: published[recipe].accuracy for place, recipe in enumerate(recipes) if recipe in published}
         if beside:
             axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
-        axes.set_yticks(places, [*map(_short, recipes)])
+        axes.set_yticks(places, [*map(_short, names)])
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy")
         axes.grid(axis="x", color=GROUND, linewidth=0.5)
@@ -83,7 +87,7 @@ def curves(rows: Sequence[Mapping[str, float]], run: str) -> str:
 
 
 def reliability(table: NDArray[np.void], run: str) -> str:
-    """How often predictions of a probability are right, with the calibration error. table: as in `compare.Predicted`."""
+    """Accuracy in each bin of probability, and the calibration error. table: one of `compare.Predictions`."""
     rows, error = calibration(table["label"] == table["prediction"], table["probability"])
     with rc_context(STYLE):
         figure = Figure(figsize=(3.6, 2.6), layout="constrained")
@@ -92,9 +96,9 @@ def reliability(table: NDArray[np.void], run: str) -> str:
         axes.plot(rows[:, 1], rows[:, 2], color=FIRST, linewidth=1)
         axes.scatter(rows[:, 1], rows[:, 2], s=4 + 80 * rows[:, 0] / len(table), color=FIRST)
         axes.set_xlabel("probability of the prediction")
-        axes.set_ylabel("how often it is right")
+        axes.set_ylabel("accuracy")
         axes.set_title(f"calibration error {error:.3f}", fontsize=9)
-        return _svg(figure, f"{run}: how often predictions of a probability are right; calibration error {error:.3f}")
+        return _svg(figure, f"{run}: accuracy of the predictions in each bin of probability; calibration error {error:.3f}")
 
 
 NAMED = 20
@@ -128,7 +132,7 @@ def _short(name: str) -> str:
 
 
 def _svg(figure: Figure, alternative: str) -> str:
-    """alternative: what is said to a reader who does not see it."""
+    """alternative: text for screen readers."""
     text = io.StringIO()
     with warnings.catch_warnings():  # letters stay text; the reader's browser draws them with its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

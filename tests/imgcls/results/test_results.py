@@ -15,7 +15,7 @@ from imgcls.catalogue import quick
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, Answer, answers, most_confused, predicted, table_row
+from imgcls.results.compare import HEADER, Answer, answers, most_confused, read_predictions, table_row
 from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render
 from tests.conftest import ROOT
@@ -73,11 +73,11 @@ def predictions(*runs: RunResult, alike: bool = False) -> dict[str, bytes]:
 
 
 def page_of(*runs: RunResult, synthetic: bool = False) -> str:
-    return render(suite(*runs, synthetic=synthetic), {one.name: HISTORY for one in runs}, predictions(*runs))
+    return render(suite(*runs, synthetic=synthetic), {one.name: HISTORY for one in runs}, predictions(*runs), {})
 
 
 def answers_of(*runs: RunResult) -> list[Answer]:
-    return answers(suite(*runs), predicted(predictions(*runs)))
+    return answers(suite(*runs), read_predictions(predictions(*runs)))
 
 
 def test_seeds_that_agree_do_not_make_a_test_set_larger():
@@ -88,9 +88,37 @@ def test_seeds_that_agree_do_not_make_a_test_set_larger():
         for seed in range(3)
     ]
     assert answers_of(*runs)[0].verdict == "finetuned is better"
-    (answer,) = answers(suite(*runs), predicted(predictions(*runs, alike=True)))
+    (answer,) = answers(suite(*runs), read_predictions(predictions(*runs, alike=True)))
     assert answer.verdict == "not distinguishable by these runs"
     assert "the test set's sampling and the spread of 3 seeds" in answer.detail
+
+
+def test_only_runs_on_the_same_images_are_compared():
+    one, other = result(quick.SCRATCH, 0.5), result(quick.FINETUNED, 0.6)
+    elsewhere = other.model_copy(update={"data_digest": "d" * 64})
+    (answer,) = answers_of(one, elsewhere)
+    assert (answer.verdict, "not tested on the same images" in answer.detail) == ("not answered", True)
+
+
+def test_a_seed_that_kept_no_predictions_is_left_out_of_what_needs_them():
+    runs = [result(r, a, seed=seed) for r, a in ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.6)) for seed in range(3)]
+    kept = {name: data for name, data in predictions(*runs).items() if not name.endswith("seed0")}
+    (answer,) = answers(suite(*runs), read_predictions(kept))
+    assert "the spread of 2 seeds" in answer.detail
+    page = render(suite(*runs), {}, kept, {})
+    assert page.count("mean 0.5000") == 2
+    assert ">scratch-seed0</text>" in page
+    assert answers(suite(*runs), {})[0].verdict == "not answered"
+
+
+def test_the_time_of_a_source_is_charged_to_what_starts_from_it():
+    source = result(quick.RESNET18, 0.6).model_copy(update={"seconds": {"fit": 300.0}})
+    init = InitSource(run=source.name, identity=source.digest)
+    tuned, plain = result(quick.FINETUNED, 0.6, init=init), result(quick.SCRATCH, 0.5)
+    (answer,) = answers_of(source, tuned, plain)
+    assert "Minutes from start to end: finetuned 5.2, of which its source took 5.0; scratch 0.2." in answer.detail
+    (answer,) = answers_of(tuned, plain)
+    assert "finetuned 0.2 (without a source that is not here)" in answer.detail
 
 
 def test_runs_of_one_name_and_other_settings_are_not_seeds_of_each_other():

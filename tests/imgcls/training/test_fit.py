@@ -1,11 +1,13 @@
 """A run in one process, without Ray: what it leaves, and that a killed one ends with the same bits."""
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +15,12 @@ from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES, quick
 from imgcls.data import cache, shards
 from imgcls.data.shards import read_manifest
+from imgcls.data.splits import split_ids
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
 from imgcls.recipe import Adam, Augment, BasicCNN, Input, Length, Recipe, derive
 from imgcls.records import InitSource, RunConfig, RunOptions, RunResult
-from imgcls.runs import CheckpointFacts
+from imgcls.runs import CheckpointFacts, RunFolder
 from imgcls.training import fit as fitting
 from imgcls.training import recorder
 from imgcls.training.checkpoints import CheckpointStore
@@ -67,7 +70,8 @@ def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
     folder, result = small
     names = {path.name.rstrip("0123456789.") for path in folder.iterdir()}
     assert names == {
-        "history.csv", "timing.csv", "log.txt", "checkpoints", "model.pt", "result.json", "events.out.tfevents",
+        "history.csv", "timing.csv", "log.txt", "checkpoints", "model.pt", "predictions.npy", "result.json",
+        "events.out.tfevents",
     }  # fmt: skip
     assert records.read(RunResult, str(folder / "result.json")) == result
     assert (result.status, result.epochs, result.steps, result.synthetic) == ("finished", 3, 24, True)
@@ -76,6 +80,25 @@ def test_a_run_leaves_its_records(small: tuple[Path, RunResult]):
     assert [row["samples"] for row in rows(folder)] == ["256"] * 3
     assert result.examples
     assert {"start", "cache", "train", "validate", "checkpoint", "test", "fit"} <= result.seconds.keys()
+
+
+def test_what_was_predicted_of_each_test_sample_is_kept_and_adds_up_to_the_scores(small, packed: Path):
+    folder, result = small
+    data = RunFolder(str(folder)).predictions(result)
+    assert data is not None
+    table = np.load(io.BytesIO(data))
+    ids = split_ids(SMALL, read_manifest(str(packed / "cifar10"))).test
+    assert table["sample"].tolist() == ids.tolist()
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (table["label"], table["prediction"]), 1)
+    assert result.test is not None
+    assert confusion.tolist() == [list(row) for row in result.test.confusion]
+    wrong = np.sort(table["probability"][table["label"] != table["prediction"]])[::-1]
+    shown = [one.probability for one in result.examples if one.label != one.prediction]
+    assert shown == wrong[: len(shown)].tolist()
+    (folder / "predictions.npy").rename(folder / "moved")
+    assert RunFolder(str(folder)).predictions(result) is None
+    (folder / "moved").rename(folder / "predictions.npy")
 
 
 def events_in(data: bytes) -> list[tuple[str, int, float]]:
