@@ -50,13 +50,11 @@ class Difference(Estimate):
 def accuracy(hits: Hits) -> Estimate:
     """Of the recipe's accuracy over all seeds and images; of one seed, of this network's. Within [0, 1].
 
-    Wilson's interval, of as many images as have this variance. Source: Franco, Little, Louis, Slud 2019. Seeds whose means
-    agree by chance do not make it narrower than if each had had images of its own.
+    Wilson's interval, of as many images as have this variance. Source: Franco, Little, Louis, Slud 2019.
     """
-    error, p, z = _error(hits), float(hits.mean()), NormalDist().inv_cdf((1 + LEVEL) / 2)
+    error, p = _error(hits), float(hits.mean())
     q = error.quantile((1 - LEVEL) / 2)
-    n, most = hits.shape[1], hits.size * (q / z) ** 2
-    n = min(p * (1 - p) / error.scale**2, most) if error.scale else n
+    n = p * (1 - p) / error.scale**2 if error.scale else hits.shape[1]
     middle, half, whole = p + q**2 / (2 * n), q * math.sqrt(p * (1 - p) / n + q**2 / (4 * n**2)), 1 + q**2 / n
     low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
     return Estimate(p, min(low, p), max(high, p), len(hits), _deviation(hits))
@@ -65,7 +63,7 @@ def accuracy(hits: Hits) -> Estimate:
 def difference(a: Hits, b: Hits) -> Difference:
     """Of the accuracy of `a` minus that of `b`, by the same seeds on the same images, in pairs. Within [-1, 1]."""
     pairs = a.astype(np.int8) - b.astype(np.int8)
-    error = _error(pairs, least=1 / pairs.shape[1])  # agreement on all images still leaves some uncertainty
+    error = _error(pairs, least=1 / pairs.size)  # agreement on all images still leaves some uncertainty
     q, center = error.quantile((1 - LEVEL) / 2), float(pairs.mean())
     above = error.above(abs(center))
     return Difference(
@@ -112,16 +110,22 @@ class _Error:
 
 
 def _error(values: NDArray, *, least: float = 0.0) -> _Error:
-    """Of the mean of (seeds, images)."""
+    """Of the mean of (seeds, images). The means of few seeds may agree by chance: the interval is never narrower than with a
+    third of the variance that independent values would have.
+
+    least: one value's share in the mean.
+    """
     seeds, images = values.shape
     mean, by_image, by_seed = values.mean(), values.mean(axis=0), values.mean(axis=1)
     of_seeds, rest = 0.0, 0.0
     if seeds > 1:
         of_seeds = float(by_seed.var(ddof=1)) / seeds
         rest = float(((values - by_image - by_seed[:, None] + mean) ** 2).sum()) / ((seeds - 1) * images)
-    of_images = max(0.0, float(by_image.var()) - rest / seeds) / images + least**2
-    total = of_seeds + of_images
-    return _Error(math.sqrt(total), of_seeds / total if total else 0.0, seeds - 1)
+    of_images = max(0.0, float(by_image.var()) - rest / seeds) / images
+    total, bound = of_seeds + of_images + least**2 * seeds, math.sqrt(float(values.var()) / values.size / 3)
+    error = _Error(math.sqrt(total), of_seeds / total if total else 0.0, seeds - 1)
+    at_least, tail = _Error(bound, 0.0, seeds - 1), (1 - LEVEL) / 2
+    return max(error, at_least, key=lambda one: one.quantile(tail) * one.scale)
 
 
 def _tail(q: float, share: float, df: int) -> float:
