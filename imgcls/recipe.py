@@ -151,6 +151,8 @@ class Recipe(Strict):
     """Of the training samples that the cut leaves, stratified, by the cut's seed."""
     label_smoothing: Probability = 0.0
     """In training only; val/loss and test/loss are plain cross-entropy."""
+    averaging: Probability = 0.0
+    """What a step leaves of the average of the weights so far, which is then validated, tested and kept; 0 is no average."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast; weights and sums stay fp32."""
     numerics: Literal["ddp", "elastic"] = "ddp"
@@ -196,6 +198,14 @@ def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             raise RecipeError(f"recipe {recipe.name} has no field {path}; {where} has: {', '.join(known)}")
         place[leaf] = new
     return recipe_from_json(value, where=f"recipe {recipe.name} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
+
+
+def value_at(recipe: Recipe, path: str) -> Any:
+    """Of the field at this dotted path; None where the recipe has no such field."""
+    value: Any = recipe.to_json()
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:

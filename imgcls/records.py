@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from imgcls import storage
 from imgcls.errors import DamagedError, DataError, RecipeError
 from imgcls.recipe import Amount, Count, FromRun, Recipe, Strict, digest_of
+from imgcls.search import Search
 
 Split = Literal["train", "val", "test"]
 
@@ -252,8 +253,8 @@ class RunResult(Record):
     recipe: Recipe
     seed: int
     digest: str
-    status: Literal["finished", "failed", "blocked", "open"]
-    """On a suite's page only: `blocked` waited for a source that failed, `open` is not finished yet."""
+    status: Literal["finished", "failed", "stopped", "blocked", "open"]
+    """`stopped` by a search. On a page only: `blocked` waited for a source that failed, `open` is not finished yet."""
     error: str | None = None
     log_tail: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -264,7 +265,7 @@ class RunResult(Record):
     val: Scores | None = None
     """Of the best checkpoint."""
     test: Scores | None = None
-    """Of the best checkpoint, looked at once."""
+    """Of the best checkpoint, looked at once; None for a trial of a search, which is not tested."""
     examples: tuple[PredictedSample, ...] = ()
     seconds: dict[str, float] = {}
     """By phase."""
@@ -311,12 +312,39 @@ class RunResult(Record):
         )
 
 
+class Audit(Record):
+    """What somebody found who trained pieces of a run again, and tested its model again."""
+
+    at: str
+    seed: int
+    """By which the pieces were drawn."""
+    steps: tuple[str, ...]
+    num_pieces: int
+    """Between two checkpoints of the run: so many could have been drawn."""
+    tested: bool = True
+    """A trial of a search has no test scores."""
+    difference: str
+    """The first thing that differs; empty where nothing does."""
+    commit: str
+    hardware: dict[str, str]
+
+    @property
+    def told(self) -> str:
+        what = (
+            f"steps {', '.join(self.steps)} trained again ({len(self.steps)} of {self.num_pieces} pieces, seed {self.seed})"
+        )
+        equal = f"weights, optimizer{', history and test scores' if self.tested else ' and history'} are equal"
+        return f"{what}: {self.difference or equal}"
+
+
 class SuiteRecord(Record):
     """What the last command under an id said; which runs there are, their own folders say."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)  # earlier versions said more
     id: str
     data: str
+    search: Search | None = None
+    """The runs are its trials."""
 
 
 class SuiteResults(Record):
@@ -337,7 +365,18 @@ class SuiteResults(Record):
     predicted: dict[str, float] = {}
     """By run that the last command began, seconds from its start to its end; `took` beside it."""
     took: dict[str, float] = {}
+    search: Search | None = None
 
     @property
     def finished(self) -> list[RunResult]:
         return [run for run in self.runs if run.status == "finished"]
+
+    @property
+    def best(self) -> RunResult | None:
+        """Of a search: the finished trial whose best checkpoint has the best metric."""
+        return max(self.finished, key=self._figure, default=None)
+
+    def _figure(self, run: RunResult) -> float:
+        assert self.search is not None
+        assert run.val is not None
+        return run.val.accuracy if self.search.metric == "val/accuracy" else -run.val.loss

@@ -1,7 +1,7 @@
 """What a suite and its runs leave: every name in their folders, and the typed records behind the names. No policy.
 
 <storage>/<id>/                                     SuiteFolder
-    suite.json  results.json  report.html
+    suite.json  results.json  report.html           of a search recipe.toml too, the best of its trials
     <recipe>-seed<N>/                               RunFolder
         config.json  result.json                    the request, and what it came to
         history.csv  timing.csv  log.txt  events.out.tfevents.*  model.pt
@@ -18,7 +18,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from typing import Any, Literal
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.errors import DataError
-from imgcls.records import Record, RunConfig, RunResult, SuiteRecord, SuiteResults
+from imgcls.records import Audit, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
+from imgcls.search import as_toml
 
 LOG_TAIL_LINES = 20
 WORK = ("seconds", "command", "predicted_s", "predicted", "took")
@@ -90,28 +91,6 @@ class Committed(CheckpointFacts):
     sha256: str
 
 
-class Audit(Record):
-    """What somebody found who trained pieces of a run again, and tested its model again."""
-
-    at: str
-    seed: int
-    """By which the pieces were drawn."""
-    steps: tuple[str, ...]
-    num_pieces: int
-    """Between two checkpoints of the run: so many could have been drawn."""
-    difference: str
-    """The first thing that differs; empty where nothing does."""
-    commit: str
-    hardware: dict[str, str]
-
-    @property
-    def told(self) -> str:
-        what = (
-            f"steps {', '.join(self.steps)} trained again ({len(self.steps)} of {self.num_pieces} pieces, seed {self.seed})"
-        )
-        return f"{what}: {self.difference or 'weights, optimizer, history and test scores are equal'}"
-
-
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt of a run, as its records say."""
@@ -127,7 +106,7 @@ class Attempt:
 class RunState:
     """What is committed of one run."""
 
-    result: Literal["finished", "failed"] | None = None
+    result: Literal["finished", "failed", "stopped"] | None = None
     attempts: tuple[Attempt, ...] = ()
     holder: str | None = None
     """The command that holds the run's lease."""
@@ -220,7 +199,8 @@ class RunFolder:
         return records.read_if_there(RunResult, self._place(self.RESULT))
 
     def finish(self, result: RunResult) -> None:
-        records.write(result, self._place(self.RESULT))
+        """An earlier result stays."""
+        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
 
     def fail(self, config: RunConfig, reason: str) -> None:
         """The run is over, failed: its result says why, with the last lines of its log. An earlier result stays."""
@@ -229,6 +209,11 @@ class RunFolder:
         log = (storage.read_bytes_if_there(self.log_url) or b"").decode(errors="replace")
         lines = (*log.splitlines(), *self._last_trace().splitlines())
         result = RunResult.of(config, status="failed", error=reason, log_tail=lines[-LOG_TAIL_LINES:])
+        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
+
+    def stop(self, config: RunConfig, reason: str) -> None:
+        """The run is over, stopped by a search. An earlier result stays."""
+        result = RunResult.of(config, status="stopped", error=reason)
         storage.create_bytes(self._place(self.RESULT), records.sealed(result))
 
     def forget_failure(self) -> None:
@@ -341,8 +326,20 @@ class SuiteFolder:
         return storage.join(self.url, "report.html")
 
     @property
+    def recipe_url(self) -> str:
+        return storage.join(self.url, "recipe.toml")
+
+    @property
     def record_url(self) -> str:
         return storage.join(self.url, "suite.json")
+
+    def record(self) -> SuiteRecord | None:
+        return records.read_if_there(SuiteRecord, self.record_url)
+
+    def create_record(self, record: SuiteRecord) -> None:
+        """One that lies there stays."""
+        if not storage.exists(self.record_url):
+            storage.create_bytes(self.record_url, records.sealed(record))
 
     def configs(self) -> dict[str, RunConfig]:
         """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
@@ -354,7 +351,7 @@ class SuiteFolder:
         suite, configs = records.read(SuiteRecord, self.record_url), self.configs()
         there = {name: self.run(name).result() for name in configs}
         sources = {name: config.source_run for name, config in configs.items()}
-        blocked = held_up(sources, {name for name, result in there.items() if result and result.status == "failed"})
+        blocked = held_up(sources, {name for name, result in there.items() if result and result.status != "finished"})
         return SuiteResults(
             id=suite.id,
             catalogue=", ".join(dict.fromkeys(config.catalogue for config in configs.values())),
@@ -362,6 +359,7 @@ class SuiteFolder:
             url=storage.shown(self.url),
             data=storage.shown(suite.data),
             runs=tuple(result or self._unfinished(configs[name], blocked.get(name)) for name, result in there.items()),
+            search=suite.search,
             **work,
         )
 
@@ -374,14 +372,22 @@ class SuiteFolder:
 
     def page(self, results: SuiteResults) -> str:
         """Raises DataError where a history or what was predicted is another than its run's result says."""
-        from imgcls.results.page import render
+        from imgcls.results.page import render, render_search
 
-        def of_each(read: Callable[[RunFolder, RunResult], bytes | None]) -> dict[str, bytes]:
-            found = {run.name: read(self.run(run.name), run) for run in results.runs}
-            return {name: data for name, data in found.items() if data is not None}
-
+        histories = self._of_each(results, RunFolder.history)
+        if results.search is not None:
+            timings = self._of_each(results, lambda run, _: storage.read_bytes_if_there(run.timing_url))
+            return render_search(results, histories, timings)
         audits = {run.name: [audit.told for audit in self.run(run.name).audits()] for run in results.runs}
-        return render(results, of_each(RunFolder.history), of_each(RunFolder.predictions), audits)
+        return render(results, histories, self.predictions(results), audits)
+
+    def predictions(self, results: SuiteResults) -> dict[str, bytes]:
+        """By run, where they were kept. Raises DataError where they are others than the run's result says."""
+        return self._of_each(results, RunFolder.predictions)
+
+    def _of_each(self, results: SuiteResults, read: Callable[[RunFolder, RunResult], bytes | None]) -> dict[str, bytes]:
+        found = {run.name: read(self.run(run.name), run) for run in results.runs}
+        return {name: data for name, data in found.items() if data is not None}
 
     def publish(self, **work: Any) -> SuiteResults:
         """The suite's results from its runs' records; they, and the page, lie in the folder.
@@ -397,6 +403,9 @@ class SuiteFolder:
         while True:
             records.write(results, url)
             storage.write_bytes(self.page_url, self.page(results).encode())
+            if results.search is not None and results.best is not None:
+                recipe = as_toml(replace(results.best.recipe, name=results.search.recipe.name))
+                storage.write_bytes(self.recipe_url, f"# {results.best.name} of {results.url}\n{recipe}".encode())
             written, results = results, self.results(**work)
             if results == written:
                 return results

@@ -20,6 +20,7 @@ from imgcls.errors import RecipeError
 from imgcls.recipe import Recipe, Strict, derive, digest_of, parse_changes, recipe_from_json
 from imgcls.records import RunOptions, check_flags
 from imgcls.runs import RunFolder, SuiteFolder
+from imgcls.search import Search
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results, say_work
 
@@ -30,7 +31,7 @@ NO_NAME = r'/\:*?"<>|[]{}%#'
 @dataclass(frozen=True, kw_only=True)
 class Flags(Strict):
     catalogue: str = "quick"
-    """quick, paper or tuned."""
+    """quick, paper, tuned or transfer."""
     data: str = "data/packed"
     """Folder or URL of packed sets; a set is <data>/<dataset>/."""
     storage: str = "runs"
@@ -39,8 +40,8 @@ class Flags(Strict):
     """Name of the suite; the catalogue's, with 8 hex of the changes where --set or --recipe changes something."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE"), tyro.conf.UseAppendAction] = ()
     """Change a field of the recipe by its path, as optimizer.lr=0.01."""
-    recipe: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
-    """A recipe from a TOML file, or the configuration in a run's folder, in place of one from the catalogue."""
+    recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
+    """A recipe from a TOML file, or from a run's configuration, in place of one from the catalogue; a path or a URL."""
     seed: Annotated[int, Field(ge=0)] = 0
     """The first seed."""
     num_seeds: tyro.conf.Suppress[Annotated[int, Field(ge=1)]] = 1
@@ -79,10 +80,10 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
     return replace(flags, id=checked_name(flags.id, "--id") if flags.id is not None else id), recipes
 
 
-def _from_file(path: Path) -> Recipe:
+def _from_file(path: str) -> Recipe:
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)["recipe"] if path.suffix == ".json" else tomllib.loads(text)
+        data = Path(path).read_bytes() if storage.is_local(path) else storage.read_bytes(path)
+        value = json.loads(data)["recipe"] if path.endswith(".json") else tomllib.loads(data.decode())
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's {RunFolder.CONFIG}: {error}") from None
     return recipe_from_json(value, where=str(path))
@@ -98,8 +99,8 @@ def place(url: str, flag: str) -> str:
     return url
 
 
-def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
-    """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them."""
+def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None = None) -> int:
+    """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them. search: whose trials they are."""
     from cluster.carry.plan import Request, make_plan
     from cluster.carry.suite import run_suite
 
@@ -114,6 +115,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
         init_from=flags.init_from,
         options=flags.options,
         retry_failed=flags.retry_failed,
+        search=search,
     )
     source = [place(flags.init_from, "--init-from")] if flags.init_from else []
     reads, writes = [request.data_url, *source], [request.storage_url]
@@ -133,7 +135,13 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...]) -> int:
     say_results(lines, results)
     if results.took:
         say_work(lines, results)
+    if search is not None and results.best is not None:
+        from imgcls.results.compare import command_of_best
+
+        lines.say(f"best: {results.best.name}; this trains and tests it:\n  {command_of_best(results)}")
     lines.say(f"page: {SuiteFolder(results.url).page_url}")
+    if search is not None and results.best is not None:  # trials may diverge
+        return DONE
     return DONE if plan.configs.keys() <= {run.name for run in results.finished} else SOME_FAILED
 
 

@@ -28,7 +28,7 @@ def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     """Measure how fast this machine trains a catalogue's recipes, for --dry-run.
 
     Args:
-        catalogue: quick, paper or tuned.
+        catalogue: quick, paper, tuned or transfer.
         data: Folder or URL of packed sets.
     """
     from jobs import _calibrate

@@ -1,7 +1,9 @@
-"""Classes of single images by a checkpoint; a file that is no image is named and the rest goes on."""
+"""Classes of images by a checkpoint; a file that is no image is named and the rest goes on."""
 
 import json as json_module
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +11,7 @@ import tyro
 
 from imgcls import storage
 from imgcls.data.archives import printable
+from imgcls.data.sources import images_below
 from imgcls.errors import RecipeError
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._terminal import Lines, stderr
@@ -16,7 +19,7 @@ from jobs._terminal import Lines, stderr
 if TYPE_CHECKING:
     from imgcls.training.predict import Predictor
 
-TOP = 5
+TOP, AT_ONCE = 5, 64
 
 
 def predict(
@@ -29,8 +32,8 @@ def predict(
 
     Args:
         checkpoint: A run's folder, a checkpoint or a model file; a path or a URL.
-        images: Image files.
-        json: Print one JSON object.
+        images: Image files; of a folder, all that are in it or below.
+        json: Print a line of JSON for each image.
         verbose: Tracebacks too.
     """
     from imgcls.training.predict import Predictor
@@ -41,16 +44,16 @@ def predict(
     storage.check_places(reads=[storage.absolute(checkpoint)])
     found = find_model(storage.absolute(checkpoint))
     predictor, lines = Predictor(found.model), Lines(synthetic=found.model.synthetic)
-    answers = [_answer(predictor, image) for image in images]
-    failed = [answer for answer in answers if "error" in answer]
-    if json:
-        content = {"checkpoint": found.url, "synthetic": found.model.synthetic, "predictions": answers}
-        print(json_module.dumps(content, indent=1, ensure_ascii=False))
-    else:
-        for answer in answers:
+    failed, files = False, _files(images)
+    batches = iter(lambda: [*islice(files, AT_ONCE)], [])
+    for answer in (answer for batch in batches for answer in _answers(predictor, batch)):
+        failed |= "error" in answer
+        if json:
+            print(json_module.dumps(answer | {"synthetic": found.model.synthetic}, ensure_ascii=False), flush=True)
+        else:
             _say_top(lines, answer)
-    for answer in failed:
-        stderr(f"error: {answer['image']} cannot be used: {answer['error']}")
+        if "error" in answer:
+            stderr(f"error: {answer['image']} cannot be used: {answer['error']}")
     return SOME_FAILED if failed else DONE
 
 
@@ -61,14 +64,27 @@ def _say_top(lines: Lines, answer: Mapping[str, Any]) -> None:
         lines.say(f"  {line['probability']:7.2%}  {line['class']}")
 
 
-def _answer(predictor: "Predictor", image: Path) -> dict[str, Any]:
-    """Its most probable classes, or why it cannot be used."""
-    try:
-        top = predictor.top(image.read_bytes(), TOP)
-    except Exception as error:  # Pillow raises many kinds on what is no image
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return {"image": printable(image), "error": printable(reason)}
-    return {"image": printable(image), "top": [{"class": name, "probability": p} for name, p in top]}
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Those that were named, and of folders all that may be images, by name."""
+    for path in paths:
+        yield from (os.path.isdir(path) and images_below(path)) or [path]
+
+
+def _answers(predictor: "Predictor", images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Of each its most probable classes, or why it cannot be used."""
+    pixels, answers = {}, dict[Path, dict[str, Any]]()
+    for image in images:
+        try:
+            if os.path.isdir(image):
+                raise ValueError("the folder holds no images")
+            pixels[image] = predictor.pixels(image.read_bytes())
+        except Exception as error:  # Pillow raises many kinds on what is no image
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            answers[image] = {"error": printable(reason)}
+    tops = predictor.top([*pixels.values()], TOP) if pixels else []
+    for image, top in zip(pixels, tops, strict=True):
+        answers[image] = {"top": [{"class": name, "probability": p} for name, p in top]}
+    return [{"image": printable(image)} | answers[image] for image in images]
 
 
 if __name__ == "__main__":

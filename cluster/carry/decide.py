@@ -20,10 +20,16 @@ class Status(StrEnum):
     STARTED = "started"
     FINISHED = "finished"
     FAILED = "failed"
+    STOPPED = "stopped"
+    """By the search that it is a trial of."""
     REFUSED = "refused"
     """It would go on under other numerics, and nobody has accepted that: open for the next command."""
     ELSEWHERE = "elsewhere"
     """Another command has taken it over."""
+
+
+LOST = (Status.FAILED, Status.STOPPED, Status.REFUSED, Status.ELSEWHERE)
+"""What waits for such a run does not start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Stop:
 
 def next_start(state: SuiteState, *, room: int) -> tuple[SuiteState, Start | Wait | Done]:
     """Another run could start, while fewer than `room` are under way."""
-    lost = {run for run, status in state.statuses.items() if status in (Status.FAILED, Status.REFUSED, Status.ELSEWHERE)}
+    lost = {run for run, status in state.statuses.items() if status in LOST}
     waiting = held_up(state.sources, lost)
     left = [run for run, status in state.statuses.items() if status is Status.OPEN and run not in waiting]
     if not left:
@@ -87,7 +93,7 @@ def after_end(
     state: SuiteState, run: str, committed: RunState, *, command: str, max_failures: int
 ) -> tuple[SuiteState, Stop | None]:
     """Nobody carries the run out for this command any more. Told late or again, a run that is over stays so."""
-    if state.statuses[run] in (Status.FINISHED, Status.FAILED):
+    if state.statuses[run] in (Status.FINISHED, Status.FAILED, Status.STOPPED):
         return state, None
     if committed.result is not None:
         return _with(state, run, Status(committed.result)), None

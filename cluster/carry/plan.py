@@ -4,7 +4,7 @@ Reads manifests, and requests that lie under the id; writes nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from imgcls.errors import CheckpointError, RecipeError
 from imgcls.recipe import FromRun, Recipe, differing_fields
 from imgcls.records import InitSource, LineageEntry, Manifest, RunConfig, RunOptions
 from imgcls.runs import SuiteFolder
+from imgcls.search import Search
 from imgcls.training.lineage import Seen, refuse_seen_images
 
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
@@ -38,6 +39,8 @@ class Request:
     init_from: str | None = None
     options: RunOptions = RunOptions()  # noqa: RUF009
     retry_failed: bool = False
+    search: Search | None = None
+    """The recipes are its trials."""
 
     @property
     def suite(self) -> SuiteFolder:
@@ -218,6 +221,18 @@ def check_alike(there: Mapping[str, RunConfig], request: Request, plan: Plan) ->
             if other.recipe.name == config.recipe.name and other.settings() != config.settings():
                 what = f"has other settings than {name}: under one id, runs of a recipe may differ only in their seed"
                 raise CheckpointError(_not_alike(request.suite.run(other.name).url, other, config, what))
+
+
+def check_search(request: Request) -> None:
+    """Under an id are trials of one search, however many, or no trials. Raises CheckpointError."""
+    record = request.suite.record()
+    if record is not None and _endless(record.search) != _endless(request.search):
+        what = "trials of a search" if record.search else "runs that are no trials"
+        raise CheckpointError(f"{request.suite.url} holds {what}, and this is another request\n  do: take another --id")
+
+
+def _endless(search: Search | None) -> Search | None:
+    return search and replace(search, num_trials=1)
 
 
 def _not_alike(url: str, there: RunConfig, here: RunConfig, what: str) -> str:

@@ -38,6 +38,7 @@ class Assignment(Record):
     run_url: str
     placement: Placement
     options: RunOptions
+    tested: bool
     environment: dict[str, str]
     """Of the workers; see `worker_environment`."""
 
@@ -158,7 +159,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     )
     try:
         with watch:
-            fit(given.config, data_url=given.data_url, run_url=given.run_url, world=world, options=given.options)
+            places = {"data_url": given.data_url, "run_url": given.run_url}
+            fit(given.config, **places, world=world, options=given.options, tested=given.tested)
     except NumericsError as error:  # on every rank
         end(End.REFUSED, str(error))
     except LeaseError:  # on every rank

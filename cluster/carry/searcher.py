@@ -34,14 +34,14 @@ class View(Protocol):
     def say(self, text: str) -> None: ...
 
 
-class _NotKept:
+class NotKept:
     """Tune pickles what it is handed, for a restore that we never make; a view and a storage do not belong there."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class PlanSearcher(_NotKept, Searcher):
+class PlanSearcher(NotKept, Searcher):
     """Suggests the next run that is ready, and nothing while none is: a waiting run is no trial and holds nothing."""
 
     def __init__(
@@ -134,7 +134,7 @@ class PlanSearcher(_NotKept, Searcher):
     def restore(self, checkpoint_path: str) -> None: ...
 
 
-class ProgressCallback(_NotKept, Callback):
+class ProgressCallback(NotKept, Callback):
     def __init__(self, view: View, begin_workers: Callable[[], None]) -> None:
         self.view, self.begin_workers = view, begin_workers
 
@@ -146,7 +146,7 @@ class ProgressCallback(_NotKept, Callback):
             self.view.progress(trial.config["run"], result)
 
 
-class LeaseStopper(_NotKept, Stopper):
+class LeaseStopper(NotKept, Stopper):
     """Ends a run here that another command has taken over, and all of them where storage answers no more."""
 
     def __init__(self, searcher: PlanSearcher, held: Leases) -> None:

@@ -18,7 +18,7 @@ from cluster import session
 from cluster.carry import warm
 from cluster.carry.decide import Done, Start, Status, SuiteState, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
-from cluster.carry.plan import Plan, Request, check_alike
+from cluster.carry.plan import Plan, Request, check_alike, check_search
 from cluster.carry.run import Assignment, trial, worker_environment
 from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
 from cluster.foretell.forecast import Forecast
@@ -28,8 +28,10 @@ from imgcls.data.cache import check_room
 from imgcls.errors import CheckpointError
 from imgcls.records import Placement, SuiteRecord, SuiteResults
 from imgcls.training.environment import commit
+from imgcls.training.history import read_csv
 
 if TYPE_CHECKING:
+    from cluster.carry.halving import Halving
     from cluster.carry.searcher import PlanSearcher, View
 
 
@@ -44,6 +46,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
     for run, status in state.statuses.items():
         if status is not Status.OPEN:
             view.already(run, status)
+    check_search(request)
     check_alike(suite.configs(), request, plan)
     if isinstance(next_start(state, room=1)[1], Done):
         write_down(request, plan)
@@ -102,7 +105,9 @@ def write_down(request: Request, plan: Plan) -> None:
 
     Raises CheckpointError where another command, at the same time, has asked for something else under these names.
     """
-    suite = request.suite
+    suite, record = request.suite, SuiteRecord(id=request.id, data=request.data_url, search=request.search)
+    suite.create_record(record)
+    check_search(request)
     created = [name for name, config in plan.configs.items() if suite.run(name).create_config(config)]
     try:
         check_alike(suite.configs(), request, plan)
@@ -115,7 +120,7 @@ def write_down(request: Request, plan: Plan) -> None:
             suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
         if request.retry_failed:
             suite.run(name).forget_failure()
-    records.write(SuiteRecord(id=request.id, data=request.data_url), suite.record_url)
+    records.write(record, suite.record_url)
 
 
 def _carry_out(
@@ -152,7 +157,7 @@ def _carry_out(
     with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
-            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, scheduler=_halving(request, plan, state, held)),
             run_config=tune.RunConfig(
                 name=storage.name_of(folder),
                 storage_path=folder,
@@ -182,6 +187,25 @@ def _begin_workers(placement: Placement) -> tuple[dict[str, str], Callable[[int]
     return environment, lambda runs: warm.prestart(runs * placement.num_workers, environment)
 
 
+def _halving(request: Request, plan: Plan, state: SuiteState, held: Leases) -> "Halving | None":
+    """What stops trials of a search."""
+    if request.search is None:
+        return None
+    from cluster.carry.halving import Halving
+
+    def history_of(run: str) -> list[dict[str, float]]:
+        url = request.suite.run(run).history_url
+        return read_csv(when_answered(lambda: storage.read_bytes_if_there(url)) or b"")
+
+    def stop(run: str, reason: str) -> None:
+        folder = request.suite.run(run)
+        if when_answered(folder.holder) == held.command:
+            when_answered(lambda: folder.stop(plan.configs[run], reason))
+
+    runs = sorted(state.statuses, key=lambda run: state.statuses[run] is Status.OPEN)
+    return Halving(request.search, runs, history_of=history_of, stop=stop)
+
+
 @contextmanager
 def _storage_named(held: Leases) -> Iterator[None]:
     """Where storage answers no more it is that, and not what Tune made of it."""
@@ -203,6 +227,7 @@ def _assignments(
             run_url=request.suite.run(name).url,
             placement=placement,
             options=request.options,
+            tested=request.search is None,
             environment=environment,
         ).model_dump_json()
         for name, config in plan.configs.items()

@@ -28,17 +28,20 @@ FILES = (
 LIMIT_BYTES = 2_000_000
 GIVEN = "given"
 """The job's folder for files that the command names."""
-FILE_FLAGS = ("--recipe", "--prices", "--cluster")
+FILE_FLAGS = ("--recipe", "--prices", "--cluster", "--space")
 PLACES = {
     "pack": ("--to", "--source", "--verify"),
     "train": ("--data", "--storage", "--init-from"),
     "suite": ("--data", "--storage", "--init-from"),
+    "search": ("--data", "--storage", "--init-from"),
     "evaluate": ("--data",),
     "report": ("--storage",),
     "doctor": ("--data", "--storage"),
 }
 """The commands that can be jobs, and their flags that name a place."""
-REQUIRED = {"pack": ("--to",), "train": ("--data", "--storage"), "suite": ("--data", "--storage"), "report": ("--storage",)}
+REQUIRED = {"pack": ("--to",), "report": ("--storage",)} | dict.fromkeys(
+    ("train", "suite", "search"), ("--data", "--storage")
+)
 """Flags whose default is a folder beside the command, which in a job goes away with it."""
 
 _SECRET_NAME = re.compile(
@@ -123,6 +126,8 @@ def _with_files(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """The words with each file of `FILE_FLAGS` by its path in the job's folder; and these files."""
     words_there, files = list(words), dict[str, Path]()
     for index, flag, value in _flags(words, FILE_FLAGS):
+        if "://" in value:
+            continue
         path = local_path(value)
         if not path.is_file():
             raise RecipeError(f"{flag} {value}: there is no such file")

@@ -1,10 +1,15 @@
-"""Catalogues: five recipes under one name. A new idea is a value here, not a flag."""
+"""Catalogues: recipes under one name. A new idea is a value here, not a flag."""
 
-from imgcls.catalogue import paper, quick, tuned
+from imgcls.catalogue import paper, quick, transfer, tuned
 from imgcls.errors import RecipeError
 from imgcls.recipe import Recipe
 
-CATALOGUES: dict[str, tuple[Recipe, ...]] = {"quick": quick.SUITE, "paper": paper.SUITE, "tuned": tuned.SUITE}
+CATALOGUES: dict[str, tuple[Recipe, ...]] = {
+    "quick": quick.SUITE,
+    "paper": paper.SUITE,
+    "tuned": tuned.SUITE,
+    "transfer": transfer.SUITE,
+}
 
 
 def suite_of(catalogue: str) -> tuple[Recipe, ...]:

@@ -168,6 +168,12 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in PurePosixPath(path).parts)
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The files in it, and below it, that `open_source` would take for images, by name."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in found if _is_image(file.relative_to(folder).as_posix()) and os.path.isfile(file))
+
+
 def _is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in EXTENSIONS and not _hidden(path)
 

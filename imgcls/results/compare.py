@@ -1,6 +1,7 @@
 """Records -> the rows of the table, and the answers. The page and the printed table use it."""
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgcls.catalogue.published import PUBLISHED, Published
-from imgcls.records import RunResult, SuiteResults
+from imgcls.records import RunResult, Scores, SuiteResults
 from imgcls.results.statistics import Difference, Estimate, Hits, accuracy, difference
+from imgcls.runs import SuiteFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,6 @@ class Question:
 QUESTIONS = (
     Question("Which network?", "resnet18", "basic-cnn", frozenset({"model"})),
     Question("Does regularization help?", "regularized", "scratch", frozenset({"model", "augment"})),
-    Question("Does transfer help?", "finetuned", "scratch", frozenset({"init"})),
 )
 
 
@@ -53,19 +54,17 @@ def read_predictions(files: Mapping[str, bytes]) -> Predictions:
     return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in files.items()}
 
 
-def hits_of(runs: Sequence[RunResult], predictions: Predictions) -> Hits | None:
+def hits_of(runs: Sequence[RunResult], tables: Sequence[NDArray[np.void]]) -> Hits | None:
     """None where they were not all tested on the same images."""
-    tables = [predictions[run.name] for run in runs]
     alike = all(np.array_equal(table[["sample", "label"]], tables[0][["sample", "label"]]) for table in tables)
     if not alike or len({run.data_digest for run in runs}) > 1:
         return None
     return np.stack([table["label"] == table["prediction"] for table in tables])
 
 
-def of_one(run: RunResult) -> Estimate:
-    """Of one run's test accuracy; its count alone decides it."""
-    assert run.test is not None
-    return accuracy(np.arange(run.test.num_samples)[None] < round(run.test.accuracy * run.test.num_samples))
+def of_scores(scores: Scores) -> Estimate:
+    """Of one run's accuracy; its count alone decides it."""
+    return accuracy(np.arange(scores.num_samples)[None] < round(scores.accuracy * scores.num_samples))
 
 
 def estimates(results: SuiteResults, predictions: Predictions) -> list[tuple[list[RunResult], Estimate]]:
@@ -73,10 +72,10 @@ def estimates(results: SuiteResults, predictions: Predictions) -> list[tuple[lis
     found = list[tuple[list[RunResult], Estimate]]()
     for group in groups(results):
         kept = [run for run in group.values() if run.name in predictions]
-        hits = hits_of(kept, predictions) if len(kept) > 1 else None
+        hits = hits_of(kept, [predictions[run.name] for run in kept]) if len(kept) > 1 else None
         together = [] if hits is None else kept
         found += [(together, accuracy(hits))] if hits is not None else []
-        found += [([run], of_one(run)) for run in group.values() if run not in together]
+        found += [([run], of_scores(run.test)) for run in group.values() if run.test and run not in together]
     return found
 
 
@@ -84,10 +83,8 @@ NOT_PAIRED = "they were not tested on the same images, or what was predicted of 
 CONFUSED = 10
 
 
-def most_confused(result: RunResult) -> list[tuple[str, str, int, int]]:
+def most_confused(matrix: NDArray[np.int_], names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
     """(label, prediction, how often, test samples of the label) of the most frequent mistakes, the worst first."""
-    assert result.test is not None
-    matrix, names = np.array(result.test.confusion), result.class_names
     wrong = matrix - np.diag(np.diag(matrix))
     worst = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]
     cells = zip(*np.unravel_index(worst, wrong.shape), strict=True)
@@ -101,11 +98,26 @@ def published_beside(run: RunResult) -> Published | None:
 
 
 def answers(results: SuiteResults, predictions: Predictions) -> list[Answer]:
-    """One for each question whose two recipes the suite has."""
-    recipes = {run.recipe.name for run in results.runs}
-    return [
-        _answer(results, question, predictions) for question in QUESTIONS if {question.first, question.second} <= recipes
-    ]
+    """One for each question whose two recipes the suite has; on transfer for each `finetuned...` with its `scratch...`."""
+    recipes, pairs = {run.recipe.name for run in results.runs}, transfers(results)
+    labels = {run.recipe.name: f"with {run.num_train:,} labels" for run in results.finished}
+    asked = QUESTIONS + tuple(
+        Question(
+            f"Does transfer help{f', {labels.get(first, first)}' if len(pairs) > 1 else ''}?",
+            first,
+            second,
+            frozenset({"init"}),
+        )
+        for first, second in pairs.items()
+    )
+    return [_answer(results, question, predictions) for question in asked if {question.first, question.second} <= recipes]
+
+
+def transfers(results: SuiteResults) -> dict[str, str]:
+    """Each `finetuned...` recipe of the suite, with the `scratch...` that it is compared with."""
+    recipes = dict.fromkeys(run.recipe.name for run in results.runs)
+    pairs = {name: name.replace("finetuned", "scratch", 1) for name in recipes if name.startswith("finetuned")}
+    return {name: other for name, other in pairs.items() if other in recipes}
 
 
 def _answer(results: SuiteResults, question: Question, predictions: Predictions) -> Answer:
@@ -114,23 +126,60 @@ def _answer(results: SuiteResults, question: Question, predictions: Predictions)
         if len(candidates) > 1:
             return Answer(question.text, "not answered", f"runs of {name} differ in their settings or data")
     a, b = (candidates[0] if candidates else {} for candidates in (firsts, seconds))
-    both = sorted(a.keys() & b.keys())
-    if not both:
+    if not a.keys() & b.keys():
         missing = question.first if not a else question.second
         return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
-    shared = [seed for seed in both if a[seed].name in predictions and b[seed].name in predictions]
-    first, second = [a[seed] for seed in shared], [b[seed] for seed in shared]
-    hits = hits_of([*first, *second], predictions) if shared else None
-    if hits is None:
+    first, second, gap = _paired(a, predictions, b, predictions)
+    if gap is None:
         return Answer(question.text, "not answered", NOT_PAIRED)
-    gap = difference(hits[: len(shared)], hits[len(shared) :])
     detail = f"{question.first} minus {question.second}: {_in_words(gap, question.first)}"
     detail += f" Minutes from start to end: {_minutes(results, first)}; {_minutes(results, second)}."
     if other := _other_differences(first[0], second[0], question):
         detail += f" They also differ in {other}."
-    better = question.first if gap.low > 0 else question.second if gap.high < 0 else None
-    by = ", by one seed" if len(shared) == 1 else ""
-    return Answer(question.text, f"{better} is better{by}" if better else "not distinguishable by these runs", detail)
+    return Answer(question.text, _verdict(gap, question.first, question.second), detail)
+
+
+def _verdict(gap: Difference, first: str, second: str) -> str:
+    better = first if gap.low > 0 else second if gap.high < 0 else None
+    by = ", by one seed" if gap.num_seeds == 1 else ""
+    return f"{better} is better{by}" if better else "not distinguishable by these runs"
+
+
+def _paired(
+    a: Mapping[int, RunResult], of_a: Predictions, b: Mapping[int, RunResult], of_b: Predictions
+) -> tuple[list[RunResult], list[RunResult], Difference | None]:
+    """The seeds of both that kept what they predicted, and `a` minus `b`; None where they were tested on other images."""
+    seeds = [seed for seed in sorted(a.keys() & b.keys()) if a[seed].name in of_a and b[seed].name in of_b]
+    first, second = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    tables = [*(of_a[run.name] for run in first), *(of_b[run.name] for run in second)]
+    hits = hits_of([*first, *second], tables) if seeds else None
+    return first, second, None if hits is None else difference(hits[: len(seeds)], hits[len(seeds) :])
+
+
+def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Predictions) -> list[tuple[str, ...]]:
+    """Two suites, under a header: each recipe's accuracy in both, by the seeds of both, and `b` minus `a`."""
+    rows: list[tuple[str, ...]] = [("recipe", "seeds", "test n", a.id, b.id, "difference", "95%", "verdict")]
+    for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
+        ours, theirs = groups(a, name), groups(b, name)
+        alone = len(ours) == len(theirs) == 1
+        second, first, gap = _paired(theirs[0], of_b, ours[0], of_a) if alone else ([], [], None)
+        if gap is None:
+            why = NOT_PAIRED if alone else "it is not finished in both, or has several settings in one"
+            rows.append((name, *[""] * 6, f"not compared: {why}"))
+            continue
+        means = (f"{np.mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))
+        count = first[0].test.num_samples if first[0].test else 0
+        interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
+        verdict = _verdict(gap, b.id, a.id)
+        rows.append((name, f"{len(first)}", f"{count:,}", *means, f"{gap.center:+.4f}", interval, verdict))
+    return rows
+
+
+def command_of_best(results: SuiteResults) -> str:
+    """Trains the recipe of a search's best trial, and tests it."""
+    assert results.best is not None
+    words = ["python", "-m", "jobs.train", "--recipe", SuiteFolder(results.url).recipe_url, "--data", results.data]
+    return shlex.join([*words, *(["--init-from", results.best.init.run] if results.best.init else [])])
 
 
 def _in_words(gap: Difference, first: str) -> str:
@@ -173,6 +222,13 @@ def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
     return ", ".join(name for name in first if first[name] != second[name] and name not in question.asks | {"name"})
 
 
+def _tested(run: RunResult) -> tuple[str, str, str, str]:
+    if run.test is None:
+        return "", "", "", ""
+    interval, test = of_scores(run.test), run.test
+    return f"{test.accuracy:.4f}", f"{interval.low:.3f}-{interval.high:.3f}", f"{test.num_samples:,}", f"{test.loss:.4f}"
+
+
 MEASURED = ("test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "min")
 HEADER = ("run", "status", *MEASURED, "published")
 
@@ -181,16 +237,12 @@ def table_row(run: RunResult) -> tuple[str, ...]:
     """The cells of one run under HEADER. The interval is its test set's; `min` are the minutes from its start to its end."""
     published = published_beside(run)
     beside = f"{published.accuracy:.4f}" if published else ""
-    if run.test is None or run.val is None:
+    if run.val is None:
         return (run.name, run.status, *[""] * len(MEASURED), beside)
-    interval = of_one(run)
     return (
         run.name,
         run.status,
-        f"{run.test.accuracy:.4f}",
-        f"{interval.low:.3f}-{interval.high:.3f}",
-        f"{run.test.num_samples:,}",
-        f"{run.test.loss:.4f}",
+        *_tested(run),
         f"{run.val.accuracy:.4f}",
         f"{run.epochs}",
         f"{run.images_per_s:,.0f}" if run.images_per_s else "",

@@ -17,8 +17,8 @@ import torch
 from imgcls import storage
 from imgcls.errors import CheckpointError, LeaseError, NumericsError
 from imgcls.recipe import differing_fields
-from imgcls.records import RunConfig, RunOptions, RunResult
-from imgcls.runs import Audit, CheckpointFolder, Committed, RunFolder
+from imgcls.records import Audit, RunConfig, RunOptions, RunResult
+from imgcls.runs import CheckpointFolder, Committed, RunFolder
 from imgcls.training import environment, weights
 from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluate
@@ -57,6 +57,7 @@ def audit(run: RunFolder, *, data_url: str, num_pieces: int, seed: int) -> Audit
         seed=seed,
         steps=tuple(piece.steps for piece in drawn),
         num_pieces=len(pieces),
+        tested=result.test is not None,
         difference=difference or _tested_again(run, result, pieces[-1].last.numerics, data_url),
         commit=environment.commit() or "unknown",
         hardware=environment.hardware(),
@@ -103,6 +104,8 @@ def _tested_again(run: RunFolder, result: RunResult, numerics: dict[str, str], d
     model = weights.find_model(run.model_url)
     if model.model.weights_sha256 != result.best_weights_sha256:
         return f"{run.MODEL} holds other weights than {run.RESULT} says"
+    if result.test is None:
+        return ""  # a trial of a search
     with _as_then(numerics) as world:
         again = evaluate(model, data_url=data_url, split="test", world=world)
     return "" if again == result.test else f"{run.MODEL}, tested again, has other scores than {run.RESULT} says"
@@ -126,6 +129,7 @@ def _trained_again(piece: Piece, run: RunFolder, config: RunConfig, result: RunR
                 config,
                 data_url=data_url,
                 run_url=again.url,
+                tested=result.test is not None,
                 world=replace(world, lost=lambda: not piece.last.finished and end.marker() is not None),
                 options=RunOptions(checkpoint_every_n_steps=piece.last.step),
             )

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from imgcls import storage
 from imgcls.data import order
@@ -50,8 +49,11 @@ def fit(
     run_url: str,
     world: World,
     options: RunOptions = RunOptions(),  # noqa: B008
+    tested: bool = True,
 ) -> RunResult:
     """The run is trained to its end and its result lies in its folder. Every rank returns the same scores.
+
+    tested: else nothing looks at the test set; so it is with trials of a search.
 
     Raises DataError, CheckpointError or StorageError; NumericsError where the run would go on with other last bits than
     it was begun with; TrainingError, on every rank, where training itself went wrong. The log then ends with the reason.
@@ -60,7 +62,7 @@ def fit(
     log = RunLog(run, writes=world.rank == 0, synthetic=config.synthetic)
     try:
         with environment.threads(1 if config.recipe.numerics == "elastic" else None):
-            return _fit(config, storage.join(data_url, config.recipe.dataset), run, world, log, options)
+            return _fit(config, storage.join(data_url, config.recipe.dataset), run, world, log, options, tested)
     except StorageError as error:
         with suppress(StorageError), storage.within(storage.PREFLIGHT_S):  # it may be what does not answer
             world.crashed(f"{STORAGE_FAILED}{error}", heartbeat.step, "")
@@ -90,7 +92,9 @@ class Prepared:
     lineage: tuple[Seen, ...]
 
 
-def _fit(config: RunConfig, set_url: str, run: RunFolder, world: World, log: RunLog, options: RunOptions) -> RunResult:
+def _fit(
+    config: RunConfig, set_url: str, run: RunFolder, world: World, log: RunLog, options: RunOptions, tested: bool
+) -> RunResult:
     traffic, clock, start_s = TrafficMeter(), Stopwatch(), max(0.0, time.time() - world.started_s)
     recipe, history = config.recipe, History(config.recipe.length.epochs, config.recipe.length.patience)
     store = CheckpointStore(run.checkpoints_url, say=log.line)
@@ -121,13 +125,13 @@ def _fit(config: RunConfig, set_url: str, run: RunFolder, world: World, log: Run
         _go_on(config, last, recorder)
         if last.finished:
             state = store.load_checkpoint(store.place(last.step))
-            prepared.module.network.load_state_dict(weights.network_weights(state))
+            prepared.module.network.load_state_dict(weights.network_weights(state, averaged=False))
             recorder.load_state_dict(state["callbacks"][recorder.state_key])
         else:
             _train(trainer, prepared, resume=store.place(last.step))
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
-    result = _finish(config, run, prepared, trainer, recorder)
+    result = _finish(config, run, prepared, trainer, recorder, tested=tested)
     if world.rank == 0:
         run.finish(result)
     return result
@@ -200,24 +204,20 @@ def _train(trainer: pl.Trainer, prepared: Prepared, *, resume: str | None) -> No
         trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
 
 
-def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.Trainer, recorder: Recorder) -> RunResult:
-    """The best checkpoint is tested, once, and becomes the run's model."""
+def _finish(
+    config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.Trainer, recorder: Recorder, *, tested: bool
+) -> RunResult:
+    """The best checkpoint becomes the run's model, and is tested, once."""
     history, module, world, clock = recorder.history, prepared.module, recorder.world, recorder.clock
     last_sha256, store = weights.weights_sha256(module.network.state_dict()), recorder.commits.store
     best = store.place(int(history.best_row["step"]))
-    module.network.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
-    world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
-    with clock.of("test"):
-        trainer.test(module, datamodule=prepared.data, verbose=False)
-    test, class_names = module.scores["test"], prepared.manifest.class_names
-    check_counted(test, len(prepared.data.splits.test))
-    model = weights.Model(config.recipe, class_names, module.network.state_dict(), prepared.lineage, config.synthetic)
+    module.evaluated.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
+    predictions = _test(prepared, trainer, recorder) if tested else None
+    class_names, network = prepared.manifest.class_names, module.evaluated.state_dict()
+    model = weights.Model(config.recipe, class_names, network, prepared.lineage, config.synthetic)
     # Before rank 0 is alone with storage: others would wait for it in a collective.
     others = _traffic_of_others(trainer, recorder.traffic)
-    model_sha256 = _keep(model, module.predicted, run) if world.rank == 0 else None
-    recorder.run_log.line(
-        f"tested once, on the best checkpoint (epoch {history.best_row['epoch']}): accuracy {test.accuracy:.4f}"
-    )
+    model_sha256 = _keep(model, predictions, run) if world.rank == 0 else None
     seconds = clock.seconds
     return RunResult.of(
         config,
@@ -228,8 +228,8 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         best_epoch=int(history.best_row["epoch"]),
         num_train=len(prepared.data.splits.train),
         val=history.best,
-        test=test,
-        examples=_examples(prepared) if world.rank == 0 else (),
+        test=module.scores["test"] if tested else None,
+        examples=_examples(prepared) if tested and world.rank == 0 else (),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
         images_per_s=round(history.samples / seconds["train"], 1),
         storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
@@ -238,7 +238,7 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
         weights_sha256=last_sha256,
         best_weights_sha256=model.weights_sha256,
         model_sha256=model_sha256,
-        predictions_sha256=storage.sha256(as_npy(module.predicted)),
+        predictions_sha256=storage.sha256(predictions) if predictions else None,
         history_sha256=storage.sha256(history.as_csv()),
         num_parameters=sum(p.numel() for p in module.network.parameters()),
         lineage=tuple(seen.entry for seen in prepared.lineage),
@@ -247,9 +247,22 @@ def _finish(config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.T
     )
 
 
-def _keep(model: weights.Model, predictions: NDArray[np.void], run: RunFolder) -> str:
+def _test(prepared: Prepared, trainer: pl.Trainer, recorder: Recorder) -> bytes:
+    """The best checkpoint on the test set. Returns what was predicted, as a file."""
+    history, module = recorder.history, prepared.module
+    recorder.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
+    with recorder.clock.of("test"):
+        trainer.test(module, datamodule=prepared.data, verbose=False)
+    test, epoch = module.scores["test"], history.best_row["epoch"]
+    check_counted(test, len(prepared.data.splits.test))
+    recorder.run_log.line(f"tested once, on the best checkpoint (epoch {epoch}): accuracy {test.accuracy:.4f}")
+    return as_npy(module.predicted)
+
+
+def _keep(model: weights.Model, predictions: bytes | None, run: RunFolder) -> str:
     """Both lie in the run's folder. Returns the SHA-256 of the model's file."""
-    storage.write_bytes(run.predictions_url, as_npy(predictions))
+    if predictions:
+        storage.write_bytes(run.predictions_url, predictions)
     return weights.save_model(model, run.model_url)
 
 

@@ -16,7 +16,8 @@ HISTORY = (
     *("epoch", "step", "lr", "samples", "ledger", "train/loss", "train/accuracy"),
     *("val/samples", "val/loss", "val/accuracy"),
 )
-TIMING = ("epoch", "train_s", "validate_s", "images_per_s")
+TIMING = ("epoch", "train_s", "validate_s", "images_per_s", "ended_at")
+"""`ended_at`: seconds since 1970."""
 
 
 @dataclass
@@ -29,13 +30,13 @@ class History:
     best: Scores | None = None
     """On the validation part."""
 
-    def add(self, row: Row, val: Scores, *, train_s: float, validate_s: float) -> float:
+    def add(self, row: Row, val: Scores, *, train_s: float, validate_s: float, ended_at: float) -> float:
         """Another epoch; returns its training images/s."""
         if self.best is None or val.loss < self.best.loss:
             self.best = val
         self.rows.append(row)
         images_per_s = round(float(row["samples"]) / train_s, 1)
-        values = (row["epoch"], round(train_s, 3), round(validate_s, 3), images_per_s)
+        values = (row["epoch"], round(train_s, 3), round(validate_s, 3), images_per_s, round(ended_at, 1))
         self.timing.append(dict(zip(TIMING, values, strict=True)))
         return images_per_s
 
@@ -69,6 +70,12 @@ class History:
 
     def timing_as_csv(self) -> bytes:
         return _csv(TIMING, self.timing)
+
+
+def read_csv(data: bytes) -> list[dict[str, float]]:
+    """The numbers of a history, or of its timing."""
+    rows = csv.DictReader(io.StringIO(data.decode()))
+    return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
 
 
 def _csv(columns: tuple[str, ...], rows: list[Row]) -> bytes:

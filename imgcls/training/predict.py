@@ -1,6 +1,10 @@
 """A model and the bytes of an image -> its most probable classes."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from imgcls.data.augment import inputs
 from imgcls.data.images import decode, stored_pixels
@@ -19,20 +23,21 @@ def load_network(model: Model, *, num_classes: int) -> torch.nn.Module:
 
 
 class Predictor:
-    """A model, ready for one image after another."""
+    """A model, ready for images."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.network = load_network(model, num_classes=len(model.class_names))
 
-    @torch.no_grad()
-    def top(self, image: bytes, count: int) -> list[tuple[str, float]]:
-        """(class name, probability) of the `count` most probable classes, most probable first.
+    def pixels(self, image: bytes) -> NDArray[np.uint8]:
+        """What the network's inputs are made of. Raises Pillow's errors where `image` is no image."""
+        into = self.model.recipe.input
+        return stored_pixels(decode(image), px=into.stored_px, channels=into.channels)
 
-        Raises Pillow's errors where `image` is no image.
-        """
-        into, names = self.model.recipe.input, self.model.class_names
-        pixels = stored_pixels(decode(image), px=into.stored_px, channels=into.channels)
-        logits = self.network(inputs(torch.from_numpy(pixels.copy())[None], into))
-        probabilities, labels = logits.softmax(1)[0].topk(min(count, len(names)))
-        return [(names[label], float(p)) for p, label in zip(probabilities, labels.tolist(), strict=True)]
+    @torch.no_grad()
+    def top(self, images: Sequence[NDArray[np.uint8]], count: int) -> list[list[tuple[str, float]]]:
+        """Of each, (class name, probability) of the `count` most probable classes, most probable first."""
+        names = self.model.class_names
+        logits = self.network(inputs(torch.from_numpy(np.stack(images)), self.model.recipe.input))
+        tops = zip(*(part.tolist() for part in logits.softmax(1).topk(min(count, len(names)))), strict=True)
+        return [[(names[label], p) for p, label in zip(*top, strict=True)] for top in tops]

@@ -214,7 +214,8 @@ class Recorder(Checkpoint):
         trained_s, validated_s = self._training_s(), time.perf_counter() - self._trained_s
         row = self._row(trainer, pl_module)
         # Before the commit, which keeps them.
-        images_per_s = self.history.add(row, pl_module.scores["val"], train_s=trained_s, validate_s=validated_s)
+        seconds = {"train_s": trained_s, "validate_s": validated_s, "ended_at": time.time()}
+        images_per_s = self.history.add(row, pl_module.scores["val"], **seconds)
         self.clock.add("train", trained_s)
         self.clock.add("validate", validated_s)
         self._began_s, self._trained_s, self._earlier_s = None, None, 0.0

@@ -42,6 +42,7 @@ def given_up(run: RunFolder, ending: Ending | None, *, max_failures: int = 0, nu
         run_url=run.url,
         placement=Placement(num_workers=2, cpus_per_worker=1, gpus_per_worker=0),
         options=RunOptions(max_failures=max_failures),
+        tested=True,
         environment={},
     )
     return after_giving_up(given, GivenUpError(), num_attempts)

@@ -38,6 +38,8 @@ RUN_BY = {
     "jobs.evaluate": OWN,
     "jobs.predict": OWN,
     "jobs.audit": "tests/imgcls/training/test_audit.py",
+    "jobs.search": "tests/system/test_search.py",
+    "jobs.export": "tests/imgcls/training/test_export.py",
     "jobs.suite": f"{RUNS}::test_without_data_and_network_the_suite_says_so_and_takes_procedural_images",
     "jobs.report": f"{RUNS}::test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_not_run_twice",
     "jobs.doctor": "tests/system/test_doctor.py",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from imgcls import catalogue
-from imgcls.catalogue import paper, quick
+from imgcls.catalogue import paper, quick, transfer
 from imgcls.errors import ImgclsError, RecipeError
 from imgcls.recipe import (
     Augment,
@@ -31,12 +31,21 @@ def test_every_catalogued_recipe_survives_json_and_pickle(name: str, recipe):
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
-@pytest.mark.parametrize("name", catalogue.CATALOGUES)
+@pytest.mark.parametrize("name", ["quick", "paper", "tuned"])
 def test_each_catalogue_has_the_five_and_the_pair_differs_in_its_start_alone(name: str):
     suite = {recipe.name: recipe for recipe in catalogue.suite_of(name)}
     assert list(suite) == ["basic-cnn", "resnet18", "regularized", "scratch", "finetuned"]
     assert replace(suite["finetuned"], name="scratch", init=Scratch()) == suite["scratch"]
     assert suite["finetuned"].init == FromRun(recipe="resnet18")
+
+
+def test_the_arms_of_transfer_differ_in_their_start_alone_at_each_number_of_labels():
+    source, *arms = transfer.SUITE
+    assert source == quick.RESNET18
+    for scratch, finetuned in zip(arms[::2], arms[1::2], strict=True):
+        assert finetuned.name == scratch.name.replace("scratch", "finetuned")
+        assert replace(finetuned, name=scratch.name, init=Scratch()) == scratch
+    assert [scratch.train_fraction for scratch in arms[::2]] == [0.01, 0.1, 1.0]
 
 
 def test_paper_holds_the_published_settings():

@@ -49,15 +49,15 @@ def test_changes_are_made_in_every_recipe():
 def test_a_runs_config_brings_its_recipe_again(tmp_path: Path):
     config = RunConfig(catalogue="quick", recipe=quick.FINETUNED, seed=3, data_digest="d", init=None, synthetic=False)
     (tmp_path / "config.json").write_bytes(config.to_bytes())
-    assert chosen(Flags(recipe=(tmp_path / "config.json",)), None)[1] == (quick.FINETUNED,)
+    assert chosen(Flags(recipe=(str(tmp_path / "config.json"),)), None)[1] == (quick.FINETUNED,)
     (tmp_path / "config.json").write_text(json.dumps({"seed": 3}))
     with pytest.raises(RecipeError, match=r"config\.json cannot be read"):
-        chosen(Flags(recipe=(tmp_path / "config.json",)), None)
+        chosen(Flags(recipe=(str(tmp_path / "config.json"),)), None)
 
 
 def test_a_recipe_is_utf_8_in_any_locale(tmp_path: Path):
     (tmp_path / "mine.toml").write_text('name = "größe"\n', encoding="utf-8")
-    code = "import sys, pathlib; from jobs._request import _from_file; _from_file(pathlib.Path(sys.argv[1]))"
+    code = "import sys; from jobs._request import _from_file; _from_file(sys.argv[1])"
     command = [sys.executable, "-X", "utf8=0", "-c", code, str(tmp_path / "mine.toml")]
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ RECORDS: dict[str, dict[str, str]] = {
             "subject": part,
             "command": f"python -m pytest tests/proof/test_{part}.py --proof --record",
         }
-        for part in ("autoscaling", "recovery", "goodput")
+        for part in ("autoscaling", "recovery", "goodput", "search")
     },
 }
 """What pytest is given -> fields of the record that it leaves."""

@@ -152,9 +152,9 @@ class World:
 
     def write_result(self, run: str, result: str) -> None:
         if self.store[run].result is not None:
-            assert result == "failed", f"{run} was over, and is {result} again"
+            assert result != "finished", f"{run} was over, and is {result} again"
             return  # an earlier result stays
-        assert result == "failed" or self.store[run].committed == STEPS
+        assert result != "finished" or self.store[run].committed == STEPS
         self.store[run].result = result
 
     def fail(self, process: Process, error: tuple[str, int] | None) -> None:
@@ -186,7 +186,7 @@ class World:
             assert self.store[run].holder == command, "another command's run is failed"
             self.write_result(run, "failed")
         status = self.states[command].statuses[run].value  # pyright: ignore[reportAttributeAccessIssue]
-        if status in ("finished", "failed"):
+        if status in ("finished", "failed", "stopped"):
             assert self.store[run].result == status, f"{run} counts as {status}, and its records say otherwise"
         assert status != "started", f"{run} has ended and counts as under way"
 
@@ -208,8 +208,8 @@ class World:
         for command in list(self.states):
             assert self.play_on(command), "the suite does not end"
         results = {run: s.result for run, s in self.store.items()}
-        blocked = held_up(RUNS, {run for run, result in results.items() if result == "failed"})
-        assert all(results[run] in ("finished", "failed") or run in blocked for run in RUNS), results
+        blocked = held_up(RUNS, {run for run, result in results.items() if result in ("failed", "stopped")})
+        assert all(results[run] in ("finished", "failed", "stopped") or run in blocked for run in RUNS), results
         assert not self.processes, "a process is left"
 
     def play_on(self, command: str) -> bool:
@@ -301,11 +301,11 @@ class Schedule(RuleBasedStateMachine):
         if process := self.pick(pick, beginning=False):
             self.world.refuse(process)
 
-    @rule(pick=st.integers(0, 7), again=st.booleans())
-    def diverges(self, pick: int, again: bool) -> None:
+    @rule(pick=st.integers(0, 7), again=st.booleans(), result=st.sampled_from(["failed", "stopped"]))
+    def diverges_or_is_stopped(self, pick: int, again: bool, result: str) -> None:
         """again: only one rank knows, the others wait, and Train starts all of them again."""
         if process := self.pick(pick, beginning=False):
-            self.world.write_result(process.run, "failed")
+            self.world.write_result(process.run, result)
             if again:
                 process.number = None
             else:
@@ -366,7 +366,7 @@ MUTATIONS = {
     "a bug is tried for ever": ("if times > 1:", "if times > 9:"),
     "failures of earlier commands are counted": ("if attempt.command == command]", "]"),
     "a run that died stays under way": ("return _with(state, run, Status.FAILED), stop", "return state, None"),
-    "a failed source is waited for": ("(Status.FAILED, Status.REFUSED, Status.ELSEWHERE)", "()"),
+    "a failed source is waited for": ("(Status.FAILED, Status.STOPPED, Status.REFUSED, Status.ELSEWHERE)", "()"),
 }
 
 

@@ -4,7 +4,6 @@ One command, and its record: `python -m pytest tests/proof/test_goodput.py --pro
 """
 
 import random
-import signal
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +44,7 @@ def test_goodput_of_an_hour_with_a_kill_every_five_minutes(tmp_path: Path, only_
             print(f"{what} killed, begun again after {spent_s:.1f} s")
         time.sleep(0.5)
     last = read_checkpoint(str(max((killed.run / "checkpoints").glob("*/committed.json")).parent))
-    killed.running.process.send_signal(signal.SIGINT)
+    killed.running.process.terminate()
     assert killed.running.process.wait(120) == 130
     (state,) = (state for name, state in last["callbacks"].items() if name.startswith("Recorder"))
     checkpoints = state["seconds"].get("checkpoint", 0.0) / state["seconds"]["fit"]

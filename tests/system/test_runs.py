@@ -96,6 +96,10 @@ def test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_no
     report = run_command("report", "five", "--storage", storage)
     assert report.returncode == 0, report.stderr
     assert "finetuned-seed0" in report.stdout
+    compared = run_command("report", "five", "five", "--storage", storage)
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stdout.count("not distinguishable") == 5
+    assert "holds no suite" in run_command("report", "five", "six", "--storage", storage).stderr
 
 
 @pytest.mark.slow
@@ -109,14 +113,18 @@ def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     assert json.loads(alone.stdout) == json.loads(shared.stdout)
     assert json.loads(alone.stdout)["scores"] == results_of(five.folder)["basic-cnn-seed0"]["test"]
 
-    image(0).save(tmp_path / "a b.png")
+    for number in range(70):
+        image(number).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "torn.png").write_bytes(b"torn")
-    done = run_command("predict", run, tmp_path / "a b.png", tmp_path / "torn.png", "--json")
+    (tmp_path / "notes.txt").write_bytes(b"no image")
+    done = run_command("predict", run, tmp_path, tmp_path / "00.png", "--json")
     assert done.returncode == 1
     assert "torn.png cannot be used: no image of a known format" in done.stderr
-    good, bad = json.loads(done.stdout)["predictions"]
-    assert len(good["top"]) == 5
+    first, *others, bad, again = map(json.loads, done.stdout.splitlines())
+    assert len(others) == 69
+    assert (len(first["top"]), first["synthetic"]) == (5, True)
     assert "error" in bad
+    assert [top["class"] for top in again["top"]] == [top["class"] for top in first["top"]]
 
 
 @pytest.mark.slow

@@ -1,48 +1,50 @@
-"""Results -> one self-contained HTML page. Template, style and figures lie beside this file."""
+"""Results -> one self-contained HTML page. Templates, style and figures lie beside this file."""
 
-import csv
-import io
 import json
 import shlex
+from collections import Counter
 from importlib.resources import files
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from imgcls.catalogue import CATALOGUES
-from imgcls.recipe import changes_between
+from imgcls.recipe import changes_between, value_at
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import answers, estimates, most_confused, published_beside, read_predictions
+from imgcls.results.compare import (
+    Predictions,
+    answers,
+    command_of_best,
+    estimates,
+    groups,
+    most_confused,
+    published_beside,
+    read_predictions,
+    transfers,
+)
 from imgcls.results.page import figures
 from imgcls.runs import SuiteFolder
+from imgcls.training.history import read_csv
 
 
 def render(
     results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes], audits: dict[str, list[str]]
 ) -> str:
     """histories, predictions: of each run that has them, as `RunFolder` reads them. audits: what each found, by run."""
-    here = files("imgcls.results.page")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "right": lambda examples: [example for example in examples if example.label == example.prediction],
-        "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
-    }
-    template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
     done, tables = results.finished, read_predictions(predictions)
     estimated = estimates(results, tables)
     published = {run.recipe.name: figure for run in results.runs if (figure := published_beside(run))}
-    return template.render(
+    return _drawn(
+        "suite.html",
         results=results,
-        style=(here / "style.css").read_text(encoding="utf-8"),
         answers=answers(results, tables),
         published=published,
         intervals={run.name: estimate for runs, estimate in estimated for run in runs},
+        statuses={run.name: run.status for run in results.runs},
         accuracy_figure=figures.accuracies(estimated, published) if done else "",
-        curves={run.name: figures.curves(_rows(histories[run.name]), run.name) for run in done if run.name in histories},
-        reliability={
-            run.name: figures.reliability(tables[run.name], run.name) if run.name in tables else "" for run in done
-        },
-        confusions={run.name: figures.confusion(run) for run in done},
-        confused={run.name: most_confused(run) for run in done},
+        labels_figure=figures.labels(estimated, transfers(results)),
+        sections=[_section([*group.values()], histories, tables) for group in groups(results)],
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
         audits=audits,
@@ -50,9 +52,66 @@ def render(
     )
 
 
-def _rows(data: bytes) -> list[dict[str, float]]:
-    rows = csv.DictReader(io.StringIO(data.decode()))
-    return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
+def _section(runs: list[RunResult], histories: dict[str, bytes], tables: Predictions) -> dict[str, Any]:
+    """Of one recipe: its finished seeds together."""
+    title = runs[0].name if len(runs) == 1 else f"{runs[0].recipe.name}, {len(runs)} seeds"
+    rows = [read_csv(histories[run.name]) for run in runs if run.name in histories]
+    predicted = [tables[run.name] for run in runs if run.name in tables]
+    matrix, names = np.sum([run.test.confusion for run in runs if run.test], axis=0), runs[0].class_names
+    return {
+        "title": title,
+        "runs": runs,
+        "curves": figures.curves(rows, title) if rows else "",
+        "reliability": figures.reliability(np.concatenate(predicted), title) if predicted else "",
+        "confusion": figures.confusion(matrix, names, title),
+        "confused": most_confused(matrix, names),
+    }
+
+
+def render_search(results: SuiteResults, histories: dict[str, bytes], timings: dict[str, bytes]) -> str:
+    """Of a search. histories, timings: as CSV, of each trial that has them."""
+    search, best, trials = results.search, results.best, list[dict[str, Any]]()
+    assert search is not None
+    for run in results.runs:
+        rows = read_csv(histories.get(run.name, b""))
+        kept = min(rows, key=lambda row: row["val/loss"], default=None)
+        value = kept and kept[search.metric]
+        fields = [value_at(run.recipe, path) for path in sorted(search.space)]
+        facts = {"name": run.name, "status": run.status, "error": run.error, "epochs": len(rows), "rows": rows}
+        trials.append(facts | {"value": value, "fields": fields, "timing": read_csv(timings.get(run.name, b""))})
+    shown = [trial for trial in trials if trial["epochs"]]
+    name = best and best.name
+    return _drawn(
+        "search.html",
+        results=results,
+        search=search,
+        best=best,
+        best_value=next((trial["value"] for trial in trials if trial["name"] == name), None),
+        begun=len(shown),
+        command=best and command_of_best(results),
+        counts=Counter(run.status for run in results.runs),
+        fields=sorted(search.space),
+        trials=trials,
+        curves=figures.trials(shown, search.metric, best=name) if shown else "",
+        progress=figures.best_so_far(shown, search) if shown else "",
+        parallel=figures.parallel(shown, search, best=name) if shown else "",
+    )
+
+
+def _drawn(template: str, *, results: SuiteResults, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("imgcls.results.page", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "right": lambda examples: [example for example in examples if example.label == example.prediction],
+        "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
+    }
+    style = (files("imgcls.results.page") / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(results=results, style=style, **values)
 
 
 def _command(results: SuiteResults, run: RunResult) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from imgcls.catalogue.published import Published
 from imgcls.records import RunResult
 from imgcls.results.statistics import Estimate, calibration
+from imgcls.search import Search
 
 INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
 STYLE: dict[Any, Any] = {
@@ -68,25 +69,119 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
         return _svg(figure, "test accuracy of each recipe with its interval; the table below has the figures")
 
 
-def curves(rows: Sequence[Mapping[str, float]], run: str) -> str:
-    """Loss and accuracy over epochs, training and validation."""
+def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping[str, str]) -> str:
+    """Test accuracy against the number of labels, from scratch and transferred; empty where there are not several of each.
+
+    estimated: by `compare.estimates`. pairs: of recipes, by `compare.transfers`.
+    """
+    measured = {runs[0].recipe.name: (runs[0].num_train, one) for runs, one in estimated}
+    there = [pair for pair in pairs.items() if measured.keys() >= {*pair}]
+    arms = {
+        arm: sorted((measured[pair[side]] for pair in there), key=lambda point: point[0])
+        for side, arm in enumerate(("transferred", "from scratch"))
+    }
+    if len({measured[pair[0]][0] for pair in there}) < 2:
+        return ""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for (arm, points), color in zip(arms.items(), (FIRST, SECOND), strict=True):
+            counts, intervals = [count for count, _ in points], [one for _, one in points]
+            axes.plot(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
+            lows, highs = [one.low for one in intervals], [one.high for one in intervals]
+            axes.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("labelled training images")
+        axes.set_ylabel("test accuracy")
+        axes.grid(color=GROUND, linewidth=0.5)
+        axes.legend(frameon=False)
+        return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
+
+
+BLUE = ", the best one in blue"
+
+
+def trials(trials: Sequence[Mapping[str, Any]], metric: str, *, best: str | None) -> str:
+    """The metric of each trial of a search over epochs. trials: as `page.render_search` makes them."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for trial in sorted(trials, key=lambda one: one["name"] == best):
+            color, width = (FIRST, 2.0) if trial["name"] == best else (INK, 0.7)
+            values = [(row["epoch"], row[metric]) for row in trial["rows"]]
+            axes.plot(*zip(*values, strict=True), "o-", color=color, markersize=3, linewidth=width)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(metric)
+        axes.grid(color=GROUND, linewidth=0.5)
+        return _svg(figure, f"{metric} of each trial by epoch{BLUE if best else ''}; the table below has the figures")
+
+
+def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
+    """The best metric of any trial against the seconds since the search began, pauses left in."""
+    pairs = [(time, row) for trial in trials for time, row in zip(trial["timing"], trial["rows"], strict=False)]
+    if not pairs:
+        return ""
+    began = min(time["ended_at"] - time["train_s"] - time["validate_s"] for time, _ in pairs)
+    points = sorted((time["ended_at"] - began, row[search.metric]) for time, row in pairs)
+    best = (np.maximum if search.mode == "max" else np.minimum).accumulate([value for _, value in points])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.step([seconds for seconds, _ in points], best, where="post", color=FIRST)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel(f"best {search.metric}")
+        axes.grid(color=GROUND, linewidth=0.5)
+        return _svg(figure, f"best {search.metric} so far against seconds; it ends at {best[-1]:.4f}")
+
+
+def parallel(trials: Sequence[Mapping[str, Any]], search: Search, *, best: str | None) -> str:
+    """Each trial as a line through the places of its values in the search space, to its metric."""
+    domains = [domain for _, domain in sorted(search.space.items())]
+    values = np.array([trial["value"] for trial in trials])
+    low, span = values.min(), max(1e-9, np.ptp(values))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for trial in sorted(trials, key=lambda one: one["name"] == best):
+            share = (trial["value"] - low) / span
+            places = [domain.place(value) for domain, value in zip(domains, trial["fields"], strict=True)]
+            is_best = trial["name"] == best
+            axes.plot([*places, share], "o-", color=FIRST if is_best else INK, markersize=3, linewidth=2 if is_best else 0.7)
+        axes.set_xticks(range(len(domains) + 1), [*sorted(search.space), search.metric], rotation=30, ha="right")
+        axes.set_yticks([0, 1], ["lowest", "highest"])
+        axes.grid(axis="x", color=GROUND)
+        return _svg(
+            figure, f"the values of each trial and its metric{BLUE if best else ''}; the table below has the figures"
+        )
+
+
+def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
+    """Loss and accuracy over epochs, training and validation: the mean of the runs, and from the lowest to the highest.
+
+    runs: the rows of each. A run that ended early counts as long as it ran.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axes, name in ((left, "loss"), (right, "accuracy")):
-            epochs = [row["epoch"] for row in rows]
+            epochs = range(1, max(map(len, runs)) + 1)
             for split, color in (("train", FIRST), ("val", SECOND)):
-                axes.plot(epochs, [row[f"{split}/{name}"] for row in rows], "o-", color=color, markersize=3, label=split)
+                there = [[rows[i][f"{split}/{name}"] for rows in runs if len(rows) > i] for i in range(len(epochs))]
+                axes.plot(epochs, [np.mean(values) for values in there], "o-", color=color, markersize=3, label=split)
+                if len(runs) > 1:
+                    lows, highs = [*map(min, there)], [*map(max, there)]
+                    axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlim(0.5, max(epochs) + 0.5)
+            axes.set_xlim(0.5, len(epochs) + 0.5)
             axes.grid(color=GROUND, linewidth=0.5)
         right.legend(frameon=False)
-        return _svg(figure, f"{run}: loss and accuracy by epoch, training and validation")
+        return _svg(figure, f"{title}: loss and accuracy by epoch, training and validation")
 
 
-def reliability(table: NDArray[np.void], run: str) -> str:
+def reliability(table: NDArray[np.void], title: str) -> str:
     """Accuracy in each bin of probability, and the calibration error. table: one of `compare.Predictions`."""
     rows, error = calibration(table["label"] == table["prediction"], table["probability"])
     with rc_context(STYLE):
@@ -98,17 +193,18 @@ def reliability(table: NDArray[np.void], run: str) -> str:
         axes.set_xlabel("probability of the prediction")
         axes.set_ylabel("accuracy")
         axes.set_title(f"calibration error {error:.3f}", fontsize=9)
-        return _svg(figure, f"{run}: accuracy of the predictions in each bin of probability; calibration error {error:.3f}")
+        return _svg(
+            figure, f"{title}: accuracy of the predictions in each bin of probability; calibration error {error:.3f}"
+        )
 
 
 NAMED = 20
 """With up to so many classes the figure shows names and counts. With more it does not grow; it shows where mistakes lie."""
 
 
-def confusion(result: RunResult) -> str:
+def confusion(matrix: NDArray[np.int_], class_names: Sequence[str], title: str) -> str:
     """Rows are labels, columns predictions; a cell is the share of its row."""
-    assert result.test is not None
-    matrix, names = np.array(result.test.confusion), [*map(_short, result.class_names)]
+    names = [*map(_short, class_names)]
     with rc_context(STYLE):
         side = 0.33 * min(max(6, len(names)), NAMED) + 1.4
         figure = Figure(figsize=(side + 0.4, side), layout="constrained")
@@ -123,7 +219,7 @@ def confusion(result: RunResult) -> str:
             axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
-        return _svg(figure, f"{result.name}: how often each label was taken for each class")
+        return _svg(figure, f"{title}: how often each label was taken for each class")
 
 
 def _short(name: str) -> str:

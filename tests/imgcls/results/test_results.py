@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgcls.catalogue import quick
+from imgcls.catalogue import quick, transfer
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, Answer, answers, most_confused, read_predictions, table_row
+from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
 from imgcls.results.measurement import Measurement, measure
-from imgcls.results.page import render
+from imgcls.results.page import render, render_search
+from imgcls.search import Search, space_of
 from tests.conftest import ROOT
 from tests.proof.records import table_of
 
@@ -119,6 +120,75 @@ def test_the_time_of_a_source_is_charged_to_what_starts_from_it():
     assert "Minutes from start to end: finetuned 5.2, of which its source took 5.0; scratch 0.2." in answer.detail
     (answer,) = answers_of(tuned, plain)
     assert "finetuned 0.2 (without a source that is not here)" in answer.detail
+
+
+def test_transfer_is_asked_for_at_each_number_of_labels_and_has_a_figure():
+    labels = {0.01: 450, 0.1: 4500, 1.0: 45000}
+    runs = [
+        result(arm, 0.3 + 0.1 * i + 0.2 * (arm.init.kind == "from-run")).model_copy(
+            update={"num_train": labels[arm.train_fraction]}
+        )
+        for i, arm in enumerate(transfer.SUITE[1:])
+    ]
+    assert [answer.question for answer in answers_of(*runs)] == [
+        f"Does transfer help, with {count} labels?" for count in ("450", "4,500", "45,000")
+    ]
+    assert "test accuracy against the number of labels" in page_of(*runs)
+    assert "test accuracy against the number of labels" not in page_of(*five())
+
+
+def test_the_seeds_of_a_recipe_share_a_section():
+    page = page_of(*(result(quick.SCRATCH, 0.5, seed=seed) for seed in range(3)))
+    assert page.count("<h2>") == 3
+    assert "<h2>scratch, 3 seeds</h2>" in page
+
+
+def test_two_suites_are_compared_recipe_by_recipe_on_the_same_images():
+    ours = suite(*(result(quick.SCRATCH, 0.5, seed=seed) for seed in range(3)), result(quick.FINETUNED, 0.6))
+    other = derive(quick.SCRATCH, {"optimizer.lr": 0.01})
+    theirs = suite(*(result(other, 0.6, seed=seed) for seed in range(3))).model_copy(update={"id": "other"})
+    tables = [read_predictions(predictions(*results.runs)) for results in (ours, theirs)]
+    header, scratch, finetuned = beside(ours, tables[0], theirs, tables[1])
+    assert header[3:5] == ("quick", "other")
+    assert scratch[:6] == ("scratch", "3", "1,000", "0.5000", "0.6000", "+0.1000")
+    assert scratch[-1] == "other is better"
+    assert finetuned[-1].startswith("not compared: it is not finished in both")
+    same = beside(ours, tables[0], ours, tables[0])
+    assert [row[-1] for row in same[1:]] == ["not distinguishable by these runs"] * 2
+
+
+def search_page(*, synthetic: bool = False) -> str:
+    search = Search(recipe=quick.BASIC_CNN, space=space_of(quick.BASIC_CNN), num_trials=4)
+    trials = search.trials()
+    finished = [result(trial, 0.5 + i / 10).model_copy(update={"test": None}) for i, trial in enumerate(trials[:2])]
+    stopped = RunResult.of(config(trials[2]), status="stopped", error="after epoch 1 of 2: <low>")
+    open_one = RunResult.of(config(trials[3]), status="open", error="not finished yet")
+    results = suite(*finished, stopped, open_one, synthetic=synthetic).model_copy(update={"search": search})
+    values = {finished[0].name: b"0.5", finished[1].name: b"0.6", stopped.name: b"0.7"}
+    timing = b"epoch,train_s,validate_s,images_per_s,ended_at\n1,10,1,8,1000.0\n2,10,1,8,1011.0\n"
+    histories = {name: HISTORY.replace(b"1.6,0.5", b"1.6," + value) for name, value in values.items()}
+    return render_search(results, histories, dict.fromkeys(values, timing))
+
+
+def test_the_page_of_a_search_names_the_best_trial_and_how_many_were_tried():
+    page = html.unescape(search_page())
+    assert "basic-cnn-001-seed0: val/accuracy 0.6000" in page, "a trial that was stopped is not the best"
+    (row,) = re.findall(r'<td class="name">basic-cnn-001-seed0</td>.*?</tr>', page)
+    assert ">0.6000<" in row
+    assert "3 of 4 trials have begun. 2 finished, 1 stopped, 1 open." in page
+    assert "python -m jobs.train --recipe runs/quick/recipe.toml --data data/packed" in page
+    assert page.count('class="suite-row"') == 4
+    assert page.count("<svg") == 3
+    assert "SYNTHETIC" not in page
+    assert search_page(synthetic=True).count("SYNTHETIC") > 4
+
+
+def test_a_search_without_a_trial_that_has_begun_has_a_page():
+    search = Search(recipe=quick.BASIC_CNN, space=space_of(quick.BASIC_CNN), num_trials=1)
+    waiting = RunResult.of(config(search.trials()[0]), status="open", error="not finished yet")
+    results = suite(waiting).model_copy(update={"search": search})
+    assert "1 open" in render_search(results, {}, {})
+    assert "1 open" in render_search(results, {waiting.name: HISTORY}, {}), "killed before its seconds were written"
 
 
 def test_runs_of_one_name_and_other_settings_are_not_seeds_of_each_other():
@@ -262,7 +332,12 @@ def test_the_most_frequent_mistakes_are_named_the_worst_first():
     matrix = ((5, 3, 0), (0, 9, 1), (4, 0, 0))
     scores = Scores(num_samples=22, loss=1.0, accuracy=14 / 22, confusion=matrix)
     run = result(quick.SCRATCH, 0.5).model_copy(update={"class_names": ("a", "b", "<c>"), "test": scores})
-    assert most_confused(run) == [("<c>", "a", 4, 4), ("a", "b", 3, 8), ("b", "<c>", 1, 10)]
+    assert run.test is not None
+    assert most_confused(np.array(run.test.confusion), run.class_names) == [
+        ("<c>", "a", 4, 4),
+        ("a", "b", 3, 8),
+        ("b", "<c>", 1, 10),
+    ]
     assert "<td>&lt;c&gt;</td><td>a</td>" in page_of(run)
 
 
@@ -309,10 +384,12 @@ SILENT = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr")
 
 
-@pytest.mark.parametrize("width", [400, 1200])
-def test_a_browser_shows_five_rows_and_no_error(tmp_path: Path, width: int):
-    runs = five()
-    page = page_of(*runs)
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("what", ["five", "seeds", "search"])
+def test_a_browser_shows_each_row_and_no_error(tmp_path: Path, width: int, what: str):
+    runs = {"five": five(), "seeds": [one for seed in range(3) for one in five(seed=seed)]}
+    page = page_of(*runs[what]) if what in runs else search_page()
+    rows = len(runs[what]) if what in runs else 4
     probe = "<script>document.title = document.querySelectorAll('.suite-row').length + ' rows, overflow ' + "
     probe += "(document.documentElement.scrollWidth > window.innerWidth)</script></body>"
     (tmp_path / "report.html").write_text(page.replace("</body>", probe))
@@ -321,7 +398,7 @@ def test_a_browser_shows_five_rows_and_no_error(tmp_path: Path, width: int):
         [chromium(), *SILENT, *OFFLINE, *options, (tmp_path / "report.html").as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "<title>5 rows, overflow false</title>" in done.stdout
+    assert f"<title>{rows} rows, overflow false</title>" in done.stdout
     assert "CONSOLE" not in done.stderr
 
 

@@ -15,8 +15,8 @@ from imgcls.data import shards
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError, NumericsError
 from imgcls.recipe import FromRun, Length, Recipe, ResNet18, derive
-from imgcls.records import InitSource, RunConfig, RunOptions, RunResult
-from imgcls.runs import Audit, CheckpointFolder, RunFolder
+from imgcls.records import Audit, InitSource, RunConfig, RunOptions, RunResult
+from imgcls.runs import CheckpointFolder, RunFolder
 from imgcls.training.audit import audit, differing
 from imgcls.training.fit import fit
 from imgcls.training.world import World

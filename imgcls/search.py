@@ -1,0 +1,154 @@
+"""A search over the fields of a recipe: what may change, and the trials that a seed draws. Pure."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from imgcls.errors import RecipeError
+from imgcls.recipe import AdamW, Count, Recipe, Strict, derive
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Range(Strict):
+    __slots__ = ()
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low}, and not below high, {self.high}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Uniform(Range):
+    kind: Literal["uniform"] = "uniform"
+    low: float
+    high: float
+
+    def at(self, u: float) -> float:
+        """u: [0, 1)."""
+        return float(f"{self.low + u * (self.high - self.low):.3g}")
+
+    def place(self, value: float | None) -> float:
+        """From 0 to 1 within the domain; a recipe's own value may lie outside, or have no place."""
+        return math.nan if value is None else (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogUniform(Range):
+    kind: Literal["log-uniform"] = "log-uniform"
+    low: Positive
+    high: Positive
+
+    def at(self, u: float) -> float:
+        return float(f"{self.low * (self.high / self.low) ** u:.3g}")
+
+    def place(self, value: float | None) -> float:
+        return math.log(value / self.low) / math.log(self.high / self.low) if value else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice(Strict):
+    kind: Literal["choice"] = "choice"
+    values: Annotated[tuple[int | float | str | bool | None, ...], Field(min_length=1)]
+
+    def at(self, u: float) -> Any:
+        return self.values[int(u * len(self.values))]
+
+    def place(self, value: Any) -> float:
+        return self.values.index(value) / max(1, len(self.values) - 1) if value in self.values else math.nan
+
+
+Space = dict[str, Annotated[Uniform | LogUniform | Choice, Field(discriminator="kind")]]
+"""By the path of a recipe's field."""
+_SPACE = TypeAdapter(Space)
+FIXED = ("name", "dataset", "init", "length", "validation", "train_fraction")
+"""Parts of a recipe that all trials of a search share."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search(Strict):
+    recipe: Recipe
+    """What the trials are changes of; its length is theirs."""
+    space: Space
+    metric: Literal["val/accuracy", "val/loss"] = "val/accuracy"
+    num_trials: Count
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        return "min" if self.metric == "val/loss" else "max"
+
+    def changes(self, number: int) -> dict[str, Any]:
+        """Of the trial with this number; the first one is the recipe itself. However many trials follow changes none."""
+        if number == 0:
+            return {}
+        drawn = np.random.default_rng([self.seed, number]).random(len(self.space))
+        return {path: domain.at(u) for (path, domain), u in zip(sorted(self.space.items()), drawn, strict=True)}
+
+    def trials(self) -> tuple[Recipe, ...]:
+        """Raises RecipeError where the space names a field that the recipe has not, or a value that it cannot take."""
+        derive(self.recipe, self.changes(1))  # with one trial too
+        changes = ({"name": f"{self.recipe.name}-{number:03d}"} | self.changes(number) for number in range(self.num_trials))
+        return tuple(derive(self.recipe, change) for change in changes)
+
+
+def space_of(recipe: Recipe) -> Space:
+    """What is worth trying around a recipe, unless a file says otherwise."""
+    lr = recipe.optimizer.lr
+    space: Space = {
+        "optimizer.lr": LogUniform(low=lr / 4, high=lr * 4),
+        "model.dropout": Uniform(low=0.0, high=0.6),
+        "label_smoothing": Choice(values=(0.0, 0.05, 0.1, 0.2)),
+        "augment.flip": Choice(values=(False, True)),
+        "augment.crop_min_area": Uniform(low=0.25, high=1.0),
+        "augment.brightness": Uniform(low=0.0, high=0.4),
+        "augment.contrast": Uniform(low=0.0, high=0.4),
+    }
+    return space | (
+        {"optimizer.weight_decay": LogUniform(low=0.003, high=0.3)} if isinstance(recipe.optimizer, AdamW) else {}
+    )
+
+
+def space_from(value: Any, *, where: str) -> Space:
+    """Raises RecipeError with each wrong field by its path."""
+    paths = dict(_flat(value))
+    if fixed := [path for path in paths if path.partition(".")[0] in FIXED]:
+        raise RecipeError(f"{where}: {', '.join(fixed)}: trials are compared on the same samples, at the same length")
+    if not paths:
+        raise RecipeError(f"{where} names no field\n  do: name one, as [optimizer.lr]")
+    try:
+        return _SPACE.validate_json(json.dumps(paths, default=str))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise RecipeError(f"{where}: " + "\n  ".join(lines)) from None
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """[optimizer.lr] of TOML is {"optimizer": {"lr": ..}}."""
+    for name, one in value.items():
+        if isinstance(one, dict) and "kind" not in one:
+            yield from _flat(one, f"{prefix}{name}.")
+        else:
+            yield prefix + name, one
+
+
+def as_toml(recipe: Recipe) -> str:
+    """What `--recipe FILE` reads. A field that is None is left out: None is its default."""
+    plain, parts = list[str](), list[str]()
+    for name, value in recipe.to_json().items():
+        if isinstance(value, dict):
+            parts += [f"\n[{name}]", *(f"{leaf} = {_toml(one)}" for leaf, one in value.items() if one is not None)]
+        elif value is not None:
+            plain.append(f"{name} = {_toml(value)}")
+    return "\n".join([*plain, *parts, ""])
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs
