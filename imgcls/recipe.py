@@ -151,8 +151,6 @@ class Recipe(Strict):
     """Of the training samples that the cut leaves, stratified, by the cut's seed."""
     label_smoothing: Probability = 0.0
     """In training only; val/loss and test/loss are plain cross-entropy."""
-    averaging: Probability = 0.0
-    """What a step leaves of the average of the weights so far, which is then validated, tested and kept; 0 is no average."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast; weights and sums stay fp32."""
     numerics: Literal["ddp", "elastic"] = "ddp"

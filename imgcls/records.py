@@ -321,8 +321,6 @@ class Audit(Record):
     steps: tuple[str, ...]
     num_pieces: int
     """Between two checkpoints of the run: so many could have been drawn."""
-    tested: bool = True
-    """A trial of a search has no test scores."""
     difference: str
     """The first thing that differs; empty where nothing does."""
     commit: str
@@ -333,8 +331,16 @@ class Audit(Record):
         what = (
             f"steps {', '.join(self.steps)} trained again ({len(self.steps)} of {self.num_pieces} pieces, seed {self.seed})"
         )
-        equal = f"weights, optimizer{', history and test scores' if self.tested else ' and history'} are equal"
-        return f"{what}: {self.difference or equal}"
+        return f"{what}: {self.difference or 'weights, optimizer, history and scores are equal'}"
+
+
+class Lease(Record):
+    command: str
+    host: str
+    pid: int
+    renewals: int
+    released: bool = False
+    """Nobody holds the run; the file stays, so that its number is not used again."""
 
 
 class SuiteRecord(Record):
@@ -374,9 +380,6 @@ class SuiteResults(Record):
     @property
     def best(self) -> RunResult | None:
         """Of a search: the finished trial whose best checkpoint has the best metric."""
-        return max(self.finished, key=self._figure, default=None)
-
-    def _figure(self, run: RunResult) -> float:
-        assert self.search is not None
-        assert run.val is not None
-        return run.val.accuracy if self.search.metric == "val/accuracy" else -run.val.loss
+        by_loss = self.search is not None and self.search.metric == "val/loss"
+        found = [(-run.val.loss if by_loss else run.val.accuracy, -i) for i, run in enumerate(self.finished) if run.val]
+        return self.finished[-max(found)[1]] if found else None

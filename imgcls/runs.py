@@ -1,7 +1,7 @@
 """What a suite and its runs leave: every name in their folders, and the typed records behind the names. No policy.
 
 <storage>/<id>/                                     SuiteFolder
-    suite.json  results.json  report.html           of a search recipe.toml too, the best of its trials
+    suite.json  results.json  report.html           of a search recipe.json too, the best of its trials
     <recipe>-seed<N>/                               RunFolder
         config.json  result.json                    the request, and what it came to
         history.csv  timing.csv  log.txt  events.out.tfevents.*  model.pt
@@ -14,6 +14,7 @@
         leases/00001.json                           by its command alone; the command of the newest number holds the run
 """
 
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,7 @@ from typing import Any, Literal
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.errors import DataError
-from imgcls.records import Audit, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
-from imgcls.search import as_toml
+from imgcls.records import Audit, Lease, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
 
 LOG_TAIL_LINES = 20
 WORK = ("seconds", "command", "predicted_s", "predicted", "took")
@@ -58,15 +58,6 @@ class Ending(Record):
     error: str = ""
     step: int = 0
     trace: str = ""
-
-
-class Lease(Record):
-    command: str
-    host: str
-    pid: int
-    renewals: int
-    released: bool = False
-    """Nobody holds the run; the file stays, so that its number is not used again."""
 
 
 class CheckpointFacts(Record):
@@ -327,7 +318,7 @@ class SuiteFolder:
 
     @property
     def recipe_url(self) -> str:
-        return storage.join(self.url, "recipe.toml")
+        return storage.join(self.url, "recipe.json")
 
     @property
     def record_url(self) -> str:
@@ -338,8 +329,7 @@ class SuiteFolder:
 
     def create_record(self, record: SuiteRecord) -> None:
         """One that lies there stays."""
-        if not storage.exists(self.record_url):
-            storage.create_bytes(self.record_url, records.sealed(record))
+        storage.create_bytes(self.record_url, records.sealed(record))
 
     def configs(self) -> dict[str, RunConfig]:
         """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
@@ -404,8 +394,8 @@ class SuiteFolder:
             records.write(results, url)
             storage.write_bytes(self.page_url, self.page(results).encode())
             if results.search is not None and results.best is not None:
-                recipe = as_toml(replace(results.best.recipe, name=results.search.recipe.name))
-                storage.write_bytes(self.recipe_url, f"# {results.best.name} of {results.url}\n{recipe}".encode())
+                recipe = replace(results.best.recipe, name=results.search.recipe.name).to_json()
+                storage.write_bytes(self.recipe_url, json.dumps({"recipe": recipe}, indent=1).encode())
             written, results = results, self.results(**work)
             if results == written:
                 return results

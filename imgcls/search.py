@@ -12,44 +12,26 @@ from pydantic import Field, TypeAdapter, ValidationError
 from imgcls.errors import RecipeError
 from imgcls.recipe import AdamW, Count, Recipe, Strict, derive
 
-Positive = Annotated[float, Field(gt=0)]
 
-
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Range(Strict):
-    __slots__ = ()
+    kind: Literal["uniform", "log-uniform"]
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        if self.low >= self.high:
-            raise ValueError(f"low is {self.low}, and not below high, {self.high}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Uniform(Range):
-    kind: Literal["uniform"] = "uniform"
-    low: float
-    high: float
+        if self.low >= self.high or (self.kind == "log-uniform" and self.low <= 0):
+            raise ValueError(f"{self.kind} from {self.low} to {self.high}: low is below high, and above 0 for log-uniform")
 
     def at(self, u: float) -> float:
         """u: [0, 1)."""
-        return float(f"{self.low + u * (self.high - self.low):.3g}")
+        low, high = self.low, self.high
+        return float(f"{low + u * (high - low) if self.kind == 'uniform' else low * (high / low) ** u:.3g}")
 
     def place(self, value: float | None) -> float:
         """From 0 to 1 within the domain; a recipe's own value may lie outside, or have no place."""
-        return math.nan if value is None else (value - self.low) / (self.high - self.low)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogUniform(Range):
-    kind: Literal["log-uniform"] = "log-uniform"
-    low: Positive
-    high: Positive
-
-    def at(self, u: float) -> float:
-        return float(f"{self.low * (self.high / self.low) ** u:.3g}")
-
-    def place(self, value: float | None) -> float:
+        if self.kind == "uniform":
+            return math.nan if value is None else (value - self.low) / (self.high - self.low)
         return math.log(value / self.low) / math.log(self.high / self.low) if value else math.nan
 
 
@@ -65,7 +47,7 @@ class Choice(Strict):
         return self.values.index(value) / max(1, len(self.values) - 1) if value in self.values else math.nan
 
 
-Space = dict[str, Annotated[Uniform | LogUniform | Choice, Field(discriminator="kind")]]
+Space = dict[str, Annotated[Range | Choice, Field(discriminator="kind")]]
 """By the path of a recipe's field."""
 _SPACE = TypeAdapter(Space)
 FIXED = ("name", "dataset", "init", "length", "validation", "train_fraction")
@@ -101,19 +83,16 @@ class Search(Strict):
 
 def space_of(recipe: Recipe) -> Space:
     """What is worth trying around a recipe, unless a file says otherwise."""
-    lr = recipe.optimizer.lr
-    space: Space = {
-        "optimizer.lr": LogUniform(low=lr / 4, high=lr * 4),
-        "model.dropout": Uniform(low=0.0, high=0.6),
+    lr, up_to = recipe.optimizer.lr, {"model.dropout": 0.6, "augment.brightness": 0.4, "augment.contrast": 0.4}
+    space: Space = {path: Range(kind="uniform", low=0.0, high=high) for path, high in up_to.items()}
+    space |= {
+        "optimizer.lr": Range(kind="log-uniform", low=lr / 4, high=lr * 4),
         "label_smoothing": Choice(values=(0.0, 0.05, 0.1, 0.2)),
         "augment.flip": Choice(values=(False, True)),
-        "augment.crop_min_area": Uniform(low=0.25, high=1.0),
-        "augment.brightness": Uniform(low=0.0, high=0.4),
-        "augment.contrast": Uniform(low=0.0, high=0.4),
+        "augment.crop_min_area": Range(kind="uniform", low=0.25, high=1.0),
     }
-    return space | (
-        {"optimizer.weight_decay": LogUniform(low=0.003, high=0.3)} if isinstance(recipe.optimizer, AdamW) else {}
-    )
+    decay: Space = {"optimizer.weight_decay": Range(kind="log-uniform", low=0.003, high=0.3)}
+    return space | (decay if isinstance(recipe.optimizer, AdamW) else {})
 
 
 def space_from(value: Any, *, where: str) -> Space:
@@ -137,18 +116,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(one, f"{prefix}{name}.")
         else:
             yield prefix + name, one
-
-
-def as_toml(recipe: Recipe) -> str:
-    """What `--recipe FILE` reads. A field that is None is left out: None is its default."""
-    plain, parts = list[str](), list[str]()
-    for name, value in recipe.to_json().items():
-        if isinstance(value, dict):
-            parts += [f"\n[{name}]", *(f"{leaf} = {_toml(one)}" for leaf, one in value.items() if one is not None)]
-        elif value is not None:
-            plain.append(f"{name} = {_toml(value)}")
-    return "\n".join([*plain, *parts, ""])
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs

@@ -46,6 +46,10 @@ class Assignment(Record):
     def run(self) -> RunFolder:
         return RunFolder(self.run_url)
 
+    @property
+    def places(self) -> dict[str, str]:
+        return {"data_url": self.data_url, "run_url": self.run_url}
+
     def verdict(self, state: RunState) -> GoOn | Leave | Stop:
         """Whether the run goes on, from what is committed of it alone."""
         return verdict(state, command=self.command, max_failures=self.options.max_failures)
@@ -159,8 +163,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     )
     try:
         with watch:
-            places = {"data_url": given.data_url, "run_url": given.run_url}
-            fit(given.config, **places, world=world, options=given.options, tested=given.tested)
+            fit(given.config, **given.places, world=world, options=given.options, tested=given.tested)
     except NumericsError as error:  # on every rank
         end(End.REFUSED, str(error))
     except LeaseError:  # on every rank

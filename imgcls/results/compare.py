@@ -129,23 +129,23 @@ def _answer(results: SuiteResults, question: Question, predictions: Predictions)
     if not a.keys() & b.keys():
         missing = question.first if not a else question.second
         return Answer(question.text, "not answered", f"{missing} is not finished with a seed that both have")
-    first, second, gap = _paired(a, predictions, b, predictions)
+    first, second, gap = paired(a, predictions, b, predictions)
     if gap is None:
         return Answer(question.text, "not answered", NOT_PAIRED)
     detail = f"{question.first} minus {question.second}: {_in_words(gap, question.first)}"
     detail += f" Minutes from start to end: {_minutes(results, first)}; {_minutes(results, second)}."
     if other := _other_differences(first[0], second[0], question):
         detail += f" They also differ in {other}."
-    return Answer(question.text, _verdict(gap, question.first, question.second), detail)
+    return Answer(question.text, verdict_of(gap, question.first, question.second), detail)
 
 
-def _verdict(gap: Difference, first: str, second: str) -> str:
+def verdict_of(gap: Difference, first: str, second: str) -> str:
     better = first if gap.low > 0 else second if gap.high < 0 else None
     by = ", by one seed" if gap.num_seeds == 1 else ""
     return f"{better} is better{by}" if better else "not distinguishable by these runs"
 
 
-def _paired(
+def paired(
     a: Mapping[int, RunResult], of_a: Predictions, b: Mapping[int, RunResult], of_b: Predictions
 ) -> tuple[list[RunResult], list[RunResult], Difference | None]:
     """The seeds of both that kept what they predicted, and `a` minus `b`; None where they were tested on other images."""
@@ -154,25 +154,6 @@ def _paired(
     tables = [*(of_a[run.name] for run in first), *(of_b[run.name] for run in second)]
     hits = hits_of([*first, *second], tables) if seeds else None
     return first, second, None if hits is None else difference(hits[: len(seeds)], hits[len(seeds) :])
-
-
-def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Predictions) -> list[tuple[str, ...]]:
-    """Two suites, under a header: each recipe's accuracy in both, by the seeds of both, and `b` minus `a`."""
-    rows: list[tuple[str, ...]] = [("recipe", "seeds", "test n", a.id, b.id, "difference", "95%", "verdict")]
-    for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
-        ours, theirs = groups(a, name), groups(b, name)
-        alone = len(ours) == len(theirs) == 1
-        second, first, gap = _paired(theirs[0], of_b, ours[0], of_a) if alone else ([], [], None)
-        if gap is None:
-            why = NOT_PAIRED if alone else "it is not finished in both, or has several settings in one"
-            rows.append((name, *[""] * 6, f"not compared: {why}"))
-            continue
-        means = (f"{np.mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))
-        count = first[0].test.num_samples if first[0].test else 0
-        interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
-        verdict = _verdict(gap, b.id, a.id)
-        rows.append((name, f"{len(first)}", f"{count:,}", *means, f"{gap.center:+.4f}", interval, verdict))
-    return rows
 
 
 def command_of_best(results: SuiteResults) -> str:

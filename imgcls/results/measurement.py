@@ -1,6 +1,5 @@
 """Figures as records that stay: what was found, by which command, on what."""
 
-from dataclasses import replace
 from datetime import date
 
 from imgcls.catalogue import CATALOGUES
@@ -22,7 +21,7 @@ class Measurement(Record):
 
     @property
     def file_name(self) -> str:
-        return file_name(self.subject, next(run.hardware for run in self.runs if run.hardware), self.date)
+        return file_name(self.subject, self.runs[0].hardware, self.date)
 
 
 class Figures(Record):
@@ -55,8 +54,7 @@ def measure(results: SuiteResults) -> Measurement:
         raise DataError(f"{results.id}: no run is finished, there is nothing to record")
     if results.synthetic:
         raise DataError(f"{results.id} is SYNTHETIC: its figures say nothing, and are not recorded")
-    trials = replace(results.search, num_trials=len(results.runs)).trials() if results.search else None
-    changed = [one.name for one in done if one.recipe not in (trials or CATALOGUES[one.catalogue])]
+    changed = [one.name for one in done if one.recipe not in CATALOGUES[one.catalogue]]
     if changed:
         raise DataError(
             f"{results.id}: {', '.join(changed)} differ from the catalogue {results.catalogue}, and are not recorded"
@@ -66,19 +64,13 @@ def measure(results: SuiteResults) -> Measurement:
             f"{results.id} is of several kinds of hardware or catalogues: a record is of one\n  do: take another --id"
         )
     check_commit({one.commit or "unknown" for one in done}, results.id)
-    subject, claim = (
-        (f"search-{results.search.recipe.name}", f"{results.search.metric} of the trials of a search, none of them tested")
-        if results.search
-        else (f"suite-{results.catalogue}", f"test accuracy of the catalogue {results.catalogue}, each run tested once")
-    )
-    over = [run for run in results.runs if run.status == "stopped" or run in done]
     return Measurement(
-        subject=subject,
-        claim=claim,
+        subject=f"suite-{results.catalogue}",
+        claim=f"test accuracy of the catalogue {results.catalogue}, each run tested once on its best checkpoint",
         command=results.command,
         date=date.today().isoformat(),
         seconds=results.seconds,
-        runs=tuple(one.model_copy(update={"examples": ()}) for one in over),
+        runs=tuple(one.model_copy(update={"examples": ()}) for one in done),
     )
 
 

@@ -57,7 +57,6 @@ def audit(run: RunFolder, *, data_url: str, num_pieces: int, seed: int) -> Audit
         seed=seed,
         steps=tuple(piece.steps for piece in drawn),
         num_pieces=len(pieces),
-        tested=result.test is not None,
         difference=difference or _tested_again(run, result, pieces[-1].last.numerics, data_url),
         commit=environment.commit() or "unknown",
         hardware=environment.hardware(),

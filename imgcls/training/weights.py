@@ -103,7 +103,7 @@ def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...
         "format": FORMAT,
         "recipe": recipe.to_json(),
         "class_names": list(class_names),
-        "preprocessing": preprocessing(recipe),
+        "preprocessing": _preprocessing(recipe),
         "synthetic": synthetic,
         "lineage": [seen.entry.model_dump() for seen in lineage],
     }
@@ -141,11 +141,10 @@ def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
     return content
 
 
-def preprocessing(recipe: Recipe) -> dict[str, Any]:
+def _preprocessing(recipe: Recipe) -> dict[str, Any]:
     into = recipe.input
     return {
         "crop": "central square",
-        "resize": "bilinear, by Pillow; then gray where there is one channel",
         "stored_px": into.stored_px,
         "px": into.px,
         "channels": into.channels,
@@ -171,10 +170,9 @@ def checked_bytes(url: str) -> bytes:
         raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
 
 
-def network_weights(checkpoint: dict[str, Any], *, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a Lightning checkpoint of ours. averaged: their average where the run keeps one."""
-    keeps_one = averaged and any(name.startswith("average.") for name in checkpoint["state_dict"])
-    prefix = "average." if keeps_one else "network."
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The network's state_dict out of a Lightning checkpoint of ours."""
+    prefix = "network."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from imgcls.catalogue import CATALOGUES, quick
 from imgcls.errors import RecipeError
-from imgcls.recipe import Adam, Recipe, recipe_from_json, value_at
-from imgcls.search import Choice, LogUniform, Search, Uniform, as_toml, space_from, space_of
+from imgcls.recipe import Adam, Recipe, value_at
+from imgcls.search import Choice, Range, Search, space_from, space_of
 
 ALL = [recipe for suite in CATALOGUES.values() for recipe in suite]
-SPACE = {"optimizer.lr": LogUniform(low=1e-4, high=1e-2), "global_batch_size": Choice(values=(32, 64))}
+SPACE = {"optimizer.lr": Range(kind="log-uniform", low=1e-4, high=1e-2), "global_batch_size": Choice(values=(32, 64))}
 
 
 def search(num_trials: int, seed: int = 0, recipe: Recipe = quick.BASIC_CNN) -> Search:
@@ -37,15 +37,18 @@ def test_the_first_trial_is_the_recipe_itself_and_no_two_are_alike():
 
 @given(st.floats(0, 1, exclude_max=True))
 def test_what_is_drawn_lies_within_its_domain_and_has_its_place_there(u: float):
-    for domain in (Uniform(low=0.25, high=1.0), LogUniform(low=1e-4, high=0.3), Choice(values=(32, 64, None))):
+    for domain in (
+        Range(kind="uniform", low=0.25, high=1.0),
+        Range(kind="log-uniform", low=1e-4, high=0.3),
+        Choice(values=(32, 64, None)),
+    ):
         assert -0.01 <= domain.place(domain.at(u)) <= 1.01
     assert Choice(values=(32, 64)).at(u) == (32 if u < 0.5 else 64)
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
-def test_a_recipe_is_read_from_the_file_that_it_was_written_to(recipe: Recipe):
-    for trial in search(3, recipe=recipe).trials():
-        assert recipe_from_json(tomllib.loads(as_toml(trial)), where="here") == trial
+def test_each_catalogued_recipe_has_a_space_whose_values_it_can_take(recipe: Recipe):
+    assert len(search(20, recipe=recipe).trials()) == 20
 
 
 def test_what_adam_has_not_is_not_searched():
@@ -82,9 +85,9 @@ def test_a_space_is_read_from_toml_in_either_spelling(text: str):
     ("text", "said"),
     [
         ('lr = {kind = "uniform", low = 1.0}', "high"),
-        ('lr = {kind = "uniform", low = 2.0, high = 1.0}', "not below high"),
+        ('lr = {kind = "uniform", low = 2.0, high = 1.0}', "low is below high"),
         ('lr = {kind = "normal"}', "normal"),
-        ('lr = {kind = "log-uniform", low = 0.0, high = 1.0}', "greater than 0"),
+        ('lr = {kind = "log-uniform", low = 0.0, high = 1.0}', "above 0"),
         ('lr = {kind = "choice", values = []}', "at least 1"),
     ],
 )
@@ -109,5 +112,5 @@ def test_what_all_trials_share_cannot_be_searched(path: str):
 
 
 def test_a_value_that_lies_nowhere_in_its_domain_has_no_place():
-    domains = (LogUniform(low=1e-4, high=0.3), Choice(values=(1,)))
+    domains = (Range(kind="log-uniform", low=1e-4, high=0.3), Choice(values=(1,)))
     assert all(math.isnan(domain.place(value)) for domain in domains for value in (0.0, None))

@@ -28,9 +28,8 @@ TWELVE = replace(
     length=Length(epochs=3, patience=2),
     global_batch_size=64,
     train_fraction=1.0,
-    averaging=0.9,
 )
-"""Twelve steps over three epochs of 270 synthetic images, with all that could come out otherwise."""
+"""Twelve steps over three epochs of 270 synthetic images."""
 MOMENTS = ("in the step", "before the commit", "after the commit")
 
 _processes = get_context("forkserver")

@@ -9,7 +9,6 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from imgcls.catalogue.published import PUBLISHED
-from imgcls.recipe import changes_between
 from imgcls.records import Record, RunResult
 from imgcls.results.compare import HEADER, MEASURED, table_row
 from imgcls.results.measurement import Figures, Measurement
@@ -122,23 +121,6 @@ def suite_table(subject: str, folder: Path) -> str:
     num_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
     about = f"{record.seconds / 60:.1f} min without packing; n = {num_seeds}"
     return f"{text}\n\n{source(path, record.command, about, record.runs[0])}"
-
-
-def search_table(folder: Path, recipe: str) -> str:
-    """A row a trial, the best first: what it changes, and how far it came."""
-    found = newest(Measurement, folder, f"search-{recipe}")
-    header = ("trial", "val accuracy", "val loss", "epochs", "changes")
-    if found is None:
-        return rows_of(header, [("", "unmeasured", "", "", "")])
-    path, record = found
-    base = record.runs[0].recipe
-    rows = []
-    for run in sorted(record.runs, key=lambda run: -run.val.accuracy if run.val else 0.0):
-        changes = ", ".join(f"{name} {value}" for name, value in changes_between(base, run.recipe).items() if name != "name")
-        scores = (f"{run.val.accuracy:.4f}", f"{run.val.loss:.4f}", str(run.epochs)) if run.val else ("", "", "stopped")
-        rows.append((run.name, *scores, changes))
-    finished = next(run for run in record.runs if run.val)
-    return f"{rows_of(header, rows)}\n\n{source(path, record.command, 'each at its best checkpoint', finished)}"
 
 
 def numerics_table(folder: Path) -> str:
@@ -279,7 +261,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "proof": proof_table,
     **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery", "goodput")},
     "faults": faults_table,
-    "search-basic-cnn": partial(search_table, recipe="basic-cnn"),
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
 }

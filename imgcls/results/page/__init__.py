@@ -106,10 +106,6 @@ def _drawn(template: str, *, results: SuiteResults, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "right": lambda examples: [example for example in examples if example.label == example.prediction],
-        "wrong": lambda examples: [example for example in examples if example.label != example.prediction],
-    }
     style = (files("imgcls.results.page") / "style.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(results=results, style=style, **values)
 

@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -35,6 +36,12 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GROUND,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
 }
 
 
@@ -50,8 +57,7 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
             for recipe, (runs, _) in zip(recipes, estimated, strict=True)
         ]
         places = range(len(estimated))
-        figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(estimated)), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _one(7.2, 0.6 + 0.42 * len(estimated), xlabel="test accuracy")
         ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
         axes.plot(ends, [places, places], color=FIRST, linewidth=2)
         axes.plot([interval.center for interval in intervals], places, "o", color=FIRST, label="ours, 95% interval")
@@ -63,9 +69,8 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
             axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
         axes.set_yticks(places, [*map(_short, names)])
         axes.invert_yaxis()
-        axes.set_xlabel("test accuracy")
-        axes.grid(axis="x", color=GROUND, linewidth=0.5)
-        figure.legend(loc="outside upper right", ncols=3, frameon=False)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper right", ncols=3)
         return _svg(figure, "test accuracy of each recipe with its interval; the table below has the figures")
 
 
@@ -83,38 +88,31 @@ def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping
     if len({measured[pair[0]][0] for pair in there}) < 2:
         return ""
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _one(5.2, 2.8, xscale="log", xlabel="labelled training images", ylabel="test accuracy")
         for (arm, points), color in zip(arms.items(), (FIRST, SECOND), strict=True):
             counts, intervals = [count for count, _ in points], [one for _, one in points]
             axes.plot(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
             lows, highs = [one.low for one in intervals], [one.high for one in intervals]
             axes.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_xlabel("labelled training images")
-        axes.set_ylabel("test accuracy")
-        axes.grid(color=GROUND, linewidth=0.5)
-        axes.legend(frameon=False)
+        axes.legend()
         return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
-
-
-BLUE = ", the best one in blue"
 
 
 def trials(trials: Sequence[Mapping[str, Any]], metric: str, *, best: str | None) -> str:
     """The metric of each trial of a search over epochs. trials: as `page.render_search` makes them."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for trial in sorted(trials, key=lambda one: one["name"] == best):
-            color, width = (FIRST, 2.0) if trial["name"] == best else (INK, 0.7)
-            values = [(row["epoch"], row[metric]) for row in trial["rows"]]
-            axes.plot(*zip(*values, strict=True), "o-", color=color, markersize=3, linewidth=width)
+        figure, axes = _one(6.4, 2.8, xlabel="epoch", ylabel=metric)
+        for trial, style in _styled(trials, best):
+            axes.plot([row["epoch"] for row in trial["rows"]], [row[metric] for row in trial["rows"]], "o-", **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(metric)
-        axes.grid(color=GROUND, linewidth=0.5)
-        return _svg(figure, f"{metric} of each trial by epoch{BLUE if best else ''}; the table below has the figures")
+        return _svg(figure, f"{metric} of each trial by epoch; the table below has the figures")
+
+
+def _styled(trials: Sequence[Mapping[str, Any]], best: str | None) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """The best one last, so that its line lies above the others."""
+    styles = {False: {"color": INK, "linewidth": 0.7}, True: {"color": FIRST, "linewidth": 2}}
+    ordered = sorted(trials, key=lambda one: one["name"] == best)
+    return [(trial, styles[trial["name"] == best] | {"markersize": 3}) for trial in ordered]
 
 
 def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
@@ -126,34 +124,23 @@ def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     points = sorted((time["ended_at"] - began, row[search.metric]) for time, row in pairs)
     best = (np.maximum if search.mode == "max" else np.minimum).accumulate([value for _, value in points])
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.2), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _one(6.4, 2.2, xlabel="seconds", ylabel=f"best {search.metric}")
         axes.step([seconds for seconds, _ in points], best, where="post", color=FIRST)
-        axes.set_xlabel("seconds")
-        axes.set_ylabel(f"best {search.metric}")
-        axes.grid(color=GROUND, linewidth=0.5)
         return _svg(figure, f"best {search.metric} so far against seconds; it ends at {best[-1]:.4f}")
 
 
 def parallel(trials: Sequence[Mapping[str, Any]], search: Search, *, best: str | None) -> str:
     """Each trial as a line through the places of its values in the search space, to its metric."""
-    domains = [domain for _, domain in sorted(search.space.items())]
-    values = np.array([trial["value"] for trial in trials])
-    low, span = values.min(), max(1e-9, np.ptp(values))
+    paths, values = sorted(search.space), [trial["value"] for trial in trials]
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for trial in sorted(trials, key=lambda one: one["name"] == best):
-            share = (trial["value"] - low) / span
-            places = [domain.place(value) for domain, value in zip(domains, trial["fields"], strict=True)]
-            is_best = trial["name"] == best
-            axes.plot([*places, share], "o-", color=FIRST if is_best else INK, markersize=3, linewidth=2 if is_best else 0.7)
-        axes.set_xticks(range(len(domains) + 1), [*sorted(search.space), search.metric], rotation=30, ha="right")
+        figure, axes = _one(7.2, 3.2)
+        for trial, style in _styled(trials, best):
+            share = (trial["value"] - min(values)) / max(1e-9, max(values) - min(values))
+            places = [search.space[path].place(value) for path, value in zip(paths, trial["fields"], strict=True)]
+            axes.plot([*places, share], "o-", **style)
+        axes.set_xticks(range(len(paths) + 1), [*paths, search.metric], rotation=30, ha="right")
         axes.set_yticks([0, 1], ["lowest", "highest"])
-        axes.grid(axis="x", color=GROUND)
-        return _svg(
-            figure, f"the values of each trial and its metric{BLUE if best else ''}; the table below has the figures"
-        )
+        return _svg(figure, "values and metric of each trial; the table below has the figures")
 
 
 def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
@@ -162,7 +149,7 @@ def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
     runs: the rows of each. A run that ended early counts as long as it ran.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.3), layout="constrained")
+        figure = Figure(figsize=(6.4, 2.3))
         left, right = figure.subplots(1, 2)
         for axes, name in ((left, "loss"), (right, "accuracy")):
             epochs = range(1, max(map(len, runs)) + 1)
@@ -173,11 +160,9 @@ def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
                     lows, highs = [*map(min, there)], [*map(max, there)]
                     axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
             axes.set_title(name, fontsize=9)
-            axes.set_xlabel("epoch")
+            axes.set(xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlim(0.5, len(epochs) + 0.5)
-            axes.grid(color=GROUND, linewidth=0.5)
-        right.legend(frameon=False)
+        right.legend()
         return _svg(figure, f"{title}: loss and accuracy by epoch, training and validation")
 
 
@@ -185,17 +170,12 @@ def reliability(table: NDArray[np.void], title: str) -> str:
     """Accuracy in each bin of probability, and the calibration error. table: one of `compare.Predictions`."""
     rows, error = calibration(table["label"] == table["prediction"], table["probability"])
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.6, 2.6), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _one(3.6, 2.6, xlabel="probability of the prediction", ylabel="accuracy")
         axes.plot([0, 1], [0, 1], color=GROUND, linewidth=1)
         axes.plot(rows[:, 1], rows[:, 2], color=FIRST, linewidth=1)
         axes.scatter(rows[:, 1], rows[:, 2], s=4 + 80 * rows[:, 0] / len(table), color=FIRST)
-        axes.set_xlabel("probability of the prediction")
-        axes.set_ylabel("accuracy")
         axes.set_title(f"calibration error {error:.3f}", fontsize=9)
-        return _svg(
-            figure, f"{title}: accuracy of the predictions in each bin of probability; calibration error {error:.3f}"
-        )
+        return _svg(figure, f"{title}: accuracy in each bin of the predictions' probability; calibration error {error:.3f}")
 
 
 NAMED = 20
@@ -207,8 +187,8 @@ def confusion(matrix: NDArray[np.int_], class_names: Sequence[str], title: str) 
     names = [*map(_short, class_names)]
     with rc_context(STYLE):
         side = 0.33 * min(max(6, len(names)), NAMED) + 1.4
-        figure = Figure(figsize=(side + 0.4, side), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _one(side + 0.4, side, xlabel="prediction", ylabel="label")
+        axes.grid(visible=False)
         shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(names) <= NAMED:
@@ -217,14 +197,20 @@ def confusion(matrix: NDArray[np.int_], class_names: Sequence[str], title: str) 
                 axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
             axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set_xlabel("prediction")
-        axes.set_ylabel("label")
         return _svg(figure, f"{title}: how often each label was taken for each class")
 
 
 def _short(name: str) -> str:
     """The name in at most 40 characters: a longer one leaves no room for the figure."""
     return name if len(name) <= 40 else f"{name[:39]}…"
+
+
+def _one(width: float, height: float, **settings: Any) -> tuple[Figure, Axes]:
+    """A figure of one part. Inches."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    axes.set(**settings)
+    return figure, axes
 
 
 def _svg(figure: Figure, alternative: str) -> str:

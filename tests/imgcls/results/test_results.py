@@ -15,10 +15,11 @@ from imgcls.catalogue import quick, transfer
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
+from imgcls.results.compare import HEADER, Answer, answers, most_confused, read_predictions, table_row
 from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render, render_search
 from imgcls.search import Search, space_of
+from jobs.report import beside
 from tests.conftest import ROOT
 from tests.proof.records import table_of
 
@@ -176,7 +177,7 @@ def test_the_page_of_a_search_names_the_best_trial_and_how_many_were_tried():
     (row,) = re.findall(r'<td class="name">basic-cnn-001-seed0</td>.*?</tr>', page)
     assert ">0.6000<" in row
     assert "3 of 4 trials have begun. 2 finished, 1 stopped, 1 open." in page
-    assert "python -m jobs.train --recipe runs/quick/recipe.toml --data data/packed" in page
+    assert "python -m jobs.train --recipe runs/quick/recipe.json --data data/packed" in page
     assert page.count('class="suite-row"') == 4
     assert page.count("<svg") == 3
     assert "SYNTHETIC" not in page

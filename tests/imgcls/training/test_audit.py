@@ -57,7 +57,7 @@ def test_every_piece_of_an_untouched_run_is_equal(small: Path, packed: Path):
     found = audited(small, packed)
     assert found.steps == ("0 to 5", "5 to 8", "8 to 10", "10 to 15", "15 to 16", "16 to 20", "20 to 24")
     assert found.difference == ""
-    assert found.told.endswith("weights, optimizer, history and test scores are equal")
+    assert found.told.endswith("weights, optimizer, history and scores are equal")
 
 
 def test_the_auditors_seed_draws_the_pieces(small: Path, packed: Path):

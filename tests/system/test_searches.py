@@ -43,7 +43,7 @@ def test_a_search_stops_the_worse_trials_outlives_its_command_and_leaves_a_recip
 
     best = min((one for one in results if one.val), key=lambda one: one.val.loss if one.val else 0.0)
     assert best.name in said
-    words = ("train", "--recipe", suite / "recipe.toml", "--data", packed, "--storage", tmp_path / "runs", "--id", "found")
+    words = ("train", "--recipe", suite / "recipe.json", "--data", packed, "--storage", tmp_path / "runs", "--id", "found")
     trained = run_in(tmp_path, *words, env={"RAY_ADDRESS": ""})
     assert trained.returncode == 0, trained.stdout + trained.stderr
     found = records.read(RunResult, str(tmp_path / "runs" / "found" / "basic-cnn-seed0" / "result.json"))
