@@ -80,20 +80,20 @@ def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping
     estimated: by `compare.estimates`. pairs: of recipes, by `compare.transfers`.
     """
     measured = {runs[0].recipe.name: (runs[0].num_train, one) for runs, one in estimated}
-    there = [pair for pair in pairs.items() if measured.keys() >= {*pair}]
-    arms = {
-        arm: sorted((measured[pair[side]] for pair in there), key=lambda point: point[0])
-        for side, arm in enumerate(("transferred", "from scratch"))
-    }
-    if len({measured[pair[0]][0] for pair in there}) < 2:
+    there = sorted((pair for pair in pairs.items() if measured.keys() >= {*pair}), key=lambda pair: measured[pair[0]][0])
+    arms = {arm: [measured[pair[side]] for pair in there] for side, arm in enumerate(("transferred", "from scratch"))}
+    ticks = sorted({count for points in arms.values() for count, _ in points})
+    if len(ticks) < 2:
         return ""
     with rc_context(STYLE):
-        figure, axes = _one(5.2, 2.8, xscale="log", xlabel="labelled training images", ylabel="test accuracy")
+        figure, axes = _one(5.2, 2.8, xlabel="labelled training images", ylabel="test accuracy")
         for (arm, points), color in zip(arms.items(), (FIRST, SECOND), strict=True):
-            counts, intervals = [count for count, _ in points], [one for _, one in points]
-            axes.plot(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
+            counts, intervals = zip(*points, strict=True)
+            axes.semilogx(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
             lows, highs = [one.low for one in intervals], [one.high for one in intervals]
             axes.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+        axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+        axes.minorticks_off()
         axes.legend()
         return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
 

@@ -134,7 +134,9 @@ def test_transfer_is_asked_for_at_each_number_of_labels_and_has_a_figure():
     assert [answer.question for answer in answers_of(*runs)] == [
         f"Does transfer help, with {count} labels?" for count in ("450", "4,500", "45,000")
     ]
-    assert "test accuracy against the number of labels" in page_of(*runs)
+    page = page_of(*runs)
+    assert "test accuracy against the number of labels" in page
+    assert "mathdefault" not in page
     assert "test accuracy against the number of labels" not in page_of(*five())
 
 
