@@ -3,7 +3,6 @@
 Comes in: a `staging.Job`. Goes out: its log, as it is written there, and how it ended. Called by `jobs.submit`.
 """
 
-import asyncio
 import logging
 import signal
 import tempfile
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import requests
 
 from cluster import session
@@ -23,11 +21,8 @@ from imgcls.errors import ClusterError, PlacementError, RecipeError
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
 """For a request: until someone takes it, and until it is answered."""
-SILENCE_S = 20.0
-"""A log that says nothing for so long is asked for again: a proxy may have dropped the connection without a word."""
-LONGEST_SILENCE_S = 320.0
-LOOK_S = 1.0
-"""So often, while the log says nothing, whether the job is over: the stream ends seconds later."""
+LOOK_S, LOG_PER_S = 1.0, 500_000
+"""A job is looked at so often. Its log comes as a whole each time: a long one less often, to take so many characters/s."""
 INTERRUPTED, NEVER_BEGAN = 130, 3
 TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
@@ -120,67 +115,25 @@ class Jobs:
     def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Ended:
         """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does."""
         self.known(job_id)
-        return asyncio.run(self._follow(job_id, _Log(write), say))
-
-    async def _follow(self, job_id: str, log: "_Log", say: Callable[[str], None]) -> Ended:
-        silence_s, lost_s = SILENCE_S, None
+        written, lost_s = 0, None
         while True:
             try:
-                info = await asyncio.to_thread(self.known, job_id)
-                if info.status.is_terminal():
-                    log.again()
-                    log.add(await asyncio.to_thread(self.client.get_job_logs, job_id))
-                    return ended(job_id, info)
+                info = self.known(job_id)  # before the log, which is whole where the job was over
+                log = self.client.get_job_logs(job_id)
             except (ClusterError, OSError, RuntimeError) as error:
                 if lost_s is None:
                     lost_s = time.monotonic()
                     say(f"no connection to {self.address} ({str(error).splitlines()[0]}); the job goes on: tried again")
-                await asyncio.sleep(1)
+                time.sleep(LOOK_S)
                 continue
             if lost_s is not None:
                 say(f"connected again after {time.monotonic() - lost_s:.0f} s")
                 lost_s = None
-            before = log.written
-            # Whatever ends the stream: the job's status decides.
-            with suppress(ClusterError, OSError, RuntimeError, aiohttp.ClientError):
-                await self._tail(job_id, log, silence_s)
-            silence_s = SILENCE_S if log.written > before else min(2 * silence_s, LONGEST_SILENCE_S)
-            await asyncio.sleep(0.2)
-
-    async def _tail(self, job_id: str, log: "_Log", silence_s: float) -> None:
-        """Returns when the stream has ended, the job is over, or nothing was said for `silence_s`."""
-        log.again()
-        stream, heard_s = self.client.tail_job_logs(job_id), time.monotonic()
-        chunk = asyncio.ensure_future(anext(stream))
-        try:
-            while time.monotonic() - heard_s < silence_s:
-                done, _ = await asyncio.wait({chunk}, timeout=LOOK_S)
-                if done:
-                    log.add(chunk.result())
-                    chunk, heard_s = asyncio.ensure_future(anext(stream)), time.monotonic()
-                elif (await asyncio.to_thread(self.known, job_id)).status.is_terminal():
-                    return
-        except StopAsyncIteration:
-            return
-        finally:
-            chunk.cancel()
-
-
-class _Log:
-    """A text that is fetched again and again from its beginning, and written once."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self.write, self.written, self.fetched = write, 0, 0
-
-    def again(self) -> None:
-        self.fetched = 0
-
-    def add(self, text: str) -> None:
-        new = text[max(0, self.written - self.fetched) :]
-        self.fetched += len(text)
-        if new:
-            self.write(new)
-            self.written += len(new)
+            write(log[written:])
+            written = max(written, len(log))
+            if info.status.is_terminal():
+                return ended(job_id, info)
+            time.sleep(LOOK_S + len(log) / LOG_PER_S)
 
 
 def ended(job_id: str, info: Any) -> Ended:
