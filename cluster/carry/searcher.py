@@ -67,14 +67,14 @@ class PlanSearcher(NotKept, Searcher):
         self.begin_workers, self.num_begun = begin_workers, num_begun
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
-        self._no_room_s: float | None = None
-        self._wait_s: dict[str, float] = {}
+        self._troubles_s: dict[str, float] = {}
+        """Since when each lasts; infinity once it was said."""
         self.began_s: dict[str, float] = {}
         self.ended_s: dict[str, float] = {}
         """By run, by `time.monotonic`."""
 
     def suggest(self, trial_id: str) -> Any:
-        self.state, action = next_start(self.state, room=self._room())
+        self.state, action = next_start(self.state, room=self.room())
         if isinstance(action, Start):
             self.runs[trial_id] = action.run
             self.began_s[action.run] = time.monotonic()
@@ -95,33 +95,21 @@ class PlanSearcher(NotKept, Searcher):
             self.fail(run, stop.reason)
         self.view.ended(run, self.state.statuses[run])
 
-    def _room(self) -> int:
-        """Runs that fit. That a cluster has lost its last fitting node is said: Train and Tune would wait without a word."""
-        room, now = self.room(), time.monotonic()
-        if room:
-            self._no_room_s = None
-        elif self._no_room_s is None:
-            self._no_room_s = now
-        elif now - self._no_room_s > NO_ROOM_S:
-            self.view.say("no node is there, or can be added, on which the workers fit: waiting for one")
-            self._no_room_s = math.inf
-        return room
-
-    def look_for_room(self) -> None:
-        """As often as somebody asks, at most once in `LOOK_S`."""
-        if time.monotonic() - self._looked_s > LOOK_S:
-            self._looked_s = time.monotonic()
-            self._room()
-            self._say_who_waits(time.monotonic())
-
-    def _say_who_waits(self, now: float) -> None:
-        """For nodes: a cloud may need long for one, and the run says nothing meanwhile."""
-        started = [run for run, status in self.state.statuses.items() if status is Status.STARTED]
-        waiting = {run: self._wait_s.get(run, now) for run in started if waits_for_nodes(run)}
-        for run in [run for run, since_s in waiting.items() if now - since_s > NO_ROOM_S]:
-            self.view.say(f"{run}: its workers wait for nodes; `ray status` on the head says what the autoscaler does")
-            waiting[run] = math.inf
-        self._wait_s = waiting
+    def say_what_lasts(self) -> None:
+        """Train and Tune would wait for nodes without a word. Looks as often as it is called, at most once in `LOOK_S`."""
+        now = time.monotonic()
+        if now - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now
+        troubles = [] if self.room() else ["no node is there, or can be added, on which the workers fit: waiting for one"]
+        for run, status in self.state.statuses.items():
+            if status is Status.STARTED and waits_for_nodes(run):
+                troubles.append(f"{run}: its workers wait for nodes; `ray status` on the head says what the autoscaler does")
+        self._troubles_s = {text: self._troubles_s.get(text, now) for text in troubles}
+        for text, since_s in self._troubles_s.items():
+            if now - since_s > NO_ROOM_S:
+                self.view.say(text)
+                self._troubles_s[text] = math.inf
 
     def lose(self, runs: Collection[str]) -> None:
         """Other commands hold the leases of these runs."""
@@ -157,6 +145,6 @@ class LeaseStopper(NotKept, Stopper):
 
     def stop_all(self) -> bool:
         self.searcher.lose(self.held.lost)
-        self.searcher.look_for_room()
+        self.searcher.say_what_lasts()
         self.held.check_answered()
         return False
