@@ -5,6 +5,7 @@ Reads manifests, and requests that lie under the id; writes nothing.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,15 +83,14 @@ def make_plan(request: Request) -> Plan:
     configs: dict[str, RunConfig] = {}
     for seed in request.seeds:
         for recipe in _sources_first(recipes):
-            source = InitSource(run=given.url, identity=given.model.weights_sha256) if given else None
-            init = _init(recipe, seed, configs, source)
+            init, synthetic_start = _start(recipe, seed, configs, given)
             config = RunConfig(
                 catalogue=request.catalogue,
                 recipe=recipe,
                 seed=seed,
                 data_digest=manifests[recipe.dataset].digest,
                 init=init,
-                synthetic=manifests[recipe.dataset].synthetic or _synthetic_start(init, configs, given),
+                synthetic=manifests[recipe.dataset].synthetic or synthetic_start,
             )
             configs[config.name] = config
     _check_lineage(request, recipes, manifests, given)
@@ -132,18 +132,11 @@ def _catalogued(catalogue: str, name: str, *, needed_by: str) -> Recipe:
 
 def _sources_first(recipes: Sequence[Recipe]) -> list[Recipe]:
     by_name = {recipe.name: recipe for recipe in recipes}
-    ordered: dict[str, Recipe] = {}
-
-    def add(recipe: Recipe, path: tuple[str, ...]) -> None:
-        if recipe.name in path:
-            raise RecipeError(f"recipes start from each other in a circle: {' -> '.join([*path, recipe.name])}")
-        if isinstance(recipe.init, FromRun) and recipe.init.recipe in by_name:
-            add(by_name[recipe.init.recipe], (*path, recipe.name))
-        ordered[recipe.name] = recipe
-
-    for recipe in recipes:
-        add(recipe, ())
-    return list(ordered.values())
+    sources = {recipe.name: [recipe.init.recipe] if isinstance(recipe.init, FromRun) else [] for recipe in recipes}
+    try:
+        return [by_name[name] for name in TopologicalSorter(sources).static_order() if name in by_name]
+    except CycleError as error:
+        raise RecipeError(f"recipes start from each other in a circle: {' -> '.join(reversed(error.args[1]))}") from None
 
 
 def _checked_set(request: Request, dataset: str) -> Manifest:
@@ -159,19 +152,16 @@ def _find_model(checkpoint: str) -> "FoundModel":
     return find_model(storage.absolute(checkpoint))
 
 
-def _init(recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: InitSource | None) -> InitSource | None:
+def _start(
+    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "FoundModel | None"
+) -> tuple[InitSource | None, bool]:
+    """Where the first weights come from, None for scratch; and whether they were trained on no photographs."""
     if not isinstance(recipe.init, FromRun):
-        return None
+        return None, False
     if given is not None:
-        return given
-    source = f"{recipe.init.recipe}-seed{seed}"
-    return InitSource(run=source, identity=configs[source].digest())
-
-
-def _synthetic_start(init: InitSource | None, configs: dict[str, RunConfig], given: "FoundModel | None") -> bool:
-    if init is None:
-        return False
-    return given.model.synthetic if given is not None else configs[init.run].synthetic
+        return InitSource(run=given.url, identity=given.model.weights_sha256), given.model.synthetic
+    source = configs[f"{recipe.init.recipe}-seed{seed}"]
+    return InitSource(run=source.name, identity=source.digest()), source.synthetic
 
 
 def _check_lineage(
