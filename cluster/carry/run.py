@@ -46,10 +46,6 @@ class Assignment(Record):
     def run(self) -> RunFolder:
         return RunFolder(self.run_url)
 
-    @property
-    def places(self) -> dict[str, str]:
-        return {"data_url": self.data_url, "run_url": self.run_url}
-
     def verdict(self, state: RunState) -> GoOn | Leave | Stop:
         """Whether the run goes on, from what is committed of it alone."""
         return verdict(state, command=self.command, max_failures=self.options.max_failures)
@@ -145,9 +141,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     rank = _rank()
 
-    def end(end: End, error: str = "", step: int = 0, trace: str = "") -> None:
-        given.run.end(attempt, Ending(end=end, error=error, step=step, trace=trace), rank=rank)
-
+    end = partial(given.run.end, attempt, rank=rank)
     watch = Watch(given.run, given.command, given.options.hang_timeout_s, rank=rank, end=end)
     world = world_of(
         given.placement,
@@ -156,16 +150,18 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         report=partial(report, tries=tries),
         attempt=attempt,
         started_s=loop_config["started_s"],
-        crashed=lambda error, step, trace: end(End.CRASHED, error, step, trace if rank else ""),  # rank 0's is in the log
+        # Rank 0's trace is in the log.
+        crashed=lambda error, step, trace: end(Ending(end=End.CRASHED, error=error, step=step, trace=trace if rank else "")),
         leaving=lambda: watch.leaving,
         lost=lambda: watch.lost,
         heartbeat=watch.heartbeat,
     )
     try:
         with watch:
-            fit(given.config, **given.places, world=world, options=given.options, tested=given.tested)
+            places = {"data_url": given.data_url, "run_url": given.run_url}
+            fit(given.config, **places, world=world, options=given.options, tested=given.tested)
     except NumericsError as error:  # on every rank
-        end(End.REFUSED, str(error))
+        end(Ending(end=End.REFUSED, error=str(error)))
     except LeaseError:  # on every rank
         return
     except TrainingError as error:  # on every rank

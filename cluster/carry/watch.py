@@ -6,21 +6,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.carry.lease import RENEW_S
 from imgcls import storage
-from imgcls.runs import End, RunFolder
+from imgcls.runs import End, Ending, RunFolder
 from imgcls.training.world import Heartbeat
-
-
-class EndAttempt(Protocol):
-    """How this rank's attempt ends is put on record."""
-
-    def __call__(self, end: End, error: str = "", step: int = 0, trace: str = "") -> None: ...
 
 
 class Watch(threading.Thread):
@@ -30,7 +24,10 @@ class Watch(threading.Thread):
     one that is gone.
     """
 
-    def __init__(self, run: RunFolder, command: str, hang_timeout_s: float, *, rank: int, end: EndAttempt) -> None:
+    def __init__(
+        self, run: RunFolder, command: str, hang_timeout_s: float, *, rank: int, end: Callable[[Ending], None]
+    ) -> None:
+        """end: puts on record how this rank's attempt ends."""
         super().__init__(name="watch", daemon=True)
         self.run_folder, self.command, self.hang_timeout_s, self.rank, self.end = run, command, hang_timeout_s, rank, end
         self.heartbeat, self.watched = Heartbeat(), threading.get_ident()
@@ -43,7 +40,7 @@ class Watch(threading.Thread):
             if not self.leaving and self.notice.preemption_info is not None:
                 self.leaving = True
                 with suppress(Exception), storage.within(RENEW_S):
-                    self.end(End.PREEMPTED)
+                    self.end(Ending(end=End.PREEMPTED))
             if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
                 self._looked_s = time.monotonic()
                 with suppress(Exception), storage.within(RENEW_S):
@@ -58,8 +55,8 @@ class Watch(threading.Thread):
     def _end_hung(self, error: str) -> None:
         """Ends this process, for Train to begin again."""
         trace = "".join(traceback.format_stack(sys._current_frames()[self.watched]))
-        arguments = (End.CRASHED, error, self.heartbeat.step, trace)
-        recording = threading.Thread(target=self.end, args=arguments, daemon=True)
+        ending = Ending(end=End.CRASHED, error=error, step=self.heartbeat.step, trace=trace)
+        recording = threading.Thread(target=self.end, args=(ending,), daemon=True)
         recording.start()
         recording.join(10)  # storage may be what hangs
         os._exit(1)
