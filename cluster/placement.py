@@ -178,7 +178,7 @@ def _ray_cluster(name: str, namespace: str) -> dict[str, Any] | None:
 
 
 def choose(
-    nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float | None
+    nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None = None, gpus_per_worker: float | None = None
 ) -> Placement:
     """The placement, checked to fit. Unless given, a worker has one CPU, and one GPU if any node has GPUs."""
     if num_workers < 1:
@@ -232,9 +232,8 @@ def scaling_config(placement: Placement) -> Any:
     """The placement as Ray Train takes it."""
     from ray.train import ScalingConfig
 
-    resources = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
     return ScalingConfig(
         num_workers=placement.num_workers,
         use_gpu=placement.gpus_per_worker > 0,
-        resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
+        resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
     )

@@ -78,9 +78,8 @@ def in_job() -> bool:
 @contextmanager
 def client(mode: str) -> Iterator[None]:
     """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
-    with _environment(NEEDED, {"RAY_AUTH_MODE": mode}):
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # the client prefers them to the address that it is given
-            os.environ.pop(name, None)
+    preferred = {"RAY_ADDRESS": "", "RAY_API_SERVER_ADDRESS": ""}  # by the client, to the address that it is given
+    with _environment(NEEDED, {"RAY_AUTH_MODE": mode, **preferred}):
         yield
 
 
@@ -169,8 +168,7 @@ def set_train_environment(*, hang_timeout_s: float) -> None:
     # Train waits for its process group (30 s, unless we started the cluster), then for its last words (5 s).
     ending_s = float(os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "30")) + 6
     silence_s = max(hang_timeout_s / 2, hang_timeout_s - ending_s)
-    for name, value in (TRAIN | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s)}).items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**TRAIN, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s), **os.environ})
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 import secrets
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from cluster import placement as placements
@@ -51,14 +49,11 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
 
     manifest_for(source, data_url=data_url, split=split)
     if not session.names_cluster():
-        _choose([placements.local_node()], num_workers)
+        placements.choose([placements.local_node()], num_workers=num_workers)
     with session.session(verbose=verbose):
         check_seen_by_nodes([checkpoint, data_url])
-        return _under_ray(request, _choose(placements.cluster_nodes(placements.autoscaling_config()), num_workers))
-
-
-def _choose(nodes: list[placements.Node], num_workers: int) -> Placement:
-    return placements.choose(nodes, num_workers=num_workers, cpus_per_worker=None, gpus_per_worker=None)
+        nodes = placements.cluster_nodes(placements.autoscaling_config())
+        return _under_ray(request, placements.choose(nodes, num_workers=num_workers))
 
 
 def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
@@ -66,8 +61,8 @@ def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
 
     from cluster.carry.trainer import LeanTrainer, backend_config
 
-    with tempfile.TemporaryDirectory() as folder, _causes_raised():
-        result = LeanTrainer(
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = LeanTrainer(
             _worker,
             backend_config=backend_config(placement),
             train_loop_config={"request": request, "placement": placement},
@@ -75,19 +70,11 @@ def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
             run_config=ray.train.RunConfig(
                 name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
             ),
-        ).fit()
-    return Evaluation.model_validate_json(str(result.return_value))
-
-
-@contextmanager
-def _causes_raised() -> Iterator[None]:
-    """What a worker raised is raised here, instead of Train's error around it."""
-    from ray.train import TrainingFailedError
-
-    try:
-        yield
-    except TrainingFailedError as error:
-        raise cause_of(error)[1] from None
+        )
+        try:
+            return Evaluation.model_validate_json(str(trainer.fit().return_value))
+        except ray.train.TrainingFailedError as error:
+            raise cause_of(error)[1] from None
 
 
 def _worker(given: dict[str, Any]) -> str:

@@ -151,7 +151,7 @@ def _of_cluster(questions: Questions) -> Iterator[Check]:
     try:
         nodes = placements.cluster_nodes(placements.autoscaling_config())
         workers = questions.num_workers if questions.num_workers is not None else 1
-        placements.choose(nodes, num_workers=workers, cpus_per_worker=None, gpus_per_worker=questions.gpus_per_worker)
+        placements.choose(nodes, num_workers=workers, gpus_per_worker=questions.gpus_per_worker)
         yield Check(name="placement", where="cluster", ok=True, found=placements.what_there_is(nodes))
     except PlacementError as error:
         yield Check.refused("placement", "cluster", error)
