@@ -113,7 +113,10 @@ def _wants_no_token(address: str) -> bool:
 
 @contextmanager
 def session(*, verbose: bool) -> Iterator[None]:
-    """Ray is connected inside. What was started here is stopped at the end, whatever happens."""
+    """Ray is connected inside. What was started here is stopped at the end, whatever happens.
+
+    Raises ClusterError where a cluster wants a token, or does not answer.
+    """
     joins = names_cluster()
     with ExitStack() as stack:
         stack.enter_context(_environment(NEEDED if verbose else NEEDED | QUIET))
@@ -122,34 +125,27 @@ def session(*, verbose: bool) -> Iterator[None]:
             _check_loopback()
         options = {} if joins else _local_options()
         import ray
+        from ray.exceptions import AuthenticationError
 
         if not verbose:
             logging.getLogger("ray").setLevel(logging.ERROR)
         stack.callback(ray.shutdown)
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        with _refusals_named(), nullcontext() if joins else lean(verbose=verbose):
-            if joins:
-                _check_answers(os.environ["RAY_ADDRESS"])
-            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
+        with nullcontext() if joins else lean(verbose=verbose):
+            try:
+                if joins:
+                    _check_answers(os.environ["RAY_ADDRESS"])
+                ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options)
+            except AuthenticationError:
+                raise ClusterError(
+                    f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} wants its token, and has not got it\n"
+                    "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                ) from None
+            except ConnectionError as error:
+                raise ClusterError(_no_cluster(str(error).splitlines()[0])) from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
         yield
-
-
-@contextmanager
-def _refusals_named() -> Iterator[None]:
-    """A cluster that wants a token, or does not answer, raises ClusterError."""
-    from ray.exceptions import AuthenticationError
-
-    try:
-        yield
-    except AuthenticationError:
-        raise ClusterError(
-            f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} wants its token, and has not got it\n"
-            "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from None
-    except ConnectionError as error:
-        raise ClusterError(_no_cluster(str(error).splitlines()[0])) from None
 
 
 def keep_credentials_here() -> None:

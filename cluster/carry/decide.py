@@ -1,7 +1,7 @@
 """What a suite and a run do next: pure functions of what is known and what happened. No Ray, no clock, no storage.
 
-`searcher` asks for a suite (`next_start`, `after_end`, `after_loss`) in the process of the command. `run` asks `verdict` at
-each beginning of a run, in the run's own process, with nothing but what is committed. Ray Train restarts
+`suite` and `searcher` ask for a suite (`next_start`, `after_end`, `after_loss`) in the process of the command. `run` asks
+`verdict` at each beginning of a run, in the run's own process, with nothing but what is committed. Ray Train restarts
 workers and Ray Tune runs whose controller died; whether such a start goes on is said here, and is the one bound on them.
 """
 

@@ -11,15 +11,6 @@ from cluster.look.preflight import check_seen_by_nodes
 from imgcls.records import Placement, Record, Scores, Split
 
 
-class EvaluationRequest(Record):
-    checkpoint: str
-    data_url: str
-    split: Split
-    verbose: bool
-    command: str
-    """Its workers check a node's cache once."""
-
-
 class Evaluation(Record):
     """What a checkpoint scored."""
 
@@ -37,10 +28,8 @@ class Evaluation(Record):
 
 def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_workers: int, verbose: bool) -> Evaluation:
     """Raises CheckpointError, DataError, and PlacementError where the workers can never run."""
-    command = secrets.token_hex(8)
-    request = EvaluationRequest(checkpoint=checkpoint, data_url=data_url, split=split, verbose=verbose, command=command)
     if num_workers == 1 and not session.names_cluster():
-        return _evaluate(request, placement=None)
+        return _evaluate(checkpoint, data_url=data_url, split=split, verbose=verbose)
     from imgcls.training.weights import find_model
 
     # What is wrong with them is said before Ray starts.
@@ -53,10 +42,13 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     with session.session(verbose=verbose):
         check_seen_by_nodes([checkpoint, data_url])
         nodes = placements.cluster_nodes(placements.autoscaling_config())
-        return _under_ray(request, placements.choose(nodes, num_workers=num_workers))
+        placement = placements.choose(nodes, num_workers=num_workers)
+        given = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
+        return _under_ray({**given, "placement": placement, "command": secrets.token_hex(8)})
 
 
-def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
+def _under_ray(given: dict[str, Any]) -> Evaluation:
+    """given: the arguments of `_evaluate`."""
     import ray.train
 
     from cluster.carry.trainer import LeanTrainer, backend_config
@@ -64,9 +56,9 @@ def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
     with tempfile.TemporaryDirectory() as folder:
         trainer = LeanTrainer(
             _worker,
-            backend_config=backend_config(placement),
-            train_loop_config={"request": request, "placement": placement},
-            scaling_config=placements.scaling_config(placement),
+            backend_config=backend_config(given["placement"]),
+            train_loop_config=given,
+            scaling_config=placements.scaling_config(given["placement"]),
             run_config=ray.train.RunConfig(
                 name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
             ),
@@ -78,29 +70,38 @@ def _under_ray(request: EvaluationRequest, placement: Placement) -> Evaluation:
 
 
 def _worker(given: dict[str, Any]) -> str:
-    return _evaluate(given["request"], placement=given["placement"]).model_dump_json()
+    return _evaluate(**given).model_dump_json()
 
 
-def _evaluate(request: EvaluationRequest, *, placement: Placement | None) -> Evaluation:
+def _evaluate(
+    checkpoint: str,
+    *,
+    data_url: str,
+    split: Split,
+    verbose: bool,
+    placement: Placement | None = None,
+    command: str | None = None,
+) -> Evaluation:
+    """placement, command: of a worker under Ray. The workers of a command check a node's cache once."""
     from imgcls.training.weights import find_model
 
-    silence_libraries(request.verbose)
-    source = find_model(request.checkpoint)  # Lightning, whose import takes seconds, is not needed to miss it
+    silence_libraries(verbose)
+    source = find_model(checkpoint)  # Lightning, whose import takes seconds, is not needed to miss it
     from imgcls.training.environment import threads
     from imgcls.training.evaluate import evaluate, manifest_for
     from imgcls.training.world import World
 
-    manifest = manifest_for(source, data_url=request.data_url, split=request.split)
-    world = world_of(placement, command=request.command) if placement else World(accelerator="auto")
+    manifest = manifest_for(source, data_url=data_url, split=split)
+    world = world_of(placement, command=command) if placement else World(accelerator="auto")
     with threads(None if placement else 1):  # as a worker has: on some CPUs the last bits depend on their number
-        scores = evaluate(source, data_url=request.data_url, split=request.split, world=world)
+        scores = evaluate(source, data_url=data_url, split=split, world=world)
     return Evaluation(
         checkpoint=source.url,
         weights_sha256=source.model.weights_sha256,
         dataset=source.model.recipe.dataset,
         data_digest=manifest.digest,
         trained_on=source.model.data_digest,
-        split=request.split,
+        split=split,
         synthetic=source.model.synthetic,
         class_names=source.model.class_names,
         scores=scores,

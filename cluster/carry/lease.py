@@ -21,7 +21,6 @@ from imgcls import records, storage
 from imgcls.errors import ImgclsError, LeaseError, StorageError
 from imgcls.runs import Lease, RunFolder
 
-NumberedLease = tuple[int, Lease]
 T = TypeVar("T")
 
 RENEW_S = 5.0
@@ -99,7 +98,7 @@ class Leases:
                 if older < number:
                     storage.delete(run.lease_url(older))
 
-    def _wait_for(self, before: Mapping[str, NumberedLease | None]) -> None:
+    def _wait_for(self, before: Mapping[str, tuple[int, Lease] | None]) -> None:
         """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
         held = {name: lease for name, lease in before.items() if lease is not None and not _is_over(lease[1])}
         if held:
@@ -118,8 +117,8 @@ class Leases:
         with storage.within(LAPSE_S / 2):
             for name in self.numbers.keys() - self.lost:
                 with suppress(ImgclsError):  # then it lapses
-                    released = _lease(self.command, self._renewals).model_copy(update={"released": True})
-                    records.write(released, self.runs[name].lease_url(self.numbers[name]))
+                    lease = _lease(self.command, self._renewals, released=True)
+                    records.write(lease, self.runs[name].lease_url(self.numbers[name]))
 
 
 @contextmanager
@@ -165,8 +164,8 @@ def _is_over(lease: Lease) -> bool:
     return False
 
 
-def _lease(command: str, renewals: int) -> Lease:
-    return Lease(command=command, host=_here(), pid=os.getpid(), renewals=renewals)
+def _lease(command: str, renewals: int, *, released: bool = False) -> Lease:
+    return Lease(command=command, host=_here(), pid=os.getpid(), renewals=renewals, released=released)
 
 
 def _here() -> str:

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from cluster.carry.decide import Start, Status, SuiteState, Wait, after_end, after_loss, next_start
+from cluster.carry.decide import Start, Status, SuiteState, Wait, after_loss, next_start
 from cluster.carry.lease import Leases
 from cluster.carry.trainer import remove_workers, waits_for_nodes
-from imgcls.runs import RunState
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
 
@@ -48,22 +47,18 @@ class PlanSearcher(NotKept, Searcher):
         self,
         state: SuiteState,
         *,
-        command: str,
-        max_failures: int,
         room: Callable[[], int],
-        committed: Callable[[str], RunState],
-        fail: Callable[[str, str], None],
+        ended: Callable[[SuiteState, str], SuiteState],
         view: View,
         begin_workers: Callable[[], None],
         num_begun: int,
     ) -> None:
-        """command, max_failures: as `decide.verdict` takes them. fail: puts a run's failure, with its reason, on record.
+        """ended: what the suite has come to with this run's end.
 
         begin_workers: of a run, before its trial does. num_begun: of so many runs they have begun already.
         """
         super().__init__()
-        self.state, self.command, self.max_failures = state, command, max_failures
-        self.room, self.committed, self.fail, self.view = room, committed, fail, view
+        self.state, self.room, self.ended, self.view = state, room, ended, view
         self.begin_workers, self.num_begun = begin_workers, num_begun
         self.runs: dict[str, str] = {}
         self._looked_s = 0.0
@@ -88,11 +83,7 @@ class PlanSearcher(NotKept, Searcher):
         run = self.runs[trial_id]
         remove_workers(run)
         self.ended_s[run] = time.monotonic()
-        self.state, stop = after_end(
-            self.state, run, self.committed(run), command=self.command, max_failures=self.max_failures
-        )
-        if stop is not None:
-            self.fail(run, stop.reason)
+        self.state = self.ended(self.state, run)
         self.view.ended(run, self.state.statuses[run])
 
     def say_what_lasts(self) -> None:

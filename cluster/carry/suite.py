@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import placement as placements
 from cluster import session
 from cluster.carry import warm
-from cluster.carry.decide import Done, Start, Status, SuiteState, next_start, start_order
+from cluster.carry.decide import Done, Start, Status, SuiteState, after_end, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike, check_search
 from cluster.carry.run import Assignment, trial, worker_environment
@@ -141,16 +141,16 @@ def _carry_out(
 
     from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
 
+    def ended(state: SuiteState, run: str) -> SuiteState:
+        folder = request.suite.run(run)
+        committed = when_answered(folder.state)
+        state, stop = after_end(state, run, committed, command=held.command, max_failures=options.max_failures)
+        if stop is not None:
+            folder.fail(plan.configs[run], stop.reason)
+        return state
+
     searcher = PlanSearcher(
-        state,
-        command=held.command,
-        max_failures=options.max_failures,
-        room=room,
-        committed=lambda run: when_answered(request.suite.run(run).state),
-        fail=lambda run, reason: request.suite.run(run).fail(plan.configs[run], reason),
-        view=view,
-        begin_workers=partial(begin_workers, 1),
-        num_begun=num_begun,
+        state, room=room, ended=ended, view=view, begin_workers=partial(begin_workers, 1), num_begun=num_begun
     )
     session.keep_credentials_here()
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
