@@ -142,7 +142,10 @@ def session(*, verbose: bool) -> Iterator[None]:
                     "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
                 ) from None
             except ConnectionError as error:
-                raise ClusterError(_no_cluster(str(error).splitlines()[0])) from None
+                raise ClusterError(
+                    f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {str(error).splitlines()[0]}\n"
+                    "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
+                ) from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
         yield
@@ -181,7 +184,7 @@ def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None 
 
 
 def _check_answers(address: str) -> None:
-    """Raises ClusterError if nobody listens at `RAY_ADDRESS`: Ray itself would try for minutes."""
+    """Raises ConnectionError if nobody listens at `RAY_ADDRESS`, where Ray itself would try for minutes."""
     from ray._private.services import get_ray_address_from_environment
 
     address = get_ray_address_from_environment(address, None)  # where `ray.init` finds "auto"
@@ -196,14 +199,7 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ClusterError(_no_cluster(f"{address}: {error}")) from None
-
-
-def _no_cluster(reason: str) -> str:
-    return (
-        f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {reason}\n"
-        "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
-    )
+        raise ConnectionError(f"{address}: {error}") from None
 
 
 def _check_loopback() -> None:

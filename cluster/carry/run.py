@@ -5,7 +5,6 @@ need neither.
 """
 
 import logging
-import os
 import time
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +39,7 @@ class Assignment(Record):
     options: RunOptions
     tested: bool
     environment: dict[str, str]
-    """Of the workers; see `worker_environment`."""
+    """Of the workers: what they cannot find out by themselves."""
 
     @property
     def run(self) -> RunFolder:
@@ -54,14 +53,6 @@ class Assignment(Record):
         """The run is over, failed; unless it is over already, or another command's."""
         if not isinstance(self.verdict(self.run.state()), Leave):
             self.run.fail(self.config, reason)
-
-
-def worker_environment(commit: str | None) -> dict[str, str]:
-    """What a worker cannot find out by itself, as environment variables."""
-    return {
-        "IMGCLS_COMMIT": commit or "unknown",
-        **{name: value for name, value in os.environ.items() if name == "IMGCLS_CACHE"},
-    }
 
 
 def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ Comes in: a `Request`. Goes out: the suite's results, from the runs' own records
 the same request again does what is left, whoever made it and wherever it stopped.
 """
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from cluster.carry import warm
 from cluster.carry.decide import Done, Start, Status, SuiteState, after_end, next_start, start_order
 from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike, check_search
-from cluster.carry.run import Assignment, trial, worker_environment
+from cluster.carry.run import Assignment, trial
 from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
 from cluster.foretell.forecast import Forecast
 from cluster.look.preflight import check_seen_by_nodes
@@ -180,7 +181,9 @@ def _starting(state: SuiteState, room: int) -> int:
 
 def _begin_workers(placement: Placement) -> tuple[dict[str, str], Callable[[int], None]]:
     """The workers' environment, and what begins the workers of so many runs before their trials do, where that can be."""
-    environment = worker_environment(commit())
+    environment = {"IMGCLS_COMMIT": commit() or "unknown"}
+    if "IMGCLS_CACHE" in os.environ:
+        environment["IMGCLS_CACHE"] = os.environ["IMGCLS_CACHE"]
     if session.names_cluster() or placement.gpus_per_worker:
         return environment, lambda runs: None
     environment |= warm.environment()
