@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from imgcls import storage
 from imgcls.data import archives
 from imgcls.data.archives import Bytes, printable
 from imgcls.data.images import EXTENSIONS, encode_png
@@ -107,7 +108,7 @@ def find_source(dataset: str) -> Path | None:
 
 def _fits(path: Path, dataset: str) -> bool:
     official = archives.OFFICIAL.get(dataset)
-    fits = path.name.startswith(dataset) or (official is not None and path.name == official.name)
+    fits = path.name.startswith(dataset) or (official is not None and path.name == storage.name_of(official.url))
     return fits and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
@@ -218,11 +219,11 @@ def _places(name: str, images: list[str], empty: list[str], notes: list[str]) ->
     depth = next((depth for depth, folder in enumerate(around) if folder.lower() in SPLITS), len(around))
     splits = _splits_by_folder(name, {path[depth].lower() for path in paths if len(path) > depth + 1}, empty)
     notes += [f"{folder}/ is taken as {splits[folder]}/" for folder in sorted(splits.keys() - SPLITS.keys())]
-    val_is_test = "val" in splits.values() and "test" not in splits.values()
-    if val_is_test:
-        notes.append("val/ without test/: val is the test set; validation is cut from train by the recipe")
-    elif "val" in splits.values():
+    if {"val", "test"} <= set(splits.values()):
         notes.append("val/ beside test/: packed as the split val; it replaces the recipe's cut")
+    elif "val" in splits.values():
+        notes.append("val/ without test/: val is the test set; validation is cut from train by the recipe")
+        splits |= {folder: "test" for folder, split in splits.items() if split == "val"}
     layout = "split/class/image" if splits else "class/image"
     places = list[tuple[Split, str]]()
     for image, path in zip(images, paths, strict=True):
@@ -233,7 +234,6 @@ def _places(name: str, images: list[str], empty: list[str], notes: list[str]) ->
                 "  do: move it into its class's folder; splits are called train, val, test"
             )
         split = splits[below[0].lower()] if splits else "train"
-        split = "test" if split == "val" and val_is_test else split
         places.append((split, printable(unicodedata.normalize("NFC", below[-2]))))
     return places
 
@@ -261,9 +261,9 @@ def _splits_by_folder(name: str, tops: set[str], empty: list[str]) -> dict[str, 
 
 
 def _cut_test(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    train = [i for i, sample in enumerate(samples) if sample.split == "train"]
-    labels = np.array([samples[i].label for i in train])
-    cut = {train[i] for i in stratified_cut(labels, fraction=TEST_FRACTION, seed=CUT_SEED)[1]}
+    """All are of train: a set that brings no test/ has no split val either, since its val/ is the test set."""
+    labels = np.array([sample.label for sample in samples])
+    cut = {*stratified_cut(labels, fraction=TEST_FRACTION, seed=CUT_SEED)[1]}
     return tuple(replace(sample, split="test") if i in cut else sample for i, sample in enumerate(samples))
 
 
