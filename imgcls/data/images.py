@@ -137,15 +137,11 @@ def in_order(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> 
     """`function` of each item, by the pool's processes, in the order of the items, which are read a little ahead."""
     left, waiting = iter(items), deque[Future[list[T]]]()
     while chunk := list(islice(left, AT_A_TIME)):
-        waiting.append(pool.submit(_each, function, chunk))
+        waiting.append(pool.submit(list, map(function, chunk)))  # computed where it becomes a list
         if len(waiting) > AHEAD * usable_cpus():
             yield from waiting.popleft().result()
     for future in waiting:
         yield from future.result()
-
-
-def _each(function: Callable[[S], T], items: list[S]) -> list[T]:
-    return list(map(function, items))
 
 
 def _end_with_parent() -> None:

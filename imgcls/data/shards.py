@@ -21,7 +21,7 @@ from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
 from imgcls.recipe import digest_of
-from imgcls.records import Manifest, Record, Shard, Split
+from imgcls.records import Manifest, Record, Shard
 
 SHARD_SAMPLES, SHARD_BYTES = 2000, 32 << 20
 PACK_SEED = 42
@@ -215,9 +215,8 @@ def _put_in_place(set_url: str, manifest: Manifest, pixels: bytes) -> None:
     """The set takes the place of what was there; without a manifest for as long as it is not whole."""
     under_way, shards = storage.join(set_url, _UNDER_WAY), {shard.name for shard in manifest.shards}
     storage.delete(manifest_url(set_url))
-    for waiting in storage.files(under_way):
-        if waiting.endswith(".tar"):
-            storage.move(storage.join(under_way, waiting), storage.join(set_url, waiting))
+    for waiting in sorted(shards.intersection(storage.files(under_way))):
+        storage.move(storage.join(under_way, waiting), storage.join(set_url, waiting))
     storage.write_bytes(storage.join(set_url, _PIXELS), pixels)
     for file in storage.files(set_url):
         if file.endswith(".tar") and file not in shards:
@@ -236,17 +235,14 @@ def _check_splits(manifest: Manifest) -> None:
 
 def _duplicates(packed: list[PackedShard]) -> list[str]:
     """What stands in two splits, and how often an image stands twice in one."""
-    seen: dict[str, tuple[Split, str]] = {}
+    seen: dict[str, tuple[str, str]] = {}
     across, within = list[str](), 0
-    for shard in packed:
-        for file in shard.files:
-            first_split, first_path = seen.setdefault(file.pixels, (shard.shard.split, file.path))
-            if file.reason or file.path == first_path:
-                continue
-            if first_split == shard.shard.split:
-                within += 1
-            else:
-                across.append(f"{first_path} = {file.path}")
+    for split, file in ((shard.shard.split, file) for shard in packed for file in shard.files if not file.reason):
+        first_split, first_path = seen.setdefault(file.pixels, (split, file.path))
+        if first_split != split:
+            across.append(f"{first_path} = {file.path}")
+        elif first_path != file.path:
+            within += 1
     notes = []
     if across:
         notes.append(f"LEAK: {len(across)} images stand in two splits, as {'; '.join(across[:3])}")
@@ -262,32 +258,28 @@ def fetch_shard(set_url: str, shard: Shard) -> bytes:
 
 def read_pixel_digests(set_url: str, manifest: Manifest) -> np.ndarray:
     """8 bytes of each image's pixel SHA-256: uint64, (all samples,), in the order of the shards."""
-    num_bytes = 8 * sum(shard.num_samples for shard in manifest.shards)
-    return np.frombuffer(_fetch(set_url, _PIXELS, num_bytes=num_bytes, digest=manifest.pixels_sha256), dtype="<u8")
+    data = _fetch(set_url, _PIXELS, num_bytes=8 * manifest.num_samples, digest=manifest.pixels_sha256)
+    return np.frombuffer(data, dtype="<u8")
 
 
 def _fetch(set_url: str, name: str, *, num_bytes: int, digest: str) -> bytes:
     try:
         return storage.read_checked(storage.join(set_url, name), num_bytes=num_bytes, digest=digest)
-    except MissingError as error:
-        raise DataError(f"{error}, though the manifest of {set_url} names it\n  do: pack again") from None
-    except DataError as error:
-        raise DataError(f"{error}\n  do: pack again, or look with python -m jobs.pack --verify URL") from None
+    except (MissingError, DataError) as error:
+        remedy = f"pack again, or look with python -m jobs.pack --verify {set_url}"
+        raise DataError(f"{error}; the manifest of {set_url} names it\n  do: {remedy}") from None
 
 
 def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[bytes, int]]:
     """(image bytes, label) in the shard's order. Raises DataError where the tar does not hold what it should."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    count = 0
-    for sample in group_by_keys(tar_file_expander([{"url": where, "stream": io.BytesIO(data)}])):
-        names = [name for name in sample if not name.startswith("__") and name != "cls"]
-        if len(names) != 1 or count >= shard.num_samples or int(sample["cls"]) != shard.labels[count]:
-            raise DataError(f"{where}: sample {count} is not what the manifest says\n  do: pack again")
-        count += 1
-        yield sample[names[0]], int(sample["cls"])
-    if count != shard.num_samples:
-        raise DataError(f"{where} holds {count} samples, the manifest says {shard.num_samples}\n  do: pack again")
+    samples = list(group_by_keys(tar_file_expander([{"url": where, "stream": io.BytesIO(data)}])))
+    if [int(sample["cls"]) for sample in samples] != [*shard.labels]:
+        raise DataError(f"{where} does not hold the samples that the manifest says\n  do: pack again")
+    for sample, label in zip(samples, shard.labels, strict=True):
+        (image,) = (data for name, data in sample.items() if not name.startswith("__") and name != "cls")
+        yield image, label
 
 
 def check_shards(set_url: str, manifest: Manifest) -> None:
@@ -339,10 +331,6 @@ def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:
     """Every byte and every image of a set is what its manifest says; raises DataError where one is not."""
     manifest = read_manifest(set_url)
-    for _ in decoded_images(set_url, manifest, _nothing, progress=progress):
+    for _ in decoded_images(set_url, manifest, Image.close, progress=progress):
         pass
     return manifest
-
-
-def _nothing(image: Image) -> None:
-    """For a check: the decoded image is compared, and nothing of it is kept."""
