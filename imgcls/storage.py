@@ -107,7 +107,7 @@ def _storage_errors(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and verb == "read":
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and verb == "read":
             raise MissingError(f"{url} does not exist") from None
         if isinstance(error, IsADirectoryError) and verb == "read":
             raise MissingError(f"{url} is a folder") from None
@@ -186,23 +186,20 @@ def read_bytes(url: str, *, num_bytes: int = 0) -> bytes:
 
 
 def read_bytes_if_there(url: str) -> bytes | None:
-    with _storage_errors("read", url):
-        try:
-            return _do("cat_file", url)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    with suppress(MissingError):
+        return read_bytes(url)
+    return None
 
 
 def read_checked(url: str, *, num_bytes: int, digest: str) -> bytes:
     """The object's bytes, compared with their size and digest; if they differ, they are read once more. Raises DataError."""
-    size, actual = 0, ""
+    data, actual = b"", ""
     for _ in range(2):
         data = read_bytes(url, num_bytes=num_bytes)
-        size, actual = len(data), sha256(data)
-        if (size, actual) == (num_bytes, digest):
+        if (actual := sha256(data)) == digest:
             return data
-    if size != num_bytes:
-        raise DataError(f"{url} has {size:,} bytes, {num_bytes:,} were written; read twice")
+    if len(data) != num_bytes:
+        raise DataError(f"{url} has {len(data):,} bytes, {num_bytes:,} were written; read twice")
     raise DataError(f"{url}: SHA-256 is {actual[:12]}.., {digest[:12]}.. was written; read twice")
 
 
@@ -401,8 +398,3 @@ def cache_root() -> Path:
 
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from imgcls.cpus import usable_cpus
 from imgcls.data.images import DECODER, stored_pixels
 from imgcls.data.shards import decoded_images, fetch_shard
 from imgcls.disk import nearest, shared_lock
-from imgcls.errors import DataError, MissingError, StorageError
+from imgcls.errors import DataError, StorageError
 from imgcls.records import Manifest, Record, Shard
 
 BLOCK_BYTES = 16 << 20
@@ -58,11 +58,11 @@ def open_cache(
     Raises DataError where a shard or an image is not what the manifest says, StorageError where the disk is full.
     """
     root, folder = storage.cache_root(), _folder(manifest, px, channels)
-    shape = (sum(shard.num_samples for shard in manifest.shards), px, px, channels)
+    shape = (manifest.num_samples, px, px, channels)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with shared_lock(folder):
-            if not (command and _checked_by(folder) == command):
+            if not command or storage.read_bytes_if_there(str(folder / "checked")) != command.encode():
                 if not _is_whole(folder, say):
                     for remains in (folder, *root.glob(f".{folder.name}.*")):  # under the lock nobody else builds it
                         shutil.rmtree(remains, ignore_errors=True)
@@ -101,7 +101,7 @@ def check_room(caches: Iterable[tuple[str, Manifest, int, int]]) -> None:
     for set_url, manifest, px, channels in caches:
         if os.path.exists(folder := _folder(manifest, px, channels)):
             continue
-        missing[folder] = sum(shard.num_samples for shard in manifest.shards) * px * px * channels
+        missing[folder] = manifest.num_samples * px * px * channels
         if not storage.is_local(set_url):
             missing |= {_shard_file(shard): shard.num_bytes for shard in missing_shards(manifest)}
     if not missing:
@@ -123,24 +123,15 @@ def _shard_file(shard: Shard) -> Path:
     return storage.cache_root() / "shards" / shard.sha256
 
 
-def _checked_by(folder: Path) -> str | None:
-    with suppress(FileNotFoundError):
-        return (folder / "checked").read_text(encoding="utf-8")
-    return None
-
-
 def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
     try:
-        meta = records.read(CacheMeta, str(folder / "meta.json"))
-    except MissingError:
-        return False
-    except DataError as error:
-        say(f"{error}; it is built again")
-        return False
-    with suppress(FileNotFoundError):
-        if meta == _meta(folder):
-            return True
-    say(f"{folder}: bytes differ from meta.json; the cache is built again")
+        meta = records.read_if_there(CacheMeta, str(folder / "meta.json"))
+        if meta is None or meta == _meta(folder):
+            return meta is not None
+        damage = "bytes differ from meta.json"
+    except (DataError, FileNotFoundError) as error:
+        damage = str(error)
+    say(f"{folder}: {damage}; the cache is built again")
     return False
 
 
@@ -154,7 +145,7 @@ def _meta(folder: Path) -> CacheMeta:
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # hashing gives up the interpreter's lock
         blocks = tuple(pool.map(digest, range(0, images.stat().st_size, BLOCK_BYTES)))
-    return CacheMeta(images_sha256=blocks, labels_sha256=storage.file_sha256(folder / "labels.i64"))
+    return CacheMeta(images_sha256=blocks, labels_sha256=storage.sha256((folder / "labels.i64").read_bytes()))
 
 
 def _shard_of_node(set_url: str, shard: Shard) -> bytes:
