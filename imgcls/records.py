@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from imgcls import storage
 from imgcls.errors import DamagedError, DataError, RecipeError
-from imgcls.recipe import Amount, Count, FromRun, Recipe, Strict, digest_of
+from imgcls.recipe import Amount, Count, Recipe, Strict, digest_of
 from imgcls.search import Search
 
 Split = Literal["train", "val", "test"]
@@ -38,20 +39,19 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 
 
+_fetched_again = retry(retry=retry_if_exception_type(DataError), stop=stop_after_attempt(2), reraise=True)
+
+
+@_fetched_again
 def read(kind: type[R], url: str) -> R:
     """What `write` put there. Raises DataError where a byte of it is another, in two copies that were fetched."""
-    try:
-        return _opened(kind, storage.read_bytes(url), url)
-    except DataError:
-        return _opened(kind, storage.read_bytes(url), url)
+    return _opened(kind, storage.read_bytes(url), url)
 
 
+@_fetched_again
 def read_if_there(kind: type[R], url: str) -> R | None:
     data = storage.read_bytes_if_there(url)
-    try:
-        return None if data is None else _opened(kind, data, url)
-    except DataError:
-        return read(kind, url)
+    return None if data is None else _opened(kind, data, url)
 
 
 def write(record: Record, url: str) -> None:
@@ -126,9 +126,6 @@ class Manifest(Record):
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
 
-    def has(self, split: Split) -> bool:
-        return any(shard.split == split for shard in self.shards)
-
 
 class LineageEntry(Record):
     """A data set that a checkpoint or one of its ancestors saw; the images' digests lie in the run's model file."""
@@ -165,13 +162,11 @@ class RunConfig(Record):
     @property
     def source_run(self) -> str | None:
         """The run of the same suite that has to be finished first."""
-        waits = isinstance(self.recipe.init, FromRun) and self.init is not None
-        return self.init.run if waits and self.init and "/" not in self.init.run else None
+        return self.init.run if self.init and "/" not in self.init.run else None
 
     def settings(self) -> dict[str, Any]:
         """What runs of one recipe share, whatever their seed."""
-        own_source = self.init if self.source_run is None else None
-        identity = own_source.identity if own_source else None
+        identity = self.init.identity if self.init and self.source_run is None else None
         return {"recipe": self.recipe.to_json(), "data_digest": self.data_digest, "init": identity}
 
     def digest(self) -> str:
@@ -299,17 +294,7 @@ class RunResult(Record):
     @classmethod
     def of(cls, config: RunConfig, **fields: Any) -> Self:
         """A result of the run that `config` asks for."""
-        return cls(
-            name=config.name,
-            catalogue=config.catalogue,
-            recipe=config.recipe,
-            seed=config.seed,
-            digest=config.digest(),
-            data_digest=config.data_digest,
-            init=config.init,
-            synthetic=config.synthetic,
-            **fields,
-        )
+        return cls(name=config.name, digest=config.digest(), **dict(config), **fields)
 
 
 class Audit(Record):
@@ -328,10 +313,9 @@ class Audit(Record):
 
     @property
     def told(self) -> str:
-        what = (
-            f"steps {', '.join(self.steps)} trained again ({len(self.steps)} of {self.num_pieces} pieces, seed {self.seed})"
-        )
-        return f"{what}: {self.difference or 'weights, optimizer, history and scores are equal'}"
+        pieces = f"{len(self.steps)} of {self.num_pieces} pieces, seed {self.seed}"
+        found = self.difference or "weights, optimizer, history and scores are equal"
+        return f"steps {', '.join(self.steps)} trained again ({pieces}): {found}"
 
 
 class Lease(Record):

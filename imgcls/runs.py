@@ -17,7 +17,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -103,19 +103,23 @@ class RunState:
     """The command that holds the run's lease."""
 
 
+class Place:
+    """The URL of what has this name in a folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: Any, kind: type) -> str:
+        return storage.join(folder.url, self.name)
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointFolder:
     url: str
 
     DATA = "checkpoint.ckpt"
-
-    @property
-    def data_url(self) -> str:
-        return storage.join(self.url, self.DATA)
-
-    @property
-    def _marker_url(self) -> str:
-        return storage.join(self.url, "committed.json")
+    data_url = Place(DATA)
+    _marker_url = Place("committed.json")
 
     def marker(self) -> Committed | None:
         return records.read_if_there(Committed, self._marker_url)
@@ -135,6 +139,14 @@ class RunFolder:
 
     CONFIG, RESULT, MODEL = "config.json", "result.json", "model.pt"
     EVENTS = "events.out.tfevents."
+    config_url = Place(CONFIG)
+    result_url = Place(RESULT)
+    model_url = Place(MODEL)
+    history_url = Place("history.csv")
+    timing_url = Place("timing.csv")
+    predictions_url = Place("predictions.npy")
+    log_url = Place("log.txt")
+    checkpoints_url = Place("checkpoints")
 
     @classmethod
     def of_model(cls, model_url: str) -> "RunFolder":
@@ -151,30 +163,6 @@ class RunFolder:
     def suite(self) -> "SuiteFolder":
         return SuiteFolder(self.url.rstrip("/").rpartition("/")[0])
 
-    @property
-    def config_url(self) -> str:
-        return self._place(self.CONFIG)
-
-    @property
-    def model_url(self) -> str:
-        return self._place(self.MODEL)
-
-    @property
-    def history_url(self) -> str:
-        return self._place("history.csv")
-
-    @property
-    def predictions_url(self) -> str:
-        return self._place("predictions.npy")
-
-    @property
-    def timing_url(self) -> str:
-        return self._place("timing.csv")
-
-    @property
-    def log_url(self) -> str:
-        return self._place("log.txt")
-
     def config(self) -> RunConfig | None:
         return records.read_if_there(RunConfig, self.config_url)
 
@@ -187,30 +175,28 @@ class RunFolder:
             records.write(config, self.config_url)
 
     def result(self) -> RunResult | None:
-        return records.read_if_there(RunResult, self._place(self.RESULT))
+        return records.read_if_there(RunResult, self.result_url)
 
     def finish(self, result: RunResult) -> None:
         """An earlier result stays."""
-        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
+        storage.create_bytes(self.result_url, records.sealed(result))
 
     def fail(self, config: RunConfig, reason: str) -> None:
         """The run is over, failed: its result says why, with the last lines of its log. An earlier result stays."""
-        if storage.exists(self._place(self.RESULT)):
+        if storage.exists(self.result_url):
             return
         log = (storage.read_bytes_if_there(self.log_url) or b"").decode(errors="replace")
         lines = (*log.splitlines(), *self._last_trace().splitlines())
-        result = RunResult.of(config, status="failed", error=reason, log_tail=lines[-LOG_TAIL_LINES:])
-        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
+        self.finish(RunResult.of(config, status="failed", error=reason, log_tail=lines[-LOG_TAIL_LINES:]))
 
     def stop(self, config: RunConfig, reason: str) -> None:
         """The run is over, stopped by a search. An earlier result stays."""
-        result = RunResult.of(config, status="stopped", error=reason)
-        storage.create_bytes(self._place(self.RESULT), records.sealed(result))
+        self.finish(RunResult.of(config, status="stopped", error=reason))
 
     def forget_failure(self) -> None:
         result = self.result()
         if result is not None and result.status == "failed":
-            storage.delete(self._place(self.RESULT))
+            storage.delete(self.result_url)
 
     def history(self, result: RunResult) -> bytes | None:
         """Its history as CSV, where it has one. Raises DataError where it is another than the result says."""
@@ -225,10 +211,6 @@ class RunFolder:
         if data is not None and digest not in (None, storage.sha256(data)):
             raise DataError(f"{url} was altered: its SHA-256 is not the one in {self.RESULT}\n  do: bring it back")
         return data
-
-    @property
-    def checkpoints_url(self) -> str:
-        return self._place("checkpoints")
 
     def relative(self, url: str) -> str:
         return url.removeprefix(f"{self.url.rstrip('/')}/")
@@ -309,20 +291,13 @@ class RunFolder:
 class SuiteFolder:
     url: str
 
+    page_url = Place("report.html")
+    recipe_url = Place("recipe.json")
+    record_url = Place("suite.json")
+    results_url = Place("results.json")
+
     def run(self, name: str) -> RunFolder:
         return RunFolder(storage.join(self.url, name))
-
-    @property
-    def page_url(self) -> str:
-        return storage.join(self.url, "report.html")
-
-    @property
-    def recipe_url(self) -> str:
-        return storage.join(self.url, "recipe.json")
-
-    @property
-    def record_url(self) -> str:
-        return storage.join(self.url, "suite.json")
 
     def record(self) -> SuiteRecord | None:
         return records.read_if_there(SuiteRecord, self.record_url)
@@ -385,13 +360,12 @@ class SuiteFolder:
         work: fields of `WORK`, of a command that has just ended; without them, what the results said before stays. Other
         commands may be at work under the same id: whoever writes last has looked once more after it wrote.
         """
-        url = storage.join(self.url, "results.json")
-        if not work and (before := records.read_if_there(SuiteResults, url)):
+        if not work and (before := records.read_if_there(SuiteResults, self.results_url)):
             work = before.model_dump(include=set(WORK))
         work = work or {"seconds": 0.0, "command": ""}
         results = self.results(**work)
         while True:
-            records.write(results, url)
+            records.write(results, self.results_url)
             storage.write_bytes(self.page_url, self.page(results).encode())
             if results.search is not None and results.best is not None:
                 recipe = replace(results.best.recipe, name=results.search.recipe.name).to_json()
@@ -414,6 +388,6 @@ def held_up(sources: Mapping[str, str | None], by: set[str]) -> dict[str, str]:
 
 
 def _rank(config: RunConfig) -> tuple[str, int, str, int]:
-    names: Sequence[str] = [recipe.name for recipe in CATALOGUES.get(config.catalogue, ())]
     name = config.recipe.name
-    return config.catalogue, names.index(name) if name in names else len(names), name, config.seed
+    names = [*(recipe.name for recipe in CATALOGUES.get(config.catalogue, ())), name]
+    return config.catalogue, names.index(name), name, config.seed

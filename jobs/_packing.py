@@ -54,7 +54,7 @@ def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Mani
         lines.say(f"{dataset}: takes the place of the set that was there")
     for note in manifest.notes:
         lines.say(f"{dataset}: {note}")
-    splits = {split: len(manifest.labels(split)) for split in ("train", "val", "test") if manifest.has(split)}
+    splits = {split: len(labels) for split in ("train", "val", "test") if (labels := manifest.labels(split))}
     counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
     lines.say(
         f"{dataset}: packed {counts}; {len(manifest.class_names)} classes, {len(manifest.shards)} shards, "
