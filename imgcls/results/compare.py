@@ -101,15 +101,10 @@ def answers(results: SuiteResults, predictions: Predictions) -> list[Answer]:
     """One for each question whose two recipes the suite has; on transfer for each `finetuned...` with its `scratch...`."""
     recipes, pairs = {run.recipe.name for run in results.runs}, transfers(results)
     labels = {run.recipe.name: f"with {run.num_train:,} labels" for run in results.finished}
-    asked = QUESTIONS + tuple(
-        Question(
-            f"Does transfer help{f', {labels.get(first, first)}' if len(pairs) > 1 else ''}?",
-            first,
-            second,
-            frozenset({"init"}),
-        )
-        for first, second in pairs.items()
-    )
+    asked = [*QUESTIONS]
+    for first, second in pairs.items():
+        which = f", {labels.get(first, first)}" if len(pairs) > 1 else ""
+        asked.append(Question(f"Does transfer help{which}?", first, second, frozenset({"init"})))
     return [_answer(results, question, predictions) for question in asked if {question.first, question.second} <= recipes]
 
 
@@ -203,30 +198,22 @@ def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
     return ", ".join(name for name in first if first[name] != second[name] and name not in question.asks | {"name"})
 
 
-def _tested(run: RunResult) -> tuple[str, str, str, str]:
-    if run.test is None:
-        return "", "", "", ""
-    interval, test = of_scores(run.test), run.test
-    return f"{test.accuracy:.4f}", f"{interval.low:.3f}-{interval.high:.3f}", f"{test.num_samples:,}", f"{test.loss:.4f}"
-
-
 MEASURED = ("test accuracy", "95%", "test n", "test loss", "val accuracy", "epochs", "images/s", "min")
 HEADER = ("run", "status", *MEASURED, "published")
 
 
 def table_row(run: RunResult) -> tuple[str, ...]:
     """The cells of one run under HEADER. The interval is its test set's; `min` are the minutes from its start to its end."""
-    published = published_beside(run)
-    beside = f"{published.accuracy:.4f}" if published else ""
-    if run.val is None:
-        return (run.name, run.status, *[""] * len(MEASURED), beside)
-    return (
-        run.name,
-        run.status,
-        *_tested(run),
-        f"{run.val.accuracy:.4f}",
-        f"{run.epochs}",
-        f"{run.images_per_s:,.0f}" if run.images_per_s else "",
-        f"{run.seconds.get('fit', 0) / 60:.1f}",
-        beside,
-    )
+    cells, published = {"run": run.name, "status": run.status}, published_beside(run)
+    if run.test:
+        interval = of_scores(run.test)
+        cells |= {"test accuracy": f"{run.test.accuracy:.4f}", "95%": f"{interval.low:.3f}-{interval.high:.3f}"}
+        cells |= {"test n": f"{run.test.num_samples:,}", "test loss": f"{run.test.loss:.4f}"}
+    if run.val:
+        cells |= {"val accuracy": f"{run.val.accuracy:.4f}", "epochs": f"{run.epochs}"}
+        cells["min"] = f"{run.seconds.get('fit', 0) / 60:.1f}"
+    if run.images_per_s:
+        cells["images/s"] = f"{run.images_per_s:,.0f}"
+    if published:
+        cells["published"] = f"{published.accuracy:.4f}"
+    return tuple(cells.get(name, "") for name in HEADER)

@@ -65,7 +65,7 @@ def difference(a: Hits, b: Hits) -> Difference:
     pairs = a.astype(np.int8) - b.astype(np.int8)
     error = _error(pairs, least=1 / pairs.size)  # agreement on all images still leaves some uncertainty
     q, center = error.quantile((1 - LEVEL) / 2), float(pairs.mean())
-    above = error.above(abs(center))
+    above = _tail(abs(center) / error.scale, error.share, error.df)
     return Difference(
         center,
         max(-1.0, center - q * error.scale),
@@ -100,10 +100,6 @@ class _Error:
     """Of the seeds' part in the variance."""
     df: int
 
-    def above(self, value: float) -> float:
-        """The probability of an error of more than `value`, at least 0."""
-        return _tail(value / self.scale, self.share, self.df)
-
     def quantile(self, tail: float) -> float:
         """In units of `scale`."""
         return _quantile(tail, math.ceil(1000 * self.share) / 1000, self.df)
@@ -129,13 +125,14 @@ def _error(values: NDArray, *, least: float = 0.0) -> _Error:
 
 
 def _tail(q: float, share: float, df: int) -> float:
-    """Of both distributions, mixed. Student's: Abramowitz and Stegun 26.7.1."""
+    """The probability of an error of more than `q` scales, at least 0, by both distributions, mixed. Student's: Abramowitz
+    and Stegun 26.7.1.
+    """
     normal = NormalDist().cdf(-q)
-    return (
-        share * float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2 + (1 - share) * normal
-        if df
-        else normal
-    )
+    if not df:
+        return normal
+    students = float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2
+    return share * students + (1 - share) * normal
 
 
 @lru_cache(100_000)

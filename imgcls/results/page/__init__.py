@@ -3,7 +3,6 @@
 import json
 import shlex
 from collections import Counter
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -12,39 +11,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from imgcls.catalogue import CATALOGUES
 from imgcls.recipe import changes_between, value_at
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import (
-    Predictions,
-    answers,
-    command_of_best,
-    estimates,
-    groups,
-    most_confused,
-    published_beside,
-    read_predictions,
-    transfers,
-)
+from imgcls.results import compare
 from imgcls.results.page import figures
 from imgcls.runs import SuiteFolder
 from imgcls.training.history import read_csv
 
 
+@figures.styled
 def render(
     results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes], audits: dict[str, list[str]]
 ) -> str:
     """histories, predictions: of each run that has them, as `RunFolder` reads them. audits: what each found, by run."""
-    done, tables = results.finished, read_predictions(predictions)
-    estimated = estimates(results, tables)
-    published = {run.recipe.name: figure for run in results.runs if (figure := published_beside(run))}
+    done, tables = results.finished, compare.read_predictions(predictions)
+    estimated = compare.estimates(results, tables)
+    published = {run.recipe.name: figure for run in results.runs if (figure := compare.published_beside(run))}
     return _drawn(
         "suite.html",
         results=results,
-        answers=answers(results, tables),
+        answers=compare.answers(results, tables),
         published=published,
         intervals={run.name: estimate for runs, estimate in estimated for run in runs},
         statuses={run.name: run.status for run in results.runs},
         accuracy_figure=figures.accuracies(estimated, published) if done else "",
-        labels_figure=figures.labels(estimated, transfers(results)),
-        sections=[_section([*group.values()], histories, tables) for group in groups(results)],
+        labels_figure=figures.labels(estimated, compare.transfers(results)),
+        sections=[_section([*group.values()], histories, tables) for group in compare.groups(results)],
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],
         audits=audits,
@@ -52,7 +42,7 @@ def render(
     )
 
 
-def _section(runs: list[RunResult], histories: dict[str, bytes], tables: Predictions) -> dict[str, Any]:
+def _section(runs: list[RunResult], histories: dict[str, bytes], tables: compare.Predictions) -> dict[str, Any]:
     """Of one recipe: its finished seeds together."""
     title = runs[0].name if len(runs) == 1 else f"{runs[0].recipe.name}, {len(runs)} seeds"
     rows = [read_csv(histories[run.name]) for run in runs if run.name in histories]
@@ -64,10 +54,11 @@ def _section(runs: list[RunResult], histories: dict[str, bytes], tables: Predict
         "curves": figures.curves(rows, title) if rows else "",
         "reliability": figures.reliability(np.concatenate(predicted), title) if predicted else "",
         "confusion": figures.confusion(matrix, names, title),
-        "confused": most_confused(matrix, names),
+        "confused": compare.most_confused(matrix, names),
     }
 
 
+@figures.styled
 def render_search(results: SuiteResults, histories: dict[str, bytes], timings: dict[str, bytes]) -> str:
     """Of a search. histories, timings: as CSV, of each trial that has them."""
     search, best, trials = results.search, results.best, list[dict[str, Any]]()
@@ -88,7 +79,7 @@ def render_search(results: SuiteResults, histories: dict[str, bytes], timings: d
         best=best,
         best_value=next((trial["value"] for trial in trials if trial["name"] == name), None),
         begun=len(shown),
-        command=best and command_of_best(results),
+        command=best and compare.command_of_best(results),
         counts=Counter(run.status for run in results.runs),
         fields=sorted(search.space),
         trials=trials,
@@ -106,8 +97,7 @@ def _drawn(template: str, *, results: SuiteResults, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = (files("imgcls.results.page") / "style.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(results=results, style=style, **values)
+    return environment.get_template(template).render(results=results, **values)
 
 
 def _command(results: SuiteResults, run: RunResult) -> str:

@@ -43,6 +43,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+styled = rc_context(STYLE)
+"""Decorates what draws figures: all of a page are alike."""
 
 
 def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published: Mapping[str, Published]) -> str:
@@ -50,28 +52,26 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
 
     estimated: by `compare.estimates`.
     """
-    with rc_context(STYLE):
-        recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
-        names = [
-            runs[0].name if recipes.count(recipe) > 1 else recipe
-            for recipe, (runs, _) in zip(recipes, estimated, strict=True)
-        ]
-        places = range(len(estimated))
-        figure, axes = _one(7.2, 0.6 + 0.42 * len(estimated), xlabel="test accuracy")
-        ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
-        axes.plot(ends, [places, places], color=FIRST, linewidth=2)
-        axes.plot([interval.center for interval in intervals], places, "o", color=FIRST, label="ours, 95% interval")
-        seeds = [(place, run.test.accuracy) for place in places for run in estimated[place][0] if run.test]
-        if len(seeds) > len(places):
-            axes.plot([value for _, value in seeds], [place + 0.22 for place, _ in seeds], ".", color=INK, label="each seed")
-        beside = {place: published[recipe].accuracy for place, recipe in enumerate(recipes) if recipe in published}
-        if beside:
-            axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
-        axes.set_yticks(places, [*map(_short, names)])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper right", ncols=3)
-        return _svg(figure, "test accuracy of each recipe with its interval; the table below has the figures")
+    recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
+    names = [
+        runs[0].name if recipes.count(recipe) > 1 else recipe for recipe, (runs, _) in zip(recipes, estimated, strict=True)
+    ]
+    places = range(len(estimated))
+    figure, axes = _one(7.2, 0.6 + 0.42 * len(estimated), xlabel="test accuracy")
+    ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    axes.plot(ends, [places, places], color=FIRST, linewidth=2)
+    axes.plot([interval.center for interval in intervals], places, "o", color=FIRST, label="ours, 95% interval")
+    seeds = [(place, run.test.accuracy) for place in places for run in estimated[place][0] if run.test]
+    if len(seeds) > len(places):
+        axes.plot([value for _, value in seeds], [place + 0.22 for place, _ in seeds], ".", color=INK, label="each seed")
+    beside = {place: published[recipe].accuracy for place, recipe in enumerate(recipes) if recipe in published}
+    if beside:
+        axes.plot([*beside.values()], [*beside], "D", color=SECOND, markersize=5, label="published")
+    axes.set_yticks(places, [*map(_short, names)])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper right", ncols=3)
+    return _svg(figure, "test accuracy of each recipe with its interval; the table below has the figures")
 
 
 def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping[str, str]) -> str:
@@ -85,27 +85,25 @@ def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping
     ticks = sorted({count for points in arms.values() for count, _ in points})
     if len(ticks) < 2:
         return ""
-    with rc_context(STYLE):
-        figure, axes = _one(5.2, 2.8, xlabel="labelled training images", ylabel="test accuracy")
-        for (arm, points), color in zip(arms.items(), (FIRST, SECOND), strict=True):
-            counts, intervals = zip(*points, strict=True)
-            axes.semilogx(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
-            lows, highs = [one.low for one in intervals], [one.high for one in intervals]
-            axes.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
-        axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
-        axes.minorticks_off()
-        axes.legend()
-        return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
+    figure, axes = _one(5.2, 2.8, xlabel="labelled training images", ylabel="test accuracy")
+    for (arm, points), color in zip(arms.items(), (FIRST, SECOND), strict=True):
+        counts, intervals = zip(*points, strict=True)
+        axes.semilogx(counts, [one.center for one in intervals], "o-", color=color, markersize=4, label=arm)
+        lows, highs = [one.low for one in intervals], [one.high for one in intervals]
+        axes.fill_between(counts, lows, highs, color=color, alpha=0.2, linewidth=0)
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
 
 
 def trials(trials: Sequence[Mapping[str, Any]], metric: str, *, best: str | None) -> str:
     """The metric of each trial of a search over epochs. trials: as `page.render_search` makes them."""
-    with rc_context(STYLE):
-        figure, axes = _one(6.4, 2.8, xlabel="epoch", ylabel=metric)
-        for trial, style in _styled(trials, best):
-            axes.plot([row["epoch"] for row in trial["rows"]], [row[metric] for row in trial["rows"]], "o-", **style)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, f"{metric} of each trial by epoch; the table below has the figures")
+    figure, axes = _one(6.4, 2.8, xlabel="epoch", ylabel=metric)
+    for trial, style in _styled(trials, best):
+        axes.plot([row["epoch"] for row in trial["rows"]], [row[metric] for row in trial["rows"]], "o-", **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _svg(figure, f"{metric} of each trial by epoch; the table below has the figures")
 
 
 def _styled(trials: Sequence[Mapping[str, Any]], best: str | None) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
@@ -123,24 +121,22 @@ def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     began = min(time["ended_at"] - time["train_s"] - time["validate_s"] for time, _ in pairs)
     points = sorted((time["ended_at"] - began, row[search.metric]) for time, row in pairs)
     best = (np.maximum if search.mode == "max" else np.minimum).accumulate([value for _, value in points])
-    with rc_context(STYLE):
-        figure, axes = _one(6.4, 2.2, xlabel="seconds", ylabel=f"best {search.metric}")
-        axes.step([seconds for seconds, _ in points], best, where="post", color=FIRST)
-        return _svg(figure, f"best {search.metric} so far against seconds; it ends at {best[-1]:.4f}")
+    figure, axes = _one(6.4, 2.2, xlabel="seconds", ylabel=f"best {search.metric}")
+    axes.step([seconds for seconds, _ in points], best, where="post", color=FIRST)
+    return _svg(figure, f"best {search.metric} so far against seconds; it ends at {best[-1]:.4f}")
 
 
 def parallel(trials: Sequence[Mapping[str, Any]], search: Search, *, best: str | None) -> str:
     """Each trial as a line through the places of its values in the search space, to its metric."""
     paths, values = sorted(search.space), [trial["value"] for trial in trials]
-    with rc_context(STYLE):
-        figure, axes = _one(7.2, 3.2)
-        for trial, style in _styled(trials, best):
-            share = (trial["value"] - min(values)) / max(1e-9, max(values) - min(values))
-            places = [search.space[path].place(value) for path, value in zip(paths, trial["fields"], strict=True)]
-            axes.plot([*places, share], "o-", **style)
-        axes.set_xticks(range(len(paths) + 1), [*paths, search.metric], rotation=30, ha="right")
-        axes.set_yticks([0, 1], ["lowest", "highest"])
-        return _svg(figure, "values and metric of each trial; the table below has the figures")
+    figure, axes = _one(7.2, 3.2)
+    for trial, style in _styled(trials, best):
+        share = (trial["value"] - min(values)) / max(1e-9, max(values) - min(values))
+        places = [search.space[path].place(value) for path, value in zip(paths, trial["fields"], strict=True)]
+        axes.plot([*places, share], "o-", **style)
+    axes.set_xticks(range(len(paths) + 1), [*paths, search.metric], rotation=30, ha="right")
+    axes.set_yticks([0, 1], ["lowest", "highest"])
+    return _svg(figure, "values and metric of each trial; the table below has the figures")
 
 
 def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
@@ -148,34 +144,32 @@ def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
 
     runs: the rows of each. A run that ended early counts as long as it ran.
     """
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.3))
-        left, right = figure.subplots(1, 2)
-        for axes, name in ((left, "loss"), (right, "accuracy")):
-            epochs = range(1, max(map(len, runs)) + 1)
-            for split, color in (("train", FIRST), ("val", SECOND)):
-                there = [[rows[i][f"{split}/{name}"] for rows in runs if len(rows) > i] for i in range(len(epochs))]
-                axes.plot(epochs, [np.mean(values) for values in there], "o-", color=color, markersize=3, label=split)
-                if len(runs) > 1:
-                    lows, highs = [*map(min, there)], [*map(max, there)]
-                    axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
-            axes.set_title(name, fontsize=9)
-            axes.set(xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        right.legend()
-        return _svg(figure, f"{title}: loss and accuracy by epoch, training and validation")
+    figure = Figure(figsize=(6.4, 2.3))
+    left, right = figure.subplots(1, 2)
+    for axes, name in ((left, "loss"), (right, "accuracy")):
+        epochs = range(1, max(map(len, runs)) + 1)
+        for split, color in (("train", FIRST), ("val", SECOND)):
+            there = [[rows[i][f"{split}/{name}"] for rows in runs if len(rows) > i] for i in range(len(epochs))]
+            axes.plot(epochs, [np.mean(values) for values in there], "o-", color=color, markersize=3, label=split)
+            if len(runs) > 1:
+                lows, highs = [*map(min, there)], [*map(max, there)]
+                axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.legend()
+    return _svg(figure, f"{title}: loss and accuracy by epoch, training and validation")
 
 
 def reliability(table: NDArray[np.void], title: str) -> str:
     """Accuracy in each bin of probability, and the calibration error. table: one of `compare.Predictions`."""
     rows, error = calibration(table["label"] == table["prediction"], table["probability"])
-    with rc_context(STYLE):
-        figure, axes = _one(3.6, 2.6, xlabel="probability of the prediction", ylabel="accuracy")
-        axes.plot([0, 1], [0, 1], color=GROUND, linewidth=1)
-        axes.plot(rows[:, 1], rows[:, 2], color=FIRST, linewidth=1)
-        axes.scatter(rows[:, 1], rows[:, 2], s=4 + 80 * rows[:, 0] / len(table), color=FIRST)
-        axes.set_title(f"calibration error {error:.3f}", fontsize=9)
-        return _svg(figure, f"{title}: accuracy in each bin of the predictions' probability; calibration error {error:.3f}")
+    figure, axes = _one(3.6, 2.6, xlabel="probability of the prediction", ylabel="accuracy")
+    axes.plot([0, 1], [0, 1], color=GROUND, linewidth=1)
+    axes.plot(rows[:, 1], rows[:, 2], color=FIRST, linewidth=1)
+    axes.scatter(rows[:, 1], rows[:, 2], s=4 + 80 * rows[:, 0] / len(table), color=FIRST)
+    axes.set_title(f"calibration error {error:.3f}", fontsize=9)
+    return _svg(figure, f"{title}: accuracy in each bin of the predictions' probability; calibration error {error:.3f}")
 
 
 NAMED = 20
@@ -185,19 +179,18 @@ NAMED = 20
 def confusion(matrix: NDArray[np.int_], class_names: Sequence[str], title: str) -> str:
     """Rows are labels, columns predictions; a cell is the share of its row."""
     names = [*map(_short, class_names)]
-    with rc_context(STYLE):
-        side = 0.33 * min(max(6, len(names)), NAMED) + 1.4
-        figure, axes = _one(side + 0.4, side, xlabel="prediction", ylabel="label")
-        axes.grid(visible=False)
-        shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        if len(names) <= NAMED:
-            for (i, j), count in np.ndenumerate(matrix):
-                color = "white" if shares[i, j] > 0.5 else INK
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(names)), names, fontsize=7)
-        return _svg(figure, f"{title}: how often each label was taken for each class")
+    side = 0.33 * min(max(6, len(names)), NAMED) + 1.4
+    figure, axes = _one(side + 0.4, side, xlabel="prediction", ylabel="label")
+    axes.grid(visible=False)
+    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= NAMED:
+        for (i, j), count in np.ndenumerate(matrix):
+            color = "white" if shares[i, j] > 0.5 else INK
+            axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=color)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    return _svg(figure, f"{title}: how often each label was taken for each class")
 
 
 def _short(name: str) -> str:
