@@ -104,12 +104,12 @@ def _fit(
     numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
     recorder = Recorder(
         history,
-        Commits(store, options, run_digest=config.digest(), numerics=numerics, log=log, failures=world.attempt - 1),
+        Commits(store, options, config.digest(), numerics, log, failures=world.attempt - 1),
         RunFiles(run, writes=world.rank == 0),
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
         planned_batches=prepared.data.planned_batches,
         world=world,
-        log=log,
+        run_log=log,
         clock=clock,
         traffic=traffic,
     )
@@ -234,7 +234,7 @@ def _finish(
         images_per_s=round(history.samples / seconds["train"], 1),
         storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
         numerics_changes=tuple(recorder.numerics_changes),
-        checkpoint=run.relative(best),
+        checkpoint=best.removeprefix(f"{run.url.rstrip('/')}/"),
         weights_sha256=last_sha256,
         best_weights_sha256=model.weights_sha256,
         model_sha256=model_sha256,

@@ -5,8 +5,7 @@ Lightning's callbacks.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +20,7 @@ from imgcls.runs import CheckpointFacts
 from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.files import RunFiles, RunLog, Stopwatch, TrafficMeter
 from imgcls.training.history import History
-from imgcls.training.ledger import Entry, planned
+from imgcls.training.ledger import planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
 from imgcls.training.world import World
@@ -33,25 +32,23 @@ FIRST_COST_S = 1.0
 """Of a checkpoint, before one was made."""
 
 
+@dataclass
 class Commits:
     """The checkpoints that this attempt makes."""
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        options: RunOptions,
-        *,
-        run_digest: str,
-        numerics: dict[str, str],
-        log: RunLog,
-        failures: int = 0,
-    ) -> None:
-        """failures: of earlier attempts."""
-        self.store, self.options, self.run_digest, self.numerics, self.log = store, options, run_digest, numerics, log
-        self.gone_on_from: int | None = None
-        """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
-        self.failures, self._costs_s, self._last_s, self._asked = failures, [FIRST_COST_S], time.perf_counter(), False
-        self._said_over_budget = False
+    store: CheckpointStore
+    options: RunOptions
+    run_digest: str
+    numerics: dict[str, str]
+    log: RunLog
+    failures: int
+    """Of earlier attempts."""
+    gone_on_from: int | None = None
+    """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
+    _costs_s: list[float] = field(default_factory=lambda: [FIRST_COST_S])
+    _last_s: float = field(default_factory=time.perf_counter)
+    _asked: bool = False
+    _said_over_budget: bool = False
 
     def asks(self, trained_s: float) -> bool:
         """Whether rank 0 asks for one now, once, where no number of steps is given.
@@ -97,51 +94,30 @@ class Commits:
             self.log.line(f"the best and the last two checkpoints take {size:,} bytes, over the budget of {budget}")
 
 
-def _waits(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook of a Recorder writes and reports: while it does so this rank is not busy, but waits."""
-
-    @wraps(hook)
-    def waiting(self: "Recorder", *arguments: Any, **named: Any) -> None:
-        with self.world.heartbeat.waiting():
-            hook(self, *arguments, **named)
-
-    return waiting
-
-
+@dataclass(eq=False)
 class Recorder(Checkpoint):
     """Commits each epoch after its validation, in mid-epoch as options or `Commits.asks` say, and when a node is about to
     be taken away; an epoch's last step never before its validation.
     """
 
-    def __init__(
-        self,
-        history: History,
-        commits: Commits,
-        files: RunFiles,
-        *,
-        about: dict[str, Any],
-        planned_batches: Callable[[int], list[Ids]],
-        world: World,
-        log: RunLog,
-        clock: Stopwatch,
-        traffic: TrafficMeter,
-    ) -> None:
-        """about: goes into every checkpoint."""
-        self.history, self.commits, self.files, self.about = history, commits, files, about
-        self.planned_batches, self.world, self.run_log, self.clock, self.traffic = (
-            planned_batches,
-            world,
-            log,
-            clock,
-            traffic,
-        )
-        self.numerics_changes: list[str] = []
-        self._earlier_s = 0.0
-        """Of the epoch under way, in earlier attempts."""
-        self._began_s: float | None = None
-        self._trained_s: float | None = None
-        """Of the epoch under way, by `time.perf_counter`; no epoch is under way where there is no beginning."""
-        self._said_leaving = False
+    history: History
+    commits: Commits
+    files: RunFiles
+    about: dict[str, Any]
+    """Goes into every checkpoint."""
+    planned_batches: Callable[[int], list[Ids]]
+    world: World
+    run_log: RunLog
+    """Not `log`: Lightning gives each callback an attribute of that name."""
+    clock: Stopwatch
+    traffic: TrafficMeter
+    numerics_changes: list[str] = field(default_factory=list)
+    _earlier_s: float = 0.0
+    """Of the epoch under way, in earlier attempts."""
+    _began_s: float | None = None
+    _trained_s: float | None = None
+    """Of the epoch under way, by `time.perf_counter`; no epoch is under way where there is no beginning."""
+    _said_leaving: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         return self.history.state() | {
@@ -175,14 +151,14 @@ class Recorder(Checkpoint):
         assert self._began_s is not None
         return self._earlier_s + (self._trained_s or time.perf_counter()) - self._began_s
 
-    @_waits
+    # Each hook writes and reports: while it does so this rank is not busy, but waits.
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         assert isinstance(pl_module, Classifier)
-        pl_module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
-        if self.commits.gone_on_from == trainer.global_step:
-            self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
+        with self.world.heartbeat.waiting():
+            pl_module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
+            if self.commits.gone_on_from == trainer.global_step:
+                self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
-    @_waits
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -191,14 +167,15 @@ class Recorder(Checkpoint):
         every = self.commits.options.checkpoint_every_n_steps
         leaves = pl_module.flags.someone_leaves and not self._said_leaving
         due = trainer.global_step % every == 0 if every else pl_module.flags.checkpoint_is_due
-        if done < steps and (leaves or due):
-            self._commit(trainer, at_once=leaves)
-        if leaves:
-            self._said_leaving = True
-            self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
-        # By step, not by time: every rank has to report equally often.
-        if done % max(10, math.ceil(steps / REPORTS_AN_EPOCH)) == 0 and done < steps:
-            self.world.report(_progress("train", trainer, pl_module, self.history, self._training_s()))
+        with self.world.heartbeat.waiting():
+            if done < steps and (leaves or due):
+                self._commit(trainer, at_once=leaves)
+            if leaves:
+                self._said_leaving = True
+                self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
+            # By step, not by time: every rank has to report equally often.
+            if done % max(10, math.ceil(steps / REPORTS_AN_EPOCH)) == 0 and done < steps:
+                self.world.report(_progress(trainer, pl_module, self.history, self._training_s()))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and self._trained_s is None:
@@ -207,15 +184,18 @@ class Recorder(Checkpoint):
                     torch.cuda.synchronize()
             self._trained_s = time.perf_counter()
 
-    @_waits
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
+        with self.world.heartbeat.waiting():
+            self._end_epoch(trainer, pl_module)
+
+    def _end_epoch(self, trainer: pl.Trainer, module: Classifier) -> None:
         assert self._trained_s is not None
         trained_s, validated_s = self._training_s(), time.perf_counter() - self._trained_s
-        row = self._row(trainer, pl_module)
+        row = self._row(trainer, module)
         # Before the commit, which keeps them.
         seconds = {"train_s": trained_s, "validate_s": validated_s, "ended_at": time.time()}
-        images_per_s = self.history.add(row, pl_module.scores["val"], **seconds)
+        images_per_s = self.history.add(row, module.scores["val"], **seconds)
         self.clock.add("train", trained_s)
         self.clock.add("validate", validated_s)
         self._began_s, self._trained_s, self._earlier_s = None, None, 0.0
@@ -227,17 +207,23 @@ class Recorder(Checkpoint):
         if complaint := self.traffic.complaint(epoch_s=trained_s + validated_s, checkpoint_s=checkpoint_s):
             self.run_log.line(complaint)
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
-        progress = _progress("train", trainer, pl_module, self.history, trained_s)
+        progress = _progress(trainer, module, self.history, trained_s)
         self.world.report(replace(progress, row=row, images_per_s=images_per_s))
 
     def _row(self, trainer: pl.Trainer, module: Classifier) -> Row:
-        train, val, seen = module.scores["train"], module.scores["val"], self._checked_ledger(trainer, module)
+        """Raises TrainingError where what was seen is not what was planned."""
+        train, val, seen = module.scores["train"], module.scores["val"], module.seen
+        plan = planned(self.planned_batches(trainer.current_epoch))
+        if seen != plan:
+            raise TrainingError(
+                f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
+            )
         return {
             "epoch": len(self.history.rows) + 1,
             "step": trainer.global_step,
             "lr": module.lr_at(trainer.global_step - 1),
-            "samples": seen.samples,
-            "ledger": seen.digest,
+            "samples": plan.samples,
+            "ledger": plan.digest,
             "train/loss": train.loss,
             "train/accuracy": train.accuracy,
             "val/samples": val.num_samples,
@@ -245,24 +231,15 @@ class Recorder(Checkpoint):
             "val/accuracy": val.accuracy,
         }
 
-    def _checked_ledger(self, trainer: pl.Trainer, module: Classifier) -> Entry:
-        """What was seen is what was planned, or the run stops."""
-        plan, seen = planned(self.planned_batches(trainer.current_epoch)), module.seen
-        if seen != plan:
-            raise TrainingError(
-                f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
-            )
-        return plan
-
     def _commit(self, trainer: pl.Trainer, *, at_once: bool = False) -> None:
         with self.clock.of("checkpoint"):
             self.commits.commit(trainer, self.history, at_once=at_once)
 
 
-def _progress(phase: str, trainer: pl.Trainer, module: Classifier, history: History, trained_s: float) -> Progress:
+def _progress(trainer: pl.Trainer, module: Classifier, history: History, trained_s: float) -> Progress:
     done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
     return Progress(
-        phase=phase,
+        phase="train",
         epoch=trainer.current_epoch + 1,
         epochs=history.epochs,
         step=trainer.global_step,
