@@ -181,7 +181,7 @@ def recipe_from_json(value: dict[str, Any], *, where: str) -> Recipe:
     try:
         return _ADAPTER.validate_json(json.dumps(value, default=str))  # TOML has dates, no field is one
     except ValidationError as error:
-        lines = [_explain(value, e["loc"], e["msg"]) for e in error.errors()]
+        lines = [_explain(e["loc"], e["msg"]) for e in error.errors()]
         raise RecipeError(f"{where}: " + "\n  ".join(lines)) from None
 
 
@@ -244,22 +244,12 @@ def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> 
     return differences
 
 
-def _explain(value: Any, loc: tuple[int | str, ...], message: str) -> str:
-    path = ".".join(_without_tags(value, loc))
+def _explain(loc: tuple[int | str, ...], message: str) -> str:
+    # Of three names the middle one is the tag of a union: `optimizer.adam.lr` is the field `optimizer.lr`.
+    path = ".".join(map(str, (loc[0], loc[-1]) if len(loc) == 3 else loc))
     if "unexpected" in message.lower():
         return f"unknown field {path}; known here: {', '.join(_known_fields(loc))}"
     return f"{path or 'as a whole'}: {message.removeprefix('Value error, ')}"
-
-
-def _without_tags(value: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """Drops the union tags that pydantic puts into a location (`optimizer.adam.lr` -> `optimizer.lr`)."""
-    shown, place = [], value
-    for name in map(str, loc):
-        if isinstance(place, dict) and name not in place and place.get("kind") == name:
-            continue
-        shown.append(name)
-        place = place.get(name) if isinstance(place, dict) else None
-    return shown
 
 
 def _known_fields(loc: tuple[int | str, ...]) -> list[str]:

@@ -39,16 +39,18 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 
 
-_fetched_again = retry(retry=retry_if_exception_type(DataError), stop=stop_after_attempt(2), reraise=True)
+def fetched_again(damaged: type[Exception]):  # the type that it returns is tenacity's own, and has no public name
+    """The function is called twice where it raises this of what it fetched."""
+    return retry(retry=retry_if_exception_type(damaged), stop=stop_after_attempt(2), reraise=True)
 
 
-@_fetched_again
+@fetched_again(DataError)
 def read(kind: type[R], url: str) -> R:
     """What `write` put there. Raises DataError where a byte of it is another, in two copies that were fetched."""
     return _opened(kind, storage.read_bytes(url), url)
 
 
-@_fetched_again
+@fetched_again(DataError)
 def read_if_there(kind: type[R], url: str) -> R | None:
     data = storage.read_bytes_if_there(url)
     return None if data is None else _opened(kind, data, url)

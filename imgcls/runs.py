@@ -148,10 +148,6 @@ class RunFolder:
     log_url = Place("log.txt")
     checkpoints_url = Place("checkpoints")
 
-    @classmethod
-    def of_model(cls, model_url: str) -> "RunFolder":
-        return cls(model_url.rpartition("/")[0])
-
     def _place(self, *names: str) -> str:
         return storage.join(self.url, *names)
 
@@ -211,9 +207,6 @@ class RunFolder:
         if data is not None and digest not in (None, storage.sha256(data)):
             raise DataError(f"{url} was altered: its SHA-256 is not the one in {self.RESULT}\n  do: bring it back")
         return data
-
-    def relative(self, url: str) -> str:
-        return url.removeprefix(f"{self.url.rstrip('/')}/")
 
     def state(self) -> RunState:
         result = self.result()

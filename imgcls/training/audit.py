@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,11 +82,11 @@ def _pieces(store: CheckpointStore, config: RunConfig) -> list[Piece]:
             raise CheckpointError(
                 f"{store.place(marker.step)} is of another request than {RunFolder.CONFIG}: one was altered"
             )
-    steps = {marker.step for marker in there}
+    whole = {None, *(marker.step for marker in there)}
     return [
         Piece(first, last)
-        for first, last in pairwise([None, *there])
-        if last is not None and (first is None or first.best_step is None or first.best_step in steps)
+        for first, last in zip([None, *there], there, strict=False)
+        if first is None or first.best_step in whole
     ]
 
 
@@ -166,11 +165,7 @@ def differing(a: Any, b: Any, path: str = "") -> Iterator[str]:
         for number, (one, other) in enumerate(zip(a, b, strict=True)):
             yield from differing(one, other, f"{path}[{number}]")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape) or _bytes(a) != _bytes(b):
+        if weights.weights_sha256({path: a}) != weights.weights_sha256({path: b}):
             yield path
     elif type(a) is not type(b) or a != b:
         yield path
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -37,14 +37,12 @@ class CheckpointStore(CheckpointIO):
         markers = []
         for name in storage.folders(self.url):
             try:
-                marker = CheckpointFolder(storage.join(self.url, name)).marker()
+                if marker := CheckpointFolder(storage.join(self.url, name)).marker():
+                    markers.append(marker)
             except DamagedError as error:
                 self.say(f"{_first_line(error)}: this checkpoint does not count")
-                continue
             except DataError as error:  # whole, and of another version: no reason to lose it
                 raise NumericsError(f"{error}\n  do: go on with the version that wrote it, or take another --id") from None
-            if marker is not None:
-                markers.append(marker)
         return sorted(markers, key=lambda marker: marker.step)
 
     def last(self) -> Committed | None:

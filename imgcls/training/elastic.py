@@ -6,7 +6,7 @@ a worker adds its own, which is a branch of the tree; then all gather the branch
 Sources: virtual nodes (VirtualFlow, Or et al. 2022); elastic determinism, mosaicml/streaming docs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -36,48 +36,42 @@ def leave_gradients_alone(strategy: DDPStrategy) -> None:
     strategy.configure_ddp = lambda: None
 
 
-class VirtualRanks:
-    """The gradients and buffers of one step, as one flat vector a virtual rank. Holds no state between steps."""
+def virtual_step(
+    network: nn.Module,
+    losses: Callable[[int, slice], Tensor],
+    parts: Iterable[tuple[int, slice]],
+    *,
+    virtual_ranks: int,
+    gather: Callable[[Tensor], Sequence[Tensor]],
+    num_steps: int,
+) -> None:
+    """Every gradient is that of the global batch; running statistics are the mean over virtual ranks.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        self.counters = [buffer for buffer in network.buffers() if not buffer.is_floating_point()]
-
-    def step(
-        self,
-        losses: Callable[[int, slice], Tensor],
-        parts: Sequence[tuple[int, slice]],
-        *,
-        virtual_ranks: int,
-        gather: Callable[[Tensor], Sequence[Tensor]],
-        num_steps: int,
-    ) -> None:
-        """Every gradient is that of the global batch; running statistics are the mean over virtual ranks.
-
-        losses: the forward pass of a virtual rank's rows; so scaled that their sum is the global batch's loss.
-        gather: this worker's vector to those of all workers, by rank. num_steps: with this one, for integer buffers.
-        """
-        start = [buffer.clone() for buffer in self.buffers]
-        found = []
-        for virtual, rows in parts:
-            self._set(self.buffers, start)
-            gradients = torch.autograd.grad(losses(virtual, rows), self.parameters)
-            found.append(torch.cat([t.reshape(-1) for t in (*gradients, *(b / virtual_ranks for b in self.buffers))]))
-        whole = tree_sum(list(gather(tree_sum(found))))
-        tensors = [*self.parameters, *self.buffers]
-        pieces = [
-            piece.view_as(tensor) for piece, tensor in zip(whole.split([t.numel() for t in tensors]), tensors, strict=True)
-        ]
-        for parameter, gradient in zip(self.parameters, pieces, strict=False):
-            # In the parameter's own memory format: a fused optimizer walks both as they lie.
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        self._set(self.buffers, pieces[len(self.parameters) :])
-        for counter in self.counters:
+    losses: the forward pass of a virtual rank's rows; so scaled that their sum is the global batch's loss.
+    gather: this worker's vector to those of all workers, by rank. num_steps: with this one, for integer buffers.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    start = [buffer.clone() for buffer in buffers]
+    found = []  # of each virtual rank its gradients and buffers, as one flat vector
+    for virtual, rows in parts:
+        _set(buffers, start)
+        gradients = torch.autograd.grad(losses(virtual, rows), parameters)
+        found.append(torch.cat([t.reshape(-1) for t in (*gradients, *(b / virtual_ranks for b in buffers))]))
+    whole = tree_sum(list(gather(tree_sum(found))))
+    tensors = [*parameters, *buffers]
+    flat = whole.split([tensor.numel() for tensor in tensors])
+    pieces = [piece.view_as(tensor) for piece, tensor in zip(flat, tensors, strict=True)]
+    for parameter, gradient in zip(parameters, pieces, strict=False):
+        # In the parameter's own memory format: a fused optimizer walks both as they lie.
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    _set(buffers, pieces[len(parameters) :])
+    for counter in network.buffers():
+        if not counter.is_floating_point():
             counter.fill_(num_steps)
 
-    @torch.no_grad()
-    def _set(self, buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
+
+@torch.no_grad()
+def _set(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)

@@ -27,10 +27,8 @@ KERNEL_CHOICES = (
 def versions() -> dict[str, str]:
     facts = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return facts
 
 
@@ -141,9 +139,8 @@ def commit() -> str | None:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(here), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
 
     try:
         changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)docs/measurements")

@@ -24,9 +24,7 @@ def evaluate(source: FoundModel, *, data_url: str, split: Split, world: World) -
     splits = split_ids(model.recipe, manifest)
     into = model.recipe.input
     cache = open_cache(set_url, manifest, px=into.stored_px, channels=into.channels, command=world.command)
-    num_classes = len(manifest.class_names)
-    network = load_network(model, num_classes=num_classes)
-    module = Classifier(network, model.recipe, num_classes=num_classes, world=world)
+    module = Classifier(load_network(model), model.recipe, num_classes=len(model.class_names), world=world)
     splits_as_test = replace(splits, test=getattr(splits, split))
     data = ImageData(model.recipe, cache, splits_as_test, seed=0, rank=world.rank, world_size=world.size)
     make_trainer(world, precision=model.recipe.precision).test(module, datamodule=data, verbose=False)

@@ -5,7 +5,7 @@ inside it, so that every number of workers must come to the same, planned one.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ class Ledger(Metric):
     samples: Tensor
     digest: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("digest", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -44,18 +44,12 @@ class Ledger(Metric):
         self.digest += int(hashes.sum(dtype=np.uint64).astype(np.int64))
 
     def compute(self) -> Entry:
-        return _entry(int(self.samples), int(self.digest))
+        return Entry(int(self.samples), f"{int(self.digest) % (1 << 64):016x}")
 
 
 def planned(batches: Iterable[Ids]) -> Entry:
     """What the ledger of an epoch of these global batches has to say."""
-    samples, digest = 0, np.uint64(0)
-    with np.errstate(over="ignore"):
-        for step, ids in enumerate(batches):
-            samples += len(ids)
-            digest += hash64(_KEY, step, ids).sum(dtype=np.uint64)
-    return _entry(samples, int(digest))
-
-
-def _entry(samples: int, digest: int) -> Entry:
-    return Entry(samples, f"{digest % (1 << 64):016x}")
+    ledger = Ledger(sync_on_compute=False)
+    for step, ids in enumerate(batches):
+        ledger.update(ids, step)
+    return ledger.compute()

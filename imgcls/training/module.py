@@ -18,7 +18,7 @@ from imgcls.data.order import hash64
 from imgcls.errors import TrainingError
 from imgcls.recipe import Adam, AdamW, Recipe
 from imgcls.records import PREDICTED, Scores
-from imgcls.training.elastic import VirtualRanks, virtual_parts
+from imgcls.training.elastic import virtual_parts, virtual_step
 from imgcls.training.flags import StepFlags
 from imgcls.training.gradients import make_repeatable, share_buffers
 from imgcls.training.ledger import Entry, Ledger
@@ -100,8 +100,8 @@ class Classifier(pl.LightningModule):
                 torch.distributed.all_gather(everyones, mine)
             return everyones
 
-        VirtualRanks(self.network).step(
-            loss_of, list(parts), virtual_ranks=virtual_ranks, gather=gather, num_steps=self.global_step + 1
+        virtual_step(
+            self.network, loss_of, parts, virtual_ranks=virtual_ranks, gather=gather, num_steps=self.global_step + 1
         )
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)

@@ -13,8 +13,8 @@ from imgcls.models.build import build_model
 from imgcls.training.weights import Model
 
 
-def load_network(model: Model, *, num_classes: int) -> torch.nn.Module:
-    network = build_model(model.recipe, num_classes=num_classes, seed=0)
+def load_network(model: Model) -> torch.nn.Module:
+    network = build_model(model.recipe, num_classes=len(model.class_names), seed=0)
     try:
         network.load_state_dict(model.weights)
     except RuntimeError as error:
@@ -27,7 +27,7 @@ class Predictor:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.network = load_network(model, num_classes=len(model.class_names))
+        self.network = load_network(model)
 
     def pixels(self, image: bytes) -> NDArray[np.uint8]:
         """What the network's inputs are made of. Raises Pillow's errors where `image` is no image."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgcls import storage
+from imgcls import records, storage
 from imgcls.errors import CheckpointError, DataError, MissingError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
 from imgcls.records import LineageEntry, RunConfig
@@ -67,23 +67,17 @@ def save_model(model: Model, url: str) -> str:
     return digest
 
 
+@records.fetched_again(CheckpointError)
 def load_model(url: str) -> Model:
     """A checked model file. Raises CheckpointError where it is none, or is another than was written."""
-    num_bytes = 0 if storage.is_local(url) else storage.num_bytes_of(url)
-    try:
-        return _loaded(storage.read_bytes(url, num_bytes=num_bytes), url)
-    except CheckpointError:  # fetched once more
-        return _loaded(storage.read_bytes(url, num_bytes=num_bytes), url)
-
-
-def _loaded(data: bytes, url: str) -> Model:
+    data = storage.read_bytes(url, num_bytes=0 if storage.is_local(url) else storage.num_bytes_of(url))
     content = load_tensors(data, where=url)
     model = model_of(content, content.get("weights"), where=url)
     digests = [
         (model.weights_sha256, content.get("weights_sha256"), "it"),
         (_about_sha256(content), content.get("about_sha256"), "it"),
     ]
-    result = RunFolder.of_model(url).result()
+    result = RunFolder(url.rpartition("/")[0]).result()
     if result is not None and result.model_sha256:
         digests.append((storage.sha256(data), result.model_sha256, f"the {RunFolder.RESULT} beside it"))
     for actual, expected, who in digests:

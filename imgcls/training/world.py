@@ -15,14 +15,6 @@ from imgcls.records import Placement
 from imgcls.training.progress import Progress
 
 
-def _no_report(progress: Progress) -> None:
-    pass
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
 class Heartbeat(pl.Callback):
     """Since when this rank has been busy with a batch, or has waited: for whoever watches it from another thread."""
 
@@ -72,9 +64,9 @@ class World:
     """Lightning's; whoever launches several ranks hands in one that knows them."""
     plugins: tuple[Any, ...] = ()
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    report: Callable[[Progress], None] = _no_report
+    report: Callable[[Progress], None] = lambda progress: None
     """Called by every rank, equally often."""
-    broadcast: Callable[[Any], Any] = _as_it_is
+    broadcast: Callable[[Any], Any] = lambda value: value
     """Rank 0's value on every rank."""
     leaving: Callable[[], bool] = lambda: False
     """Whether this rank's node is about to be taken away. Asked in every step: it may not wait for anybody."""
