@@ -151,6 +151,8 @@ class Recipe(Strict):
     """Of the training samples that the cut leaves, stratified, by the cut's seed."""
     label_smoothing: Probability = 0.0
     """In training only; val/loss and test/loss are plain cross-entropy."""
+    averaging: Annotated[Probability, Field(exclude_if=lambda value: not value)] = 0.0
+    """Weight of the earlier average in each step's new one. The average is validated, tested and kept. 0: no average."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast; weights and sums stay fp32."""
     numerics: Literal["ddp", "elastic"] = "ddp"
@@ -165,7 +167,8 @@ class Recipe(Strict):
             raise ValueError(f"basic-cnn halves its input three times: input.px is {self.input.px}, 8 is the least")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without a field that is newer than recipes on record and has the value that stood for it then."""
+        return _ADAPTER.dump_python(self, mode="json")
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -187,7 +190,7 @@ def recipe_from_json(value: dict[str, Any], *, where: str) -> Recipe:
 
 def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """`recipe` with the fields at dotted paths replaced: `derive(RESNET18, {"optimizer.lr": 0.2})`."""
-    value = recipe.to_json()
+    value = asdict(recipe)
     for path, new in changes.items():
         part, _, leaf = path.rpartition(".")
         place = value.get(part) if part else value
@@ -200,7 +203,7 @@ def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def value_at(recipe: Recipe, path: str) -> Any:
     """Of the field at this dotted path; None where the recipe has no such field."""
-    value: Any = recipe.to_json()
+    value: Any = asdict(recipe)
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -223,8 +226,8 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
 def changes_between(base: Recipe, recipe: Recipe) -> dict[str, Any]:
     """What `derive` needs to make `recipe` of `base`, by path; a part of another kind is replaced as a whole."""
     changes: dict[str, Any] = {}
-    old = base.to_json()
-    for name, new in recipe.to_json().items():
+    old = asdict(base)
+    for name, new in asdict(recipe).items():
         if isinstance(new, dict) and new.keys() == old[name].keys():
             changes |= {f"{name}.{leaf}": value for leaf, value in new.items() if value != old[name][leaf]}
         elif new != old[name]:

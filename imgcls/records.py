@@ -4,7 +4,7 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.carry.suite`; read by whoever needs a fact that another process found.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -169,7 +169,7 @@ class RunConfig(Record):
     def settings(self) -> dict[str, Any]:
         """What runs of one recipe share, whatever their seed."""
         identity = self.init.identity if self.init and self.source_run is None else None
-        return {"recipe": self.recipe.to_json(), "data_digest": self.data_digest, "init": identity}
+        return {"recipe": asdict(self.recipe), "data_digest": self.data_digest, "init": identity}
 
     def digest(self) -> str:
         """Of all that decides the result: weights that were named are known by their own digest, not by their place."""

@@ -14,7 +14,9 @@ from imgcls.catalogue import suite_of
 from imgcls.errors import DataError
 from imgcls.rates import keep
 from imgcls.records import SuiteResults
+from imgcls.results.compare import estimates, read_predictions, transfers
 from imgcls.results.measurement import Figures, Measurement, check_commit, measure
+from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
@@ -54,8 +56,17 @@ def record(
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where its runs left what they found.
     """
+    from imgcls.results.page import figures
+
     storage.check_places(reads=[storage_url])
-    return _write(measure(records.read(SuiteResults, storage.join(storage_url, checked_name(id, "ID"), "results.json"))))
+    suite = SuiteFolder(storage.join(storage_url, checked_name(id, "ID")))
+    results = records.read(SuiteResults, suite.results_url)
+    predictions = read_predictions(suite.predictions(results))
+    measured = measure(results, predictions)
+    _write(measured)
+    if figure := figures.styled(figures.labels)(estimates(results, predictions), transfers(results.runs)):
+        (MEASUREMENTS / measured.file_name).with_suffix(".svg").write_text(figure)
+    return DONE
 
 
 def numerics(data: str = "data/packed", repeats: int = 3) -> int:

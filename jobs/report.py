@@ -1,14 +1,11 @@
 """Draw a suite's page and table again, from its records; or compare two suites."""
 
-from collections.abc import Mapping
-from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from imgcls import storage
 from imgcls.errors import StorageError
-from imgcls.records import SuiteResults
 from imgcls.runs import SuiteFolder
 from jobs._door import DONE, enter
 from jobs._request import checked_name, place
@@ -54,33 +51,12 @@ def _suite(root: str, id: str) -> SuiteFolder:
 
 
 def _compare(suite: SuiteFolder, other: SuiteFolder) -> int:
-    from imgcls.results.compare import read_predictions
+    from imgcls.results.compare import beside, read_predictions
 
     a, b = suite.results(seconds=0.0, command=""), other.results(seconds=0.0, command="")
     rows = beside(a, read_predictions(suite.predictions(a)), b, read_predictions(other.predictions(b)))
     say_table(Lines(synthetic=a.synthetic or b.synthetic), rows)
     return DONE
-
-
-def beside(a: SuiteResults, of_a: Mapping[str, Any], b: SuiteResults, of_b: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Two suites, under a header: each recipe's accuracy in both, by the seeds of both, and `b` minus `a`."""
-    from imgcls.results.compare import NOT_PAIRED, groups, paired, verdict_of
-
-    rows: list[tuple[str, ...]] = [("recipe", "seeds", "test n", a.id, b.id, "difference", "95%", "verdict")]
-    for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
-        ours, theirs = groups(a, name), groups(b, name)
-        alone = len(ours) == len(theirs) == 1
-        second, first, gap = paired(theirs[0], of_b, ours[0], of_a) if alone else ([], [], None)
-        if gap is None:
-            why = NOT_PAIRED if alone else "it is not finished in both, or has several settings in one"
-            rows.append((name, *[""] * 6, f"not compared: {why}"))
-            continue
-        means = (f"{mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))
-        count = first[0].test.num_samples if first[0].test else 0
-        interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
-        verdict = verdict_of(gap, b.id, a.id)
-        rows.append((name, f"{len(first)}", f"{count:,}", *means, f"{gap.center:+.4f}", interval, verdict))
-    return rows
 
 
 if __name__ == "__main__":

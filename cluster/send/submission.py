@@ -21,6 +21,8 @@ from imgcls.errors import ClusterError, PlacementError, RecipeError
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
 """For a request: until someone takes it, and until it is answered."""
+LOST_LOG_S = 60.0
+"""The log of a job that is over is given up after so long: its node may be gone."""
 LOOK_S, LOG_PER_S = 1.0, 500_000
 """A job is looked at so often. Its log comes as a whole each time: a long one less often, to take so many characters/s."""
 INTERRUPTED, NEVER_BEGAN = 130, 3
@@ -115,15 +117,21 @@ class Jobs:
     def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Ended:
         """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does."""
         self.known(job_id)
-        written, lost_s = 0, None
+        written, lost_s, over, over_s = 0, None, None, 0.0
         while True:
             try:
                 info = self.known(job_id)  # before the log, which is whole where the job was over
+                if over is None and info.status.is_terminal():
+                    over, over_s = info, time.monotonic()
                 log = self.client.get_job_logs(job_id)
             except (ClusterError, OSError, RuntimeError) as error:
+                if over is not None and time.monotonic() - over_s > LOST_LOG_S:
+                    say(f"the rest of the log cannot be read: {str(error).splitlines()[0]}")
+                    return ended(job_id, over)
                 if lost_s is None:
                     lost_s = time.monotonic()
-                    say(f"no connection to {self.address} ({str(error).splitlines()[0]}); the job goes on: tried again")
+                    what = f"no connection to {self.address}" if over is None else "the job is over, its log does not come"
+                    say(f"{what} ({str(error).splitlines()[0]}): tried again")
                 time.sleep(LOOK_S)
                 continue
             if lost_s is not None:

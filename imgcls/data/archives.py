@@ -11,12 +11,14 @@ import lzma
 import pickle
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,19 +29,31 @@ from typing import Any
 import numpy as np
 
 from imgcls import storage
-from imgcls.errors import DataError, ImgclsError, NoSourceError, StorageError
+from imgcls.errors import DataError, NoSourceError, StorageError
 from imgcls.records import Split
 
 TIMEOUT_S = 20
 IMAGE_BYTES, NAME_BYTES = 1 << 30, 255
 """No image file is larger; no name in a folder is longer."""
+DAMAGE = (
+    *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, MemoryError),
+    *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
+)
+"""What the libraries raise on damaged bytes."""
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """By the first bytes of a file."""
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """The first bytes of a zip, and of an empty one."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CIFAR_PARTS: dict[str, Split] = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
-PICKLED = {"numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+_CORE = "numpy._core"
+PICKLED = {
+    f"{_CORE}.multiarray._reconstruct",
+    f"{_CORE}.numeric._frombuffer",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
 """What CIFAR-10's pickles may ask for."""
 
 
@@ -69,7 +83,7 @@ class Bytes:
     """A TarInfo or ZipInfo."""
 
     def read(self) -> bytes:
-        """Raises DataError, or whatever the libraries raise on damaged bytes."""
+        """Raises DataError, or one of DAMAGE."""
         if self.size > IMAGE_BYTES:
             raise DataError(f"it has {self.size:,} bytes, more than an image file has")
         if self.member is None:
@@ -102,11 +116,9 @@ def _head(file: str | Path) -> bytes:
 def damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except ImgclsError:
-        raise
     except PermissionError as error:
         raise DataError(f"{printable(path)} may not be read: {error.strerror}\n  do: mend its rights (chmod)") from None
-    except Exception as error:  # the libraries raise many kinds on damaged bytes, pickles any
+    except DAMAGE as error:
         raise DataError(
             f"{printable(path)} is damaged, or no archive that can be read: {printable(error) or type(error).__name__}\n"
             "  do: fetch it again; if it is another kind of archive, unpack it and give the folder by --source"
@@ -207,6 +219,10 @@ class Archive:
     algorithm: str
     digest: str
 
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
 
 OFFICIAL = {
     # Digest as torchvision 0.29 has it (torchvision/datasets/imagenette.py).
@@ -227,8 +243,7 @@ def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], N
 
     Raises NoSourceError where it cannot be reached, DataError where its bytes are not the official ones or cannot be kept.
     """
-    whole = folder / storage.name_of(archive.url)
-    part = whole.with_name(f"{whole.name}.part")
+    whole, part = folder / archive.name, folder / f"{archive.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not whole.exists():
@@ -288,23 +303,28 @@ class _ArraysAndStrings(pickle.Unpickler):
 def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
     """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3).
 
-    by_name: the parts of CIFAR-10's own archive, `batches.meta` among them. Raises whatever a damaged pickle raises.
+    by_name: the parts of CIFAR-10's own archive, `batches.meta` among them.
     """
-    class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")[b"label_names"])
+    class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")["label_names"])
     images = []
     for part, split in CIFAR_PARTS.items():
         batch = _cifar_part(by_name, part)
-        arrays = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        for file, label, pixels in zip(batch[b"filenames"], batch[b"labels"], arrays, strict=True):
+        arrays = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for file, label, pixels in zip(batch["filenames"], batch["labels"], arrays, strict=True):
             images.append((f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels))
     return class_names, images
 
 
-def _cifar_part(by_name: dict[str, Bytes], name: str) -> dict[bytes, Any]:
+def _cifar_part(by_name: dict[str, Bytes], name: str) -> dict[str, Any]:
     if name not in by_name:
         raise DataError(f"the CIFAR-10 archive lacks {name}\n  do: fetch the official archive again")
-    return _ArraysAndStrings(io.BytesIO(by_name[name].read()), encoding="bytes").load()
+    data = by_name[name].read()
+    try:
+        loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
+        return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
 
 
-def _text(value: bytes) -> str:
-    return printable(value.decode(errors="surrogateescape"))
+def _text(value: bytes | str) -> str:
+    return printable(value.decode(errors="surrogateescape") if isinstance(value, bytes) else value)

@@ -128,10 +128,10 @@ def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
         meta = records.read_if_there(CacheMeta, str(folder / "meta.json"))
         if meta is None or meta == _meta(folder):
             return meta is not None
-        damage = "bytes differ from meta.json"
+        damage = f"{folder}: bytes differ from meta.json"
     except (DataError, FileNotFoundError) as error:
-        damage = str(error)
-    say(f"{folder}: {damage}; the cache is built again")
+        damage = str(error).splitlines()[0]
+    say(f"{damage}; the cache is built again")
     return False
 
 

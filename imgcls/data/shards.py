@@ -274,12 +274,15 @@ def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[byt
     """(image bytes, label) in the shard's order. Raises DataError where the tar does not hold what it should."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    samples = list(group_by_keys(tar_file_expander([{"url": where, "stream": io.BytesIO(data)}])))
-    if [int(sample["cls"]) for sample in samples] != [*shard.labels]:
-        raise DataError(f"{where} does not hold the samples that the manifest says\n  do: pack again")
-    for sample, label in zip(samples, shard.labels, strict=True):
-        (image,) = (data for name, data in sample.items() if not name.startswith("__") and name != "cls")
-        yield image, label
+    count = 0
+    for sample in group_by_keys(tar_file_expander([{"url": where, "stream": io.BytesIO(data)}])):
+        names = [name for name in sample if not name.startswith("__") and name != "cls"]
+        if len(names) != 1 or count >= shard.num_samples or int(sample["cls"]) != shard.labels[count]:
+            raise DataError(f"{where}: sample {count} is not what the manifest says\n  do: pack again")
+        count += 1
+        yield sample[names[0]], int(sample["cls"])
+    if count != shard.num_samples:
+        raise DataError(f"{where} holds {count} samples, the manifest says {shard.num_samples}\n  do: pack again")
 
 
 def check_shards(set_url: str, manifest: Manifest) -> None:

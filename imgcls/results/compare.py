@@ -3,7 +3,8 @@
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ def published_beside(run: RunResult) -> Published | None:
 
 def answers(results: SuiteResults, predictions: Predictions) -> list[Answer]:
     """One for each question whose two recipes the suite has; on transfer for each `finetuned...` with its `scratch...`."""
-    recipes, pairs = {run.recipe.name for run in results.runs}, transfers(results)
+    recipes, pairs = {run.recipe.name for run in results.runs}, transfers(results.runs)
     labels = {run.recipe.name: f"with {run.num_train:,} labels" for run in results.finished}
     asked = [*QUESTIONS]
     for first, second in pairs.items():
@@ -108,9 +109,9 @@ def answers(results: SuiteResults, predictions: Predictions) -> list[Answer]:
     return [_answer(results, question, predictions) for question in asked if {question.first, question.second} <= recipes]
 
 
-def transfers(results: SuiteResults) -> dict[str, str]:
-    """Each `finetuned...` recipe of the suite, with the `scratch...` that it is compared with."""
-    recipes = dict.fromkeys(run.recipe.name for run in results.runs)
+def transfers(runs: Sequence[RunResult]) -> dict[str, str]:
+    """Each `finetuned...` recipe of a suite, with the `scratch...` that it is compared with."""
+    recipes = dict.fromkeys(run.recipe.name for run in runs)
     pairs = {name: name.replace("finetuned", "scratch", 1) for name in recipes if name.startswith("finetuned")}
     return {name: other for name, other in pairs.items() if other in recipes}
 
@@ -149,6 +150,25 @@ def paired(
     tables = [*(of_a[run.name] for run in first), *(of_b[run.name] for run in second)]
     hits = hits_of([*first, *second], tables) if seeds else None
     return first, second, None if hits is None else difference(hits[: len(seeds)], hits[len(seeds) :])
+
+
+def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Predictions) -> list[tuple[str, ...]]:
+    """Two suites, under a header: each recipe's accuracy in both, by the seeds of both, and `b` minus `a`."""
+    rows: list[tuple[str, ...]] = [("recipe", "seeds", "test n", a.id, b.id, "difference", "95%", "verdict")]
+    for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
+        ours, theirs = groups(a, name), groups(b, name)
+        alone = len(ours) == len(theirs) == 1
+        second, first, gap = paired(theirs[0], of_b, ours[0], of_a) if alone else ([], [], None)
+        if gap is None:
+            why = NOT_PAIRED if alone else "it is not finished in both, or has several settings in one"
+            rows.append((name, *[""] * 6, f"not compared: {why}"))
+            continue
+        means = (f"{mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))
+        count = first[0].test.num_samples if first[0].test else 0
+        interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
+        verdict = verdict_of(gap, b.id, a.id)
+        rows.append((name, f"{len(first)}", f"{count:,}", *means, f"{gap.center:+.4f}", interval, verdict))
+    return rows
 
 
 def command_of_best(results: SuiteResults) -> str:
@@ -194,7 +214,7 @@ def _minutes(results: SuiteResults, runs: Sequence[RunResult]) -> str:
 
 def _other_differences(a: RunResult, b: RunResult, question: Question) -> str:
     """Other fields in which the two recipes differ: they too may have caused the difference."""
-    first, second = a.recipe.to_json(), b.recipe.to_json()
+    first, second = asdict(a.recipe), asdict(b.recipe)
     return ", ".join(name for name in first if first[name] != second[name] and name not in question.asks | {"name"})
 
 

@@ -1,14 +1,20 @@
 """Figures as records that stay: what was found, by which command, on what."""
 
+from dataclasses import replace
 from datetime import date
+
+from pydantic import Field
 
 from imgcls.catalogue import CATALOGUES
 from imgcls.errors import DataError
 from imgcls.records import Record, RunResult, SuiteResults
+from imgcls.results.compare import Answer, Predictions, answers, estimates
+from imgcls.results.statistics import Estimate
+from imgcls.search import Search
 
 
 class Measurement(Record):
-    """Finished runs at one commit, on one kind of hardware."""
+    """Finished runs at one commit, on one kind of hardware; of a search all trials."""
 
     subject: str
     claim: str
@@ -18,10 +24,14 @@ class Measurement(Record):
     """Of the command, without packing."""
     runs: tuple[RunResult, ...]
     """Without their example images."""
+    answers: tuple[Answer, ...] = ()
+    estimates: dict[str, Estimate] = Field(default={})
+    """By recipe with several seeds, all of which kept what they predicted."""
+    search: Search | None = None
 
     @property
     def file_name(self) -> str:
-        return file_name(self.subject, self.runs[0].hardware, self.date)
+        return file_name(self.subject, next(run.hardware for run in self.runs if run.hardware), self.date)
 
 
 class Figures(Record):
@@ -47,30 +57,45 @@ def file_name(subject: str, hardware: dict[str, str], day: str) -> str:
     return f"{subject}_{where_of(hardware)}_{day}.json"
 
 
-def measure(results: SuiteResults) -> Measurement:
+def measure(results: SuiteResults, predictions: Predictions) -> Measurement:
     """Raises DataError where a figure would not be honest: synthetic data, changed code, or nothing finished."""
     done = results.finished
     if not done:
         raise DataError(f"{results.id}: no run is finished, there is nothing to record")
     if results.synthetic:
         raise DataError(f"{results.id} is SYNTHETIC: its figures say nothing, and are not recorded")
-    changed = [one.name for one in done if one.recipe not in CATALOGUES[one.catalogue]]
-    if changed:
-        raise DataError(
-            f"{results.id}: {', '.join(changed)} differ from the catalogue {results.catalogue}, and are not recorded"
-        )
     if len({(str(one.hardware), one.catalogue) for one in done}) > 1:
         raise DataError(
             f"{results.id} is of several kinds of hardware or catalogues: a record is of one\n  do: take another --id"
         )
+    search = results.search
+    if search is None:
+        recipes = CATALOGUES[done[0].catalogue]
+        subject = f"suite-{results.catalogue}"
+        claim = f"test accuracy of the catalogue {results.catalogue}, each run tested once on its best checkpoint"
+    else:
+        recipes = replace(search, num_trials=len(results.runs)).trials()
+        subject = f"search-{search.recipe.name}"
+        claim = f"{search.metric} of the trials of a search; none of them is tested"
+        if any(run.status == "open" for run in results.runs):
+            raise DataError(f"{results.id} has trials that are not over\n  do: the same command goes on with them")
+    changed = [one.name for one in done if one.recipe not in recipes]
+    if changed:
+        raise DataError(f"{results.id}: {', '.join(changed)} differ from the catalogue or the trials, and are not recorded")
     check_commit({one.commit or "unknown" for one in done}, results.id)
+    by_recipe: dict[str, list[Estimate]] = {}
+    for runs, estimate in estimates(results, predictions):
+        by_recipe.setdefault(runs[0].recipe.name, []).append(estimate)
     return Measurement(
-        subject=f"suite-{results.catalogue}",
-        claim=f"test accuracy of the catalogue {results.catalogue}, each run tested once on its best checkpoint",
+        subject=subject,
+        claim=claim,
         command=results.command,
         date=date.today().isoformat(),
         seconds=results.seconds,
-        runs=tuple(one.model_copy(update={"examples": ()}) for one in done),
+        runs=tuple(one.model_copy(update={"examples": ()}) for one in (results.runs if search else done)),
+        answers=tuple(answers(results, predictions)),
+        estimates={name: found[0] for name, found in by_recipe.items() if len(found) == 1 and found[0].num_seeds > 1},
+        search=search,
     )
 
 

@@ -125,7 +125,7 @@ def _fit(
         _go_on(config, last, recorder)
         if last.finished:
             state = store.load_checkpoint(store.place(last.step))
-            prepared.module.network.load_state_dict(weights.network_weights(state))
+            prepared.module.network.load_state_dict(weights.network_weights(state, averaged=False))
             recorder.load_state_dict(state["callbacks"][recorder.state_key])
         else:
             _train(trainer, prepared, resume=store.place(last.step))
@@ -211,9 +211,9 @@ def _finish(
     history, module, world, clock = recorder.history, prepared.module, recorder.world, recorder.clock
     last_sha256, store = weights.weights_sha256(module.network.state_dict()), recorder.commits.store
     best = store.place(int(history.best_row["step"]))
-    module.network.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
+    module.evaluated.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
     predictions = _test(prepared, trainer, recorder) if tested else None
-    class_names, network = prepared.manifest.class_names, module.network.state_dict()
+    class_names, network = prepared.manifest.class_names, module.evaluated.state_dict()
     model = weights.Model(config.recipe, class_names, network, prepared.lineage, config.synthetic)
     # Before rank 0 is alone with storage: others would wait for it in a collective.
     others = _traffic_of_others(trainer, recorder.traffic)

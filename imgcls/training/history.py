@@ -12,6 +12,10 @@ from typing import Any
 from imgcls.records import Scores
 from imgcls.training.progress import Row
 
+HISTORY = (
+    *("epoch", "step", "lr", "samples", "ledger", "train/loss", "train/accuracy"),
+    *("val/samples", "val/loss", "val/accuracy"),
+)
 TIMING = ("epoch", "train_s", "validate_s", "images_per_s", "ended_at")
 """`ended_at`: seconds since 1970."""
 
@@ -62,10 +66,10 @@ class History:
         self.best = Scores.model_validate_json(state["best"]) if state["best"] else None
 
     def as_csv(self) -> bytes:
-        return _csv(self.rows)
+        return _csv(HISTORY, self.rows)
 
     def timing_as_csv(self) -> bytes:
-        return _csv(self.timing)
+        return _csv(TIMING, self.timing)
 
 
 def read_csv(data: bytes) -> list[dict[str, float]]:
@@ -74,9 +78,9 @@ def read_csv(data: bytes) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if name != "ledger"} for row in rows]
 
 
-def _csv(rows: list[Row]) -> bytes:
+def _csv(columns: tuple[str, ...], rows: list[Row]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

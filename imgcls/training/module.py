@@ -1,6 +1,7 @@
 """The LightningModule: loss, totals and optimizer around a network. Called by `fit` and `evaluate`."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, assert_never
 
 import lightning.pytorch as pl
@@ -36,6 +37,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
+        self.average = deepcopy(network).requires_grad_(False) if recipe.averaging else None
         self.recipe, self.total_steps = recipe, total_steps
         self.seed, self.world, self.rank, self.world_size = seed, world, world.rank, world.size
         self.flags = StepFlags(world)
@@ -49,6 +51,30 @@ class Classifier(pl.LightningModule):
         """Of the last whole pass over each split."""
         self.predicted = np.empty(0, list(PREDICTED))
         """Of the last whole pass over the test split."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated, tested and kept."""
+        return self.network if self.average is None else self.average
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        step = self.global_step
+        super().optimizer_step(*arguments, **named)
+        self._update_average(step)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        """Of weights and running statistics, from those after the first step on.
+
+        torch's AveragedModel reads a counter from the device in every step.
+        """
+        if self.average is None:
+            return
+        for average, newest in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
+            if step == 0 or not average.is_floating_point():
+                average.copy_(newest)
+            else:
+                average.lerp_(newest, 1 - self.recipe.averaging)
 
     def on_train_start(self) -> None:
         if isinstance(self.trainer.model, DistributedDataParallel):
@@ -106,9 +132,11 @@ class Classifier(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
+        step = self.global_step
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
+        self._update_average(step)
 
     def _share(self, finite: Tensor, batch: Batch) -> None:
         self.flags.share(finite, batch.ids, epoch=self.current_epoch, step=self.global_step)
@@ -167,7 +195,7 @@ class Classifier(pl.LightningModule):
         self.predictions.reset()
 
     def _evaluate(self, totals: Totals, batch: Batch) -> Tensor:
-        logits = self.network(batch.images)[: batch.counted]
+        logits = self.evaluated(batch.images)[: batch.counted]
         totals.update(logits, batch.labels[: batch.counted])
         return logits
 
@@ -179,7 +207,7 @@ class Classifier(pl.LightningModule):
         return scores
 
     def configure_optimizers(self) -> Any:
-        optimizer, parameters = self.recipe.optimizer, self.parameters()
+        optimizer, parameters = self.recipe.optimizer, self.network.parameters()
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
         built: torch.optim.Optimizer
         match optimizer:

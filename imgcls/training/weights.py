@@ -97,7 +97,7 @@ def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...
         "format": FORMAT,
         "recipe": recipe.to_json(),
         "class_names": list(class_names),
-        "preprocessing": _preprocessing(recipe),
+        "preprocessing": preprocessing(recipe),
         "synthetic": synthetic,
         "lineage": [seen.entry.model_dump() for seen in lineage],
     }
@@ -135,7 +135,7 @@ def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
     return content
 
 
-def _preprocessing(recipe: Recipe) -> dict[str, Any]:
+def preprocessing(recipe: Recipe) -> dict[str, Any]:
     into = recipe.input
     return {
         "crop": "central square",
@@ -164,9 +164,10 @@ def checked_bytes(url: str) -> bytes:
         raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
 
 
-def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The network's state_dict out of a Lightning checkpoint of ours."""
-    prefix = "network."
+def network_weights(checkpoint: dict[str, Any], *, averaged: bool = True) -> dict[str, Tensor]:
+    """The network's state_dict out of a Lightning checkpoint of ours. averaged: their average where the run keeps one."""
+    keeps_one = averaged and any(name.startswith("average.") for name in checkpoint["state_dict"])
+    prefix = "average." if keeps_one else "network."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 

@@ -17,6 +17,7 @@ import pytest
 import tyro
 
 from imgcls import records
+from imgcls.catalogue import CATALOGUES
 from imgcls.records import SuiteResults
 from imgcls.results.measurement import Measurement, where_of
 from imgcls.training import environment
@@ -39,6 +40,7 @@ RUN_BY = {
     "jobs.predict": OWN,
     "jobs.audit": "tests/imgcls/training/test_audit.py",
     "jobs.search": "tests/system/test_searches.py",
+    "jobs.export": "tests/imgcls/training/test_export.py",
     "jobs.suite": f"{RUNS}::test_without_data_and_network_the_suite_says_so_and_takes_procedural_images",
     "jobs.report": f"{RUNS}::test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_not_run_twice",
     "jobs.doctor": "tests/system/test_doctor.py",
@@ -191,17 +193,25 @@ def record_in(root: Path, subject: str) -> Measurement:
     return Measurement.from_bytes(file.read_bytes(), where=str(file))
 
 
-def test_a_record_is_written_from_a_suites_results(enter_command: Command, tmp_path: Path):
+@pytest.mark.parametrize("catalogue", ["quick", "transfer"])
+def test_a_record_is_written_from_a_suites_results(enter_command: Command, tmp_path: Path, catalogue: str):
     runs, folder = record_in(ROOT, "suite-quick_2cpu").runs, tmp_path / "runs" / "again"
+    if catalogue == "transfer":
+        arms = {arm: {"num_train": 450 * (1 + i // 2)} for i, arm in enumerate(CATALOGUES["transfer"][1:])}
+        runs = tuple(
+            runs[0].model_copy(update={"recipe": arm, "name": f"{arm.name}-seed0", "catalogue": "transfer", **count})
+            for arm, count in arms.items()
+        )
     results = SuiteResults(
-        id="again", catalogue="quick", url=str(folder), data="data/packed", synthetic=False, runs=runs, seconds=1.0,
+        id="again", catalogue=catalogue, url=str(folder), data="data/packed", synthetic=False, runs=runs, seconds=1.0,
         command="python -m jobs.suite --id again",
     )  # fmt: skip
     folder.mkdir(parents=True)
     records.write(results, str(folder / "results.json"))
     done = enter_command("bench", "record", "again")
     assert done.returncode == 0, done.stderr
-    assert record_in(tmp_path, "suite-quick").runs == runs
+    assert record_in(tmp_path, f"suite-{catalogue}").runs == runs
+    assert len(list(tmp_path.glob("docs/measurements/*.svg"))) == (catalogue == "transfer")
 
 
 @pytest.mark.slow

@@ -70,6 +70,12 @@ def test_the_digest_changes_with_any_field_and_with_nothing_else():
     assert differing_fields(quick.SCRATCH.to_json(), changed.to_json()) == ["optimizer.lr: 0.002 / 0.01"]
 
 
+def test_runs_that_are_on_record_keep_their_digest_when_recipes_get_a_new_field():
+    before = "ff4b65c6ba765ed3276e39d91fc7cc35e3c878b033065ac8830672058f4cc648"
+    assert config(quick.BASIC_CNN).digest() == before
+    assert config(derive(quick.BASIC_CNN, {"averaging": 0.9})).digest() != before
+
+
 def test_a_recipe_has_one_digest_from_python_and_from_json():
     for _, recipe in ALL:
         assert RunConfig.model_validate_json(config(recipe).to_bytes()).digest() == config(recipe).digest()

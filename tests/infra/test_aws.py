@@ -633,6 +633,7 @@ def test_where_there_is_no_spot_capacity_the_node_is_on_demand_and_other_errors_
     from ray.autoscaler._private.providers import _get_node_provider
     from ray.autoscaler.node_launch_exception import NodeLaunchException
 
+    caplog.set_level("WARNING", logger="ray")  # a test before this one may have silenced it
     config = bootstrapped(outputs)
     provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
     node_type = config["available_node_types"][name]

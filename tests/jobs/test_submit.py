@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -52,14 +53,14 @@ def test_a_traceback_is_shown_where_it_is_asked_for(enter_command: Command, flag
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A server that answers every request with this text."""
+    """A server that answers every request with this text, but for those of a job's log."""
 
     def __init__(self, text: str, *connection: Any) -> None:
         self.text = text
         super().__init__(*connection)
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(500 if self.path.endswith("/logs") else 200)
         self.end_headers()
         self.wfile.write(self.text.encode())
 
@@ -81,3 +82,19 @@ def test_an_address_where_nobody_answers_is_named(enter_command: Command):
     done = enter_command("submit", "status", "a-job", "--address", "http://127.0.0.1:1")
     assert done.returncode == MISSING_OR_BROKEN
     assert "no Ray dashboard answers at http://127.0.0.1:1" in done.stderr
+
+
+def test_a_job_that_is_over_and_whose_log_is_lost_is_not_followed_for_ever(
+    enter_command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    """The node of its command is gone: the dashboard knows the job, and cannot read what it wrote."""
+    monkeypatch.setattr("cluster.send.submission.LOST_LOG_S", 0.5)
+    head = {"authentication_mode": "disabled", "version": "4", "ray_version": version("ray"), "ray_commit": ""}
+    job = {"type": "SUBMISSION", "submission_id": "a-job", "status": "FAILED", "entrypoint": "x", "driver_exit_code": 3}
+    with HTTPServer(("127.0.0.1", 0), partial(Answering, json.dumps(head | job))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = enter_command("submit", "follow", "a-job", "--address", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 3
+    said = done.stdout + done.stderr
+    assert said.index("the job is over, its log does not come") < said.index("the rest of the log cannot be read")

@@ -31,6 +31,7 @@ from imgcls.catalogue.published import PUBLISHED
 from imgcls.data.shards import manifest_url
 from imgcls.errors import ClusterError, DataError, ImgclsError
 from imgcls.records import RunResult
+from imgcls.results.compare import read_predictions
 from imgcls.results.measurement import Figures, measure, where_of
 from imgcls.runs import SuiteFolder
 from imgcls.training import environment
@@ -299,10 +300,11 @@ def _suite(bench: Bench, *, catalogue: str, seeds: bool = False, changes: Sequen
         bench.run(*bench.training("suite", id, *words, "--checkpoint-every-n-steps", "200", gpus=0.2, changes=changes))
     finally:
         try:
-            results = SuiteFolder(str(bench.runs / id)).publish()
+            suite = SuiteFolder(str(bench.runs / id))
+            results = suite.publish()
             bench.found |= {one.name: one.test.accuracy for one in results.finished if one.test}
             told = {"command": bench.commands[-1], "seconds": round(time.monotonic() - began, 1)}
-            record = measure(results.model_copy(update=told))
+            record = measure(results.model_copy(update=told), read_predictions(suite.predictions(results)))
             storage.write_bytes(str(bench.folder / record.file_name), record.to_bytes())
         except ImgclsError as reason:
             bench.found["no record of the suite"] = str(reason)

@@ -1,17 +1,22 @@
 """What `make proof` and `bench faults` leave on record, and the papers' tables of all records."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from imgcls.catalogue import CATALOGUES
 from imgcls.catalogue.published import PUBLISHED
+from imgcls.recipe import changes_between
 from imgcls.records import Record, RunResult
-from imgcls.results.compare import HEADER, MEASURED, table_row
+from imgcls.results.compare import HEADER, MEASURED, published_beside, table_row
 from imgcls.results.measurement import Figures, Measurement
+from imgcls.results.statistics import Estimate
 
 
 class Proved(Record):
@@ -96,9 +101,18 @@ class SpeedRecord(Figures):
 R = TypeVar("R", bound=Record)
 
 
+def by_day(folder: Path, subject: str) -> list[Path]:
+    """The newest first."""
+    return sorted(folder.glob(f"{subject}_*.json"), key=lambda path: (path.stem.rpartition("_")[2], path.name), reverse=True)
+
+
 def newest(kind: type[R], folder: Path, subject: str) -> tuple[Path, R] | None:
-    paths = sorted(folder.glob(f"{subject}_*.json"), key=lambda path: path.stem.rpartition("_")[2])
-    return (paths[-1], kind.from_bytes(paths[-1].read_bytes(), where=str(paths[-1]))) if paths else None
+    paths = by_day(folder, subject)
+    return (paths[0], kind.from_bytes(paths[0].read_bytes(), where=str(paths[0]))) if paths else None
+
+
+def measurements(folder: Path, subject: str) -> list[tuple[Path, Measurement]]:
+    return [(path, Measurement.from_bytes(path.read_bytes(), where=str(path))) for path in by_day(folder, subject)]
 
 
 def table_of(subject: str, folder: Path) -> str:
@@ -107,20 +121,87 @@ def table_of(subject: str, folder: Path) -> str:
 
 
 def suite_table(subject: str, folder: Path) -> str:
-    """A row a run; a recipe without one is unmeasured."""
-    found = newest(Measurement, folder, subject)
-    rows = []
-    for recipe, published in PUBLISHED.items():
-        measured = [table_row(run) for run in found[1].runs if run.recipe.name == recipe] if found else []
-        rows += measured or [(recipe, "unmeasured", *[""] * len(MEASURED), f"{published.accuracy:.4f}")]
-    text = rows_of(HEADER, rows)
-    if found is None:
-        return text
-    path, record = found
+    """A row a recipe, or a seed, of the newest record that has it; one without is unmeasured."""
+    rows, used = list[tuple[str, ...]](), dict[Path, tuple[Measurement, list[str]]]()
+    measured = measurements(folder, subject)
+    for recipe in CATALOGUES[subject.removeprefix("suite-")]:
+        for path, record in measured:
+            runs = [run for run in record.runs if run.recipe.name == recipe.name]
+            if runs:
+                estimate = record.estimates.get(recipe.name)
+                rows += [table_row(run) for run in runs] if estimate is None else [row_of_seeds(runs, estimate)]
+                used.setdefault(path, (record, []))[1].append(recipe.name)
+                break
+        else:
+            published = PUBLISHED.get(recipe.name)
+            beside = f"{published.accuracy:.4f}" if published else ""
+            rows.append((recipe.name, "unmeasured", *[""] * len(MEASURED), beside))
+    sources = [
+        f"{', '.join(names)}: {suite_source(path, record)}" if len(used) > 1 else suite_source(path, record)
+        for path, (record, names) in used.items()
+    ]
+    return "\n\n".join([rows_of(HEADER, rows), *sources])
+
+
+def suite_source(path: Path, record: Measurement) -> str:
     seeds = len({run.seed for run in record.runs})
-    num_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
-    about = f"{record.seconds / 60:.1f} min without packing; n = {num_seeds}"
-    return f"{text}\n\n{source(path, record.command, about, record.runs[0])}"
+    about = f"{record.seconds / 60:.1f} min without packing; n = {seeds} seed{'s' * (seeds > 1)}"
+    return source(path, record.command, about, record.runs[0])
+
+
+def row_of_seeds(runs: Sequence[RunResult], estimate: Estimate) -> tuple[str, ...]:
+    """Under HEADER: means of the seeds, with the interval that covers seeds and test images."""
+    one, tests, vals = runs[0], [run.test for run in runs if run.test], [run.val for run in runs if run.val]
+    published = published_beside(one)
+    epochs = sorted({run.epochs for run in runs})
+    return (
+        f"{one.recipe.name}, {len(runs)} seeds",
+        one.status,
+        f"{estimate.center:.4f}",
+        f"{estimate.low:.3f}-{estimate.high:.3f}",
+        f"{tests[0].num_samples:,}",
+        f"{mean(test.loss for test in tests):.4f}",
+        f"{mean(val.accuracy for val in vals):.4f}",
+        "-".join(map(str, dict.fromkeys([epochs[0], epochs[-1]]))),
+        f"{mean(run.images_per_s or 0.0 for run in runs):,.0f}",
+        f"{mean(run.seconds['fit'] for run in runs) / 60:.1f}",
+        f"{published.accuracy:.4f}" if published else "",
+    )
+
+
+def answers_table(folder: Path, catalogue: str) -> str:
+    """What the newest record that answers anything answers, in words; with its figure where it has one."""
+    for path, record in measurements(folder, f"suite-{catalogue}"):
+        if any(one.verdict != "not answered" for one in record.answers):
+            figure = path.with_suffix(".svg")
+            drawn = [f"![Test accuracy against the number of labels](measurements/{figure.name})"] * figure.exists()
+            said = "\n".join(f"- **{one.question}** {one.verdict}. {one.detail}" for one in record.answers)
+            return "\n\n".join([said, *drawn, suite_source(path, record)])
+    return "Unmeasured."
+
+
+def search_table(folder: Path, recipe: str) -> str:
+    """A row a trial, the best by the search's metric first: what it changes, and how it ended."""
+    found = newest(Measurement, folder, f"search-{recipe}")
+    header = ("trial", "val accuracy", "val loss", "epochs", "ended", "changes")
+    if found is None:
+        return rows_of(header, [("", "unmeasured", *[""] * 4)])
+    path, record = found
+    search, rows = record.search, dict[tuple[float, str], tuple[str, ...]]()
+    assert search is not None
+    for run in record.runs:
+        changed = changes_between(search.recipe, run.recipe)
+        changes = ", ".join(f"{name} {value}" for name, value in changed.items() if name != "name")
+        accuracy, loss, epochs, place = "", "", "", math.inf
+        if run.val is not None:
+            accuracy, loss, epochs = f"{run.val.accuracy:.4f}", f"{run.val.loss:.4f}", str(run.epochs)
+            place = run.val.loss if search.metric == "val/loss" else -run.val.accuracy
+        rows[place, run.name] = (run.name, accuracy, loss, epochs, run.error or run.status, changes)
+    base = next((one for one in CATALOGUES[record.runs[0].catalogue] if one.name == recipe), search.recipe)
+    fixed = ", ".join(f"{name} {value}" for name, value in changes_between(base, search.recipe).items()) or "no changes"
+    about = f"around `{recipe}` of {record.runs[0].catalogue} with {fixed}; each at its best checkpoint"
+    done = next(run for run in record.runs if run.hardware)
+    return f"{rows_of(header, [rows[key] for key in sorted(rows)])}\n\n{source(path, record.command, about, done)}"
 
 
 def numerics_table(folder: Path) -> str:
@@ -261,6 +342,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "proof": proof_table,
     **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery", "goodput")},
     "faults": faults_table,
+    "search-basic-cnn": partial(search_table, recipe="basic-cnn"),
+    **{f"answers-{catalogue}": partial(answers_table, catalogue=catalogue) for catalogue in ("paper", "transfer")},
     "speed": speeds_table,
     **{f"speed-{what}": partial(speed_table, what) for what in HEADLINES},
 }

@@ -20,7 +20,7 @@ from imgcls.records import Scores, Split
 from tests.proof.alone import TWELVE, result_in, run_alone, together, world_of
 
 pytestmark = pytest.mark.timeout(600)
-ELASTIC = replace(TWELVE, name="elastic", model=ResNet18(dropout=0.2), numerics="elastic")
+ELASTIC = replace(TWELVE, name="elastic", model=ResNet18(dropout=0.2), numerics="elastic", averaging=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_ddp_ranks_killed_in_mid_epoch_end_with_the_bits_of_those_that_were_not(
     """
     if world_size != 3 and not full:
         pytest.skip("make proof")
-    recipe = replace(TWELVE, model=ResNet18(dropout=0.2)) if full else TWELVE
+    recipe = replace(TWELVE, averaging=0.9, model=ResNet18(dropout=0.2) if full else TWELVE.model)
     done, often = [0] * world_size, 10**12
     killed, dies = [-signal.SIGKILL] * world_size, (7, "in the step")
     assert run_alone(recipe, packed, tmp_path / "a", world_size=world_size, attempt=often, dies=dies) == killed

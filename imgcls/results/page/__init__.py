@@ -33,7 +33,7 @@ def render(
         intervals={run.name: estimate for runs, estimate in estimated for run in runs},
         statuses={run.name: run.status for run in results.runs},
         accuracy_figure=figures.accuracies(estimated, published) if done else "",
-        labels_figure=figures.labels(estimated, compare.transfers(results)),
+        labels_figure=figures.labels(estimated, compare.transfers(results.runs)),
         sections=[_section([*group.values()], histories, tables) for group in compare.groups(results)],
         done=done,
         problems=[run for run in results.runs if run.status != "finished"],

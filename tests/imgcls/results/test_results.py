@@ -5,23 +5,25 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from imgcls.catalogue import quick, transfer
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, Answer, answers, most_confused, read_predictions, table_row
+from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
 from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render, render_search
 from imgcls.search import Search, space_of
-from jobs.report import beside
 from tests.conftest import ROOT
-from tests.proof.records import table_of
+from tests.proof.records import answers_table, table_of
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 HISTORY = b"""epoch,step,lr,samples,ledger,train/loss,train/accuracy,val/samples,val/loss,val/accuracy
@@ -281,7 +283,7 @@ def test_a_published_figure_stands_beside_its_own_data_set_alone():
 
 def test_a_record_holds_the_catalogue_at_one_commit_or_is_refused(tmp_path: Path):
     runs = five()
-    record = measure(suite(*runs))
+    record = measure(suite(*runs), {})
     assert [one.name for one in record.runs] == [one.name for one in runs]
     assert not any(one.examples for one in record.runs)
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
@@ -294,11 +296,11 @@ def test_a_record_holds_the_catalogue_at_one_commit_or_is_refused(tmp_path: Path
         ({"hardware": {"cpu": "y"}}, "several kinds of hardware"),
     ):
         with pytest.raises(DataError, match=message):
-            measure(suite(runs[0].model_copy(update=changes), *runs[1:]))
+            measure(suite(runs[0].model_copy(update=changes), *runs[1:]), {})
     with pytest.raises(DataError, match="SYNTHETIC"):
-        measure(suite(*runs, synthetic=True))
+        measure(suite(*runs, synthetic=True), {})
     with pytest.raises(DataError, match="nothing to record"):
-        measure(suite(FAILED))
+        measure(suite(FAILED), {})
 
 
 FAILED = RunResult.of(config(quick.SCRATCH, 1), status="failed", error="it <broke>")
@@ -376,33 +378,46 @@ def test_the_page_is_drawn_whatever_the_locale():
     assert done.returncode == 0, done.stderr[-1000:]
 
 
-def chromium() -> str:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no chromium on this machine")
-    return found
+    with sync_playwright() as started, started.chromium.launch(executable_path=found, args=["--no-sandbox"]) as browser:
+        yield browser
 
 
-SILENT = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
-OFFLINE = ("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr")
+LIGHT: dict[str, Any] = {"media": "screen", "color_scheme": "light"}
+DARK: dict[str, Any] = {"media": "screen", "color_scheme": "dark"}
+# The last one is A4 without its margins.
+SCREENS: tuple[tuple[int, dict[str, Any]], ...] = (
+    *((width, scheme) for width in (390, 1440) for scheme in (LIGHT, DARK)),
+    (718, {"media": "print"}),
+)
 
 
-@pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("what", ["five", "seeds", "search"])
-def test_a_browser_shows_each_row_and_no_error(tmp_path: Path, width: int, what: str):
+def test_a_browser_shows_each_row_on_screen_and_paper_and_all_can_read_it(browser: Browser, tmp_path: Path, what: str):
+    from axe_playwright_python.sync_playwright import Axe  # cannot be imported where the locale knows ASCII only
+
     runs = {"five": five(), "seeds": [one for seed in range(3) for one in five(seed=seed)]}
-    page = page_of(*runs[what]) if what in runs else search_page()
-    rows = len(runs[what]) if what in runs else 4
-    probe = "<script>document.title = document.querySelectorAll('.suite-row').length + ' rows, overflow ' + "
-    probe += "(document.documentElement.scrollWidth > window.innerWidth)</script></body>"
-    (tmp_path / "report.html").write_text(page.replace("</body>", probe))
-    options = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run(
-        [chromium(), *SILENT, *OFFLINE, *options, (tmp_path / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert f"<title>{rows} rows, overflow false</title>" in done.stdout
-    assert "CONSOLE" not in done.stderr
+    (tmp_path / "report.html").write_text(page_of(*runs[what]) if what in runs else search_page())
+    said = list[str]()
+    with browser.new_context(offline=True) as context:
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(error.message))
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.locator(".suite-row").count() == (len(runs[what]) if what in runs else 4)
+        assert page.locator("svg:not([role=img][aria-label]), img:not([alt])").count() == 0
+        for width, emulated in SCREENS:
+            page.emulate_media(**emulated)
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{width} px, {emulated}"
+            if (width, emulated) in ((390, DARK), (1440, LIGHT)):
+                found = Axe().run(page)
+                assert found.violations_count == 0, found.generate_report()
+    assert said == []
 
 
 def test_a_table_of_numerics_compares_runs_that_followed_each_other(tmp_path: Path):
@@ -416,3 +431,48 @@ def test_a_table_of_numerics_compares_runs_that_followed_each_other(tmp_path: Pa
     record = Measurement(subject="numerics", claim="x", command="y", date="2026-01-01", seconds=1.0, runs=runs)
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
     assert "| 2 | 100 | 70 | 0.80 | 3 |" in table_of("numerics", tmp_path)
+
+
+def test_a_record_of_several_seeds_has_a_row_a_recipe_and_the_answers_in_words(tmp_path: Path):
+    arms = ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.6))
+    runs = [result(recipe, 0.01 * seed + accuracy, seed=seed) for recipe, accuracy in arms for seed in range(3)]
+    record = measure(suite(*runs), read_predictions(predictions(*runs)))
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    older = measure(suite(result(quick.BASIC_CNN, 0.4), result(quick.SCRATCH, 0.4)), {}).model_copy(
+        update={"date": "2020-01-01"}
+    )
+    (tmp_path / older.file_name).write_bytes(older.to_bytes())
+    table = table_of("suite-quick", tmp_path)
+    assert "| scratch, 3 seeds | finished | 0.5100 |" in table
+    assert "| basic-cnn-seed0 | finished | 0.4000 |" in table
+    assert "| resnet18 | unmeasured |" in table
+    assert "scratch-seed0" not in table
+    assert table.count("Record: [suite-quick_") == 2
+    said = answers_table(tmp_path, catalogue="quick")
+    assert said.startswith("- **Does transfer help?** finetuned is better. finetuned minus scratch: +10.0 points")
+    assert "![" not in said
+    (tmp_path / record.file_name).with_suffix(".svg").write_text("<svg/>")
+    assert "](measurements/suite-quick_2cpu-avx2_" in answers_table(tmp_path, catalogue="quick")
+    assert answers_table(tmp_path, catalogue="paper") == "Unmeasured."
+
+
+def test_a_record_of_a_search_has_its_trials_the_stopped_ones_too_and_is_told_from_a_suites(tmp_path: Path):
+    search = Search(recipe=quick.BASIC_CNN, space=space_of(quick.BASIC_CNN), num_trials=3)
+    first, second, third = search.trials()
+    stopped = RunResult.of(config(third), status="stopped", error="after epoch 1 of 2: <low>")
+    found = suite(stopped, result(first, 0.5), result(second, 0.6)).model_copy(update={"search": search})
+    record = measure(found, {})
+    (tmp_path / record.file_name).write_bytes(record.to_bytes())
+    assert record.file_name.startswith("search-basic-cnn_2cpu-avx2_")
+    rows = [row.strip("| ").split(" | ") for row in table_of("search-basic-cnn", tmp_path).splitlines()[2:5]]
+    assert [(row[0], row[1], row[4]) for row in rows] == [
+        ("basic-cnn-001-seed0", "0.6000", "finished"),
+        ("basic-cnn-000-seed0", "0.5000", "finished"),
+        ("basic-cnn-002-seed0", "", "after epoch 1 of 2: <low>"),
+    ]
+    assert f"optimizer.lr {second.optimizer.lr}" in rows[0][5]
+    with pytest.raises(DataError, match="differ from the catalogue or the trials"):
+        measure(found.model_copy(update={"runs": (result(quick.SCRATCH, 0.5), *found.runs)}), {})
+    waiting = RunResult.of(config(third), status="open")
+    with pytest.raises(DataError, match="trials that are not over"):
+        measure(found.model_copy(update={"runs": (*found.runs[1:], waiting)}), {})

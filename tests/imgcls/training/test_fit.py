@@ -328,6 +328,50 @@ def test_a_run_that_fails_often_makes_checkpoints_in_mid_epoch_by_itself_and_the
     assert result.weights_sha256 == small[1].weights_sha256
 
 
+@pytest.mark.parametrize("model", ["basic-cnn", "resnet18"])
+def test_the_average_of_the_weights_is_what_is_kept_and_tested_and_outlives_a_kill_in_mid_epoch(
+    small, packed: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+):
+    kind = {"kind": model, "dropout": 0.3}
+    recipe, weights_then = derive(SMALL, {"averaging": 0.5, "model": kind}), list[dict[str, torch.Tensor]]()
+    step = Classifier.optimizer_step
+
+    def noted(self, *arguments, **named) -> None:
+        step(self, *arguments, **named)
+        weights_then.append({name: one.clone() for name, one in self.network.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "optimizer_step", noted)
+        whole = run(recipe, packed, tmp_path / "whole")
+    if model == "basic-cnn":
+        assert whole.weights_sha256 == small[1].weights_sha256, "the weights themselves go their way"
+    average = weights_then[0]
+    for weights in weights_then[1 : 8 * (whole.best_epoch or 0)]:
+        average = {name: 0.5 * one + 0.5 * weights[name] for name, one in average.items()}
+    kept = load_model(str(tmp_path / "whole" / "model.pt")).weights
+    counters = {name for name in kept if name.endswith("num_batches_tracked")}
+    assert all(torch.allclose(kept[name], average[name], atol=1e-5) for name in kept.keys() - counters)
+    assert all(kept[name] == 8 * (whole.best_epoch or 0) for name in counters)
+    assert whole.best_weights_sha256 != small[1].best_weights_sha256
+    assert evaluate(find_model(str(tmp_path / "whole")), data_url=str(packed), split="test", world=World()) == whole.test
+
+    training_step, folder = Classifier.training_step, tmp_path / "killed"
+
+    def dies(self, batch, batch_idx):
+        if self.global_step == 11:
+            raise KilledError
+        return training_step(self, batch, batch_idx)
+
+    options = RunOptions(checkpoint_every_n_steps=2)
+    monkeypatch.setattr(Classifier, "training_step", dies)
+    with pytest.raises(KilledError):
+        fit(config_of(recipe, packed), data_url=str(packed), run_url=str(folder), world=World(), options=options)
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    again = run(recipe, packed, folder)
+    assert (again.weights_sha256, again.best_weights_sha256) == (whole.weights_sha256, whole.best_weights_sha256)
+    assert (again.test, again.val) == (whole.test, whole.val)
+
+
 def test_a_run_that_is_not_to_be_tested_leaves_the_test_set_alone(
     small, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -118,8 +118,8 @@ def small(name: str, **changes: Any) -> Recipe:
     [
         small("scratch"),
         small("regularized", augment=EVERYTHING, label_smoothing=0.1),
-        small("basic-cnn"),
-        small("regularized", numerics="elastic"),
+        small("basic-cnn", averaging=0.9),
+        small("regularized", numerics="elastic", averaging=0.9),
     ],
     ids=lambda recipe: f"{recipe.name}-{recipe.numerics}",
 )
