@@ -130,8 +130,11 @@ class Jobs:
                     return ended(job_id, over)
                 if lost_s is None:
                     lost_s = time.monotonic()
-                    what = f"no connection to {self.address}" if over is None else "the job is over, its log does not come"
-                    say(f"{what} ({str(error).splitlines()[0]}): tried again")
+                    reason = str(error).splitlines()[0]
+                    if over is None:
+                        say(f"no connection to {self.address} ({reason}); the job goes on: tried again")
+                    else:
+                        say(f"the job is over, its log does not come ({reason}): tried again")
                 time.sleep(LOOK_S)
                 continue
             if lost_s is not None:
