@@ -328,7 +328,7 @@ def test_a_run_that_fails_often_makes_checkpoints_in_mid_epoch_by_itself_and_the
     assert result.weights_sha256 == small[1].weights_sha256
 
 
-@pytest.mark.parametrize("model", ["basic-cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["basic-cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_the_average_of_the_weights_is_what_is_kept_and_tested_and_outlives_a_kill_in_mid_epoch(
     small, packed: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ):
