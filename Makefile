@@ -57,7 +57,7 @@ $(VENV)/validators: infra/requirements.txt tests/infra/requirements.txt $(VENV)/
 lock:
 	compile="uv pip compile --universal --no-strip-extras --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 	  --python-version 3.11 --exclude-newer $$(date -d '14 days ago' +%F)"; \
-	$$compile --extra dev --extra export pyproject.toml -o requirements.txt && \
+	$$compile --extra dev --extra export --extra mlflow pyproject.toml -o requirements.txt && \
 	$$compile -c requirements.txt infra/requirements.in -o infra/requirements.txt && \
 	$$compile -c requirements.txt -c infra/requirements.txt tests/infra/requirements.in -o tests/infra/requirements.txt
 

@@ -334,14 +334,22 @@ class SuiteFolder:
 
         histories = self._of_each(results, RunFolder.history)
         if results.search is not None:
-            timings = self._of_each(results, lambda run, _: storage.read_bytes_if_there(run.timing_url))
-            return render_search(results, histories, timings)
+            return render_search(results, histories, self._timings(results))
         audits = {run.name: [audit.told for audit in self.run(run.name).audits()] for run in results.runs}
         return render(results, histories, self.predictions(results), audits)
+
+    def log_to_mlflow(self, results: SuiteResults, uri: str) -> None:
+        """Raises as `tracking.log_to_mlflow`, and DataError as `page`."""
+        from imgcls.results.tracking import log_to_mlflow
+
+        log_to_mlflow(results, self._of_each(results, RunFolder.history), self._timings(results), uri)
 
     def predictions(self, results: SuiteResults) -> dict[str, bytes]:
         """By run, where they were kept. Raises DataError where they are others than the run's result says."""
         return self._of_each(results, RunFolder.predictions)
+
+    def _timings(self, results: SuiteResults) -> dict[str, bytes]:
+        return self._of_each(results, lambda run, _: storage.read_bytes_if_there(run.timing_url))
 
     def _of_each(self, results: SuiteResults, read: Callable[[RunFolder, RunResult], bytes | None]) -> dict[str, bytes]:
         found = {run.name: read(self.run(run.name), run) for run in results.runs}

@@ -25,6 +25,9 @@ from jobs._terminal import Lines, say_table
 MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
 
+Id = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")]
+Storage = Annotated[str, tyro.conf.arg(name="storage")]
+
 
 def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     """Measure how fast this machine trains a catalogue's recipes, for --dry-run.
@@ -46,10 +49,7 @@ def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     return DONE
 
 
-def record(
-    id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")],
-    storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
-) -> int:
+def record(id: Id, storage_url: Storage = "runs") -> int:
     """Write a suite's figures as a record under docs/measurements/.
 
     Args:
@@ -62,11 +62,23 @@ def record(
     suite = SuiteFolder(storage.join(storage_url, checked_name(id, "ID")))
     results = records.read(SuiteResults, suite.results_url)
     predictions = read_predictions(suite.predictions(results))
-    measured = measure(results, predictions)
-    _write(measured)
+    _write(measured := measure(results, predictions))
     if figure := figures.styled(figures.labels)(estimates(results, predictions), transfers(results.runs)):
         (MEASUREMENTS / measured.file_name).with_suffix(".svg").write_text(figure)
     return DONE
+
+
+def published(id: Id, storage_url: Storage = "runs", data: str = "data/packed") -> int:
+    """Write a record of a suite's last weights beside its best checkpoints and the published figures.
+
+    Args:
+        id: Name of the suite, as `paper`.
+        storage_url: Folder or URL where its runs left what they found.
+        data: Folder or URL of packed sets.
+    """
+    with _in_checkout("bench published"):
+        from tests.proof.published import beside_published
+    return _write(beside_published(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))), data))
 
 
 def numerics(data: str = "data/packed", repeats: int = 3) -> int:
@@ -91,8 +103,7 @@ def faults(kills: int = 3) -> int:
     with _in_checkout("bench faults"):
         from tests.proof.bench_faults import measure_faults
     check_commit({environment.commit() or "unknown"}, "bench faults")
-    measured = measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say)
-    _write(measured)
+    _write(measured := measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say))
     return DONE if all(run.identical for run in measured.runs) else SOME_FAILED
 
 
@@ -177,4 +188,4 @@ def with_tables(text: str, *, folder: Path) -> str:
 
 if __name__ == "__main__":
     commands = {"calibrate": calibrate, "record": record, "numerics": numerics, "faults": faults, "gpu": gpu, "speed": speed}
-    enter({**commands, "readme": readme})
+    enter({**commands, "published": published, "readme": readme})

@@ -5,7 +5,7 @@ from typing import Annotated
 import tyro
 
 from imgcls import storage
-from imgcls.errors import StorageError
+from imgcls.errors import RecipeError, StorageError
 from imgcls.runs import SuiteFolder
 from jobs._door import DONE, enter
 from jobs._request import checked_name, place
@@ -17,6 +17,7 @@ def report(
     other: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="OTHER")] = None,
     /,
     storage_url: Annotated[str, tyro.conf.arg(name="storage")] = "runs",
+    mlflow: Annotated[str | None, tyro.conf.arg(metavar="URI")] = None,
     verbose: bool = False,
 ) -> int:
     """Draw a suite's page and table again, from its records; or compare it with another suite, recipe by recipe.
@@ -25,17 +26,21 @@ def report(
         id: Name of the suite, as `quick`.
         other: Name of the suite that it is compared with.
         storage_url: Folder or URL where runs leave what they found.
+        mlflow: Tracking server on which the runs are logged too; what is there already is not logged again.
         verbose: Tracebacks too.
     """
     root = place(storage_url, "--storage")
     first, *others = (checked_name(name, what) for name, what in ((id, "ID"), (other, "OTHER")) if name is not None)
     storage.check_places(reads=[root], writes=[] if others else [root])
     suite = _suite(root, first)
+    if others and mlflow is not None:
+        raise RecipeError("--mlflow logs one suite\n  do: leave OTHER out")
     if others:
         return _compare(suite, _suite(root, *others))
     results = suite.publish()
-    lines = Lines(synthetic=results.synthetic)
-    say_results(lines, results)
+    if mlflow is not None:
+        suite.log_to_mlflow(results, mlflow)
+    say_results(lines := Lines(synthetic=results.synthetic), results)
     lines.say(f"page: {storage.shown(suite.page_url)}")
     return DONE
 

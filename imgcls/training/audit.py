@@ -24,7 +24,7 @@ from imgcls.training.evaluate import evaluate
 from imgcls.training.fit import fit
 from imgcls.training.world import World
 
-MEASURED = {"timing", "seconds", "epoch_s", "traffic", "numerics_changes"}
+MEASURED = {"timing", "seconds", "epoch_s", "traffic", "checkpoint_costs_s", "numerics_changes"}
 """Parts of a checkpoint that say how long something took, or where it was made: no two attempts have the same."""
 REPEATED = ("weights_sha256", "history_sha256", "best_weights_sha256", "predictions_sha256", "val", "test")
 """Of a result: what training again to the end has to come to."""

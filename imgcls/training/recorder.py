@@ -29,7 +29,7 @@ REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
 """Seconds after which a run that has not failed yet is taken to fail."""
 FIRST_COST_S = 1.0
-"""Of a checkpoint, before one was made."""
+"""Of a checkpoint, before one of this run was measured."""
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Commits:
     """Of earlier attempts."""
     gone_on_from: int | None = None
     """The step of the checkpoint from which this attempt goes on, until it has committed one of its own."""
-    _costs_s: list[float] = field(default_factory=lambda: [FIRST_COST_S])
+    costs_s: list[float] = field(default_factory=list)
+    """Of the run's checkpoints, as far as this attempt knows."""
     _last_s: float = field(default_factory=time.perf_counter)
     _asked: bool = False
     _said_over_budget: bool = False
@@ -57,7 +58,8 @@ class Commits:
         J. W. Young, CACM 17 (1974), 530.
         """
         between_failures_s = (CALM_S + trained_s) / (1 + self.failures)
-        cost_s = max(self._costs_s[-2:])  # to a bucket, one that comes too soon waits for the upload of the one before
+        # Two: to a bucket, a checkpoint that comes too soon waits for the upload of the one before.
+        cost_s = max(self.costs_s[-2:], default=FIRST_COST_S)
         is_due = time.perf_counter() - self._last_s > math.sqrt(2 * cost_s * between_failures_s)
         asks = is_due and not self._asked and self.options.checkpoint_every_n_steps is None
         self._asked |= asks
@@ -84,7 +86,7 @@ class Commits:
         if trainer.is_global_zero:
             self._prune()
         self.gone_on_from, self._asked, self._last_s = None, False, time.perf_counter()
-        self._costs_s.append(self._last_s - began_s)
+        self.costs_s.append(self._last_s - began_s)
 
     def _prune(self) -> None:
         size, budget_mb = self.store.prune(self.options, in_use=self.gone_on_from), self.options.checkpoint_budget_mb
@@ -125,11 +127,13 @@ class Recorder(Checkpoint):
             "epoch_s": 0.0 if self._began_s is None else self._training_s(),
             "numerics_changes": self.numerics_changes,
             "traffic": self.traffic.amounts,
+            "checkpoint_costs_s": self.commits.costs_s[-2:],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load(state_dict)
         self._earlier_s = state_dict["epoch_s"]
+        self.commits.costs_s = state_dict.get("checkpoint_costs_s", [])  # checkpoints of earlier versions have none
         self.numerics_changes = [*state_dict["numerics_changes"], *self.numerics_changes]
         for phase, seconds in state_dict["seconds"].items():
             self.clock.add(phase, seconds)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 import tyro
 
-from imgcls import records
+from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.records import SuiteResults
 from imgcls.results.measurement import Measurement, where_of
+from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from tests.conftest import ROOT, Command, image_folder
+from tests.proof.records import PublishedRecord
 
 PAPERS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "infra/README.md", "sandbox/README.md")),
@@ -52,6 +55,7 @@ RUN_BY = {
     "jobs.bench record": f"{SELF}::test_a_record_is_written_from_a_suites_results",
     "jobs.bench readme": f"{SELF}::test_the_tables_of_the_papers_are_written",
     "jobs.bench calibrate": f"{SELF}::test_this_machine_is_calibrated",
+    "jobs.bench published": f"{SELF}::test_the_last_weights_are_tested_beside_the_published_figures",
     "jobs.bench numerics": f"{SELF}::test_elastic_numerics_are_measured_beside_ddp",
     "jobs.bench gpu": f"{SELF}::test_what_is_wanted_of_a_gpu_is_tried_without_one",
     "jobs.bench speed": "tests/speed/test_speed.py::test_the_command_measures_loaders_and_leaves_a_record_and_tables",
@@ -62,7 +66,7 @@ RUN_BY = {
 ONLY_PARSED = {
     "jobs.bench faults": "takes an hour, and wants a commit without changes; a part of `make proof`",
     "pytest": "proofs that take minutes, and want a commit without changes; a part of `make proof`",
-    "pip": "installs what `bench speed data` compares with",
+    "pip": "installs what `bench speed data` compares with, or MLflow's client",
     "make run": "its recipe is `jobs.suite --pack`, which .ci/run runs",
     "make test": "its recipe is a part of that of `make test-all`",
     "make check": "a prerequisite of `make test-all`",
@@ -212,6 +216,29 @@ def test_a_record_is_written_from_a_suites_results(enter_command: Command, tmp_p
     assert done.returncode == 0, done.stderr
     assert record_in(tmp_path, f"suite-{catalogue}").runs == runs
     assert len(list(tmp_path.glob("docs/measurements/*.svg"))) == (catalogue == "transfer")
+
+
+@pytest.mark.slow
+def test_the_last_weights_are_tested_beside_the_published_figures(run_command: Command, tmp_path: Path):
+    assert run_command("pack", "imagenette", "--source", image_folder(tmp_path / "images", count=100)).returncode == 0
+    env = {"IMGCLS_COMMIT": "0123456789ab", "IMGCLS_CACHE": str(tmp_path / "cache"), "RAY_ADDRESS": ""}
+    done = run_command("suite", "--catalogue", "paper", "--recipes", "basic-cnn", "--id", "paper", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_command("bench", "published", "paper", env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("docs/measurements/published-paper*.json")
+    (row,) = PublishedRecord.from_bytes(file.read_bytes(), where=str(file)).rows
+    run = SuiteFolder(str(tmp_path / "runs" / "paper")).run("basic-cnn-seed0")
+    result = run.result()
+    assert result is not None
+    assert result.test is not None
+    assert row.best.center == pytest.approx(result.test.accuracy)
+    assert (row.best_epochs, row.last_epochs) == ((result.best_epoch,), (result.epochs,))
+    scores = [
+        json.loads(run_command("evaluate", place, "--json", env=env).stdout)["scores"]["accuracy"]
+        for place in (run.url, storage.join(run.checkpoints_url, f"step-{result.steps:08d}"))
+    ]
+    assert [row.best.center, row.last.center] == pytest.approx(scores)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from imgcls.recipe import changes_between
 from imgcls.records import Record, RunResult
 from imgcls.results.compare import HEADER, MEASURED, published_beside, table_row
 from imgcls.results.measurement import Figures, Measurement
-from imgcls.results.statistics import Estimate
+from imgcls.results.statistics import Difference, Estimate
 
 
 class Proved(Record):
@@ -63,6 +63,27 @@ class FaultRecord(Figures):
     seconds_without_faults: float
     """From the first of twelve steps to the last."""
     runs: tuple[FaultyRun, ...]
+
+
+class BesidePublished(Record):
+    """The seeds of a recipe, tested on the best checkpoint and on the last weights."""
+
+    recipe: str
+    published: float
+    seeds: tuple[int, ...]
+    best_epochs: tuple[int, ...]
+    last_epochs: tuple[int, ...]
+    best: Estimate
+    last: Estimate
+    last_minus_best: Difference
+
+
+class PublishedRecord(Figures):
+    """What `jobs.bench published` found."""
+
+    claim: str = "the published scripts tested the last weights, and not the best checkpoint: what that does to the figure"
+    command: str
+    rows: tuple[BesidePublished, ...]
 
 
 Kind = Literal["peer", "ours", "limit", "by hand"]
@@ -153,7 +174,7 @@ def row_of_seeds(runs: Sequence[RunResult], estimate: Estimate) -> tuple[str, ..
     """Under HEADER: means of the seeds, with the interval that covers seeds and test images."""
     one, tests, vals = runs[0], [run.test for run in runs if run.test], [run.val for run in runs if run.val]
     published = published_beside(one)
-    epochs = sorted({run.epochs for run in runs})
+    epochs = [run.epochs for run in runs]
     return (
         f"{one.recipe.name}, {len(runs)} seeds",
         one.status,
@@ -162,7 +183,7 @@ def row_of_seeds(runs: Sequence[RunResult], estimate: Estimate) -> tuple[str, ..
         f"{tests[0].num_samples:,}",
         f"{mean(test.loss for test in tests):.4f}",
         f"{mean(val.accuracy for val in vals):.4f}",
-        "-".join(map(str, dict.fromkeys([epochs[0], epochs[-1]]))),
+        "-".join(map(str, dict.fromkeys([min(epochs), max(epochs)]))),
         f"{mean(run.images_per_s or 0.0 for run in runs):,.0f}",
         f"{mean(run.seconds['fit'] for run in runs) / 60:.1f}",
         f"{published.accuracy:.4f}" if published else "",
@@ -202,6 +223,29 @@ def search_table(folder: Path, recipe: str) -> str:
     about = f"around `{recipe}` of {record.runs[0].catalogue} with {fixed}; each at its best checkpoint"
     done = next(run for run in record.runs if run.hardware)
     return f"{rows_of(header, [rows[key] for key in sorted(rows)])}\n\n{source(path, record.command, about, done)}"
+
+
+def published_table(folder: Path) -> str:
+    """The published figures beside ours, on the best checkpoint and on the last weights."""
+    found = newest(PublishedRecord, folder, "published-paper")
+    header = ("run", "seeds", "published", "ours: last weights", "ours: best checkpoint", "last minus best")
+    measured = {row.recipe: row for row in found[1].rows} if found else {}
+    rows = []
+    for name, published in PUBLISHED.items():
+        figure = f"{published.accuracy:.4f} ({published.note})"
+        if (row := measured.get(name)) is None:
+            rows.append((name, "", figure, "unmeasured", "", ""))
+            continue
+        gap = row.last_minus_best
+        last, best = (f"{of.center:.4f} ({of.low:.3f}-{of.high:.3f})" for of in (row.last, row.best))
+        ours = (f"{last}, {_epochs(row.last_epochs)}", f"{best}, {_epochs(row.best_epochs)}")
+        rows.append((name, str(len(row.seeds)), figure, *ours, f"{gap.center:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"))
+    sources = [source(found[0], found[1].command, "means with 95% intervals", found[1])] if found else []
+    return "\n\n".join([rows_of(header, rows), *sources])
+
+
+def _epochs(of_seeds: Sequence[int]) -> str:
+    return f"epoch {'-'.join(map(str, dict.fromkeys([min(of_seeds), max(of_seeds)])))}"
 
 
 def numerics_table(folder: Path) -> str:
@@ -342,6 +386,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "proof": proof_table,
     **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery", "goodput")},
     "faults": faults_table,
+    "published-paper": published_table,
     "search-basic-cnn": partial(search_table, recipe="basic-cnn"),
     **{f"answers-{catalogue}": partial(answers_table, catalogue=catalogue) for catalogue in ("paper", "transfer")},
     "speed": speeds_table,

@@ -103,6 +103,16 @@ def test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_no
 
 
 @pytest.mark.slow
+def test_a_suites_runs_are_logged_to_mlflow_too(run_command: Command, five: Five, storage: Path, tmp_path: Path):
+    words, env = ("--storage", storage, "--mlflow", (tmp_path / "mlruns").as_uri()), {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    for _ in range(2):
+        done = run_command("report", "five", *words, env=env)
+        assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("mlruns/*/*/metrics/test/accuracy"))) == 5
+    assert "leave OTHER out" in run_command("report", "five", "five", *words, env=env).stderr
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     run_command: Command, packed: Path, five: Five, storage: Path, ray_cluster: dict[str, str], tmp_path: Path
 ):

@@ -372,6 +372,23 @@ def test_the_average_of_the_weights_is_what_is_kept_and_tested_and_outlives_a_ki
     assert (again.test, again.val) == (whole.test, whole.val)
 
 
+def test_a_run_that_goes_on_knows_what_its_checkpoints_cost_before(packed: Path, tmp_path: Path):
+    config, options, world = config_of(SMALL, packed), RunOptions(checkpoint_every_n_steps=2, checkpoint_keep=9), World()
+
+    def costs(step: int) -> list[float]:
+        state = torch.load(tmp_path / "checkpoints" / f"step-{step:08d}" / "checkpoint.ckpt")["callbacks"]
+        return next(of for name, of in state.items() if name.startswith("Recorder"))["checkpoint_costs_s"]
+
+    fit(config, data_url=str(packed), run_url=str(tmp_path), world=world, options=options)
+    for step in (24, 22):
+        CheckpointStore(str(tmp_path / "checkpoints")).remove_checkpoint(str(tmp_path / "checkpoints" / f"step-{step:08d}"))
+    (tmp_path / "result.json").unlink()
+    before = costs(20)
+    fit(config, data_url=str(packed), run_url=str(tmp_path), world=world, options=options)
+    assert len(before) == 2
+    assert (costs(22), costs(24)[0]) == (before, before[1])
+
+
 def test_a_run_that_is_not_to_be_tested_leaves_the_test_set_alone(
     small, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
