@@ -37,7 +37,7 @@ class Vm:
         return [pid for pid in pids if title_of(pid).startswith("flock ") and str(self.folder) in title_of(pid)]
 
 
-@pytest.fixture(params=FILES)
+@pytest.fixture(params=[FILES[0], pytest.param(FILES[1], marks=pytest.mark.slow)])
 def vm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Vm]:
     vm = Vm(request.param, tmp_path)
     vm.file.touch()
@@ -74,6 +74,7 @@ def test_a_second_start_makes_no_second_loop(vm: Vm):
     until(lambda: vm.loops == [loop], 10, "the second one to end")
 
 
+@pytest.mark.slow
 def test_the_head_stays_unless_its_user_leaves_out_the_condition(vm: Vm):
     vm.start()
     time.sleep(2)

@@ -394,6 +394,7 @@ print(len(page), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_the_page_of_a_thousand_classes_takes_little_memory():
     done = subprocess.run([sys.executable, "-c", MANY_CLASSES], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
@@ -429,7 +430,7 @@ SCREENS: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize("what", ["five", "seeds", "search"])
+@pytest.mark.parametrize("what", [pytest.param("five", marks=pytest.mark.slow), "seeds", "search"])
 def test_a_browser_shows_each_row_on_screen_and_paper_and_all_can_read_it(browser: Browser, tmp_path: Path, what: str):
     from axe_playwright_python.sync_playwright import Axe  # cannot be imported where the locale knows ASCII only
 

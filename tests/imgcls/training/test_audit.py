@@ -198,6 +198,7 @@ def test_a_run_that_is_not_over_is_refused(touched: Path, packed: Path):
         audited(touched, packed)
 
 
+@pytest.mark.slow
 def test_a_run_from_another_ones_weights_is_trained_again_from_them(packed: Path, tmp_path: Path):
     source = finished(
         replace(SMALL, name="source", model=ResNet18(), dataset="imagenette", length=Length(epochs=1)), packed, tmp_path
@@ -224,6 +225,7 @@ def test_an_elastic_run_of_four_workers_is_audited_by_one(packed: Path, tmp_path
     assert audited(folder, packed).difference == ""
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_found_in_one_line_and_keeps_it_where_it_is_asked_to(touched: Path, packed: Path):
     def command(*flags: str) -> subprocess.CompletedProcess[str]:
         return run_in(touched, "audit", touched, "--data", packed, "--pieces", "1", *flags)

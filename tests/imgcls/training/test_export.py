@@ -62,6 +62,7 @@ def as_onnx(trained: Path, packed: Path, tmp_path_factory: pytest.TempPathFactor
     return to
 
 
+@pytest.mark.slow
 def test_the_example_in_the_guide_answers_as_predict_does(trained: Path, as_onnx: Path):
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/commands.md").read_text(), re.DOTALL | re.MULTILINE)
     photo = image(3, size=(60, 41))
@@ -73,7 +74,7 @@ def test_the_example_in_the_guide_answers_as_predict_does(trained: Path, as_onnx
     assert done.stdout.strip() == top[0][0]
 
 
-@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+@pytest.mark.parametrize("ending", [pytest.param("pt2", marks=pytest.mark.slow), "onnx"])
 def test_an_exported_model_answers_alike_where_this_project_is_not(
     trained: Path, packed: Path, tmp_path: Path, ending: str, enter_command: Command
 ):

@@ -603,10 +603,8 @@ def test_a_fine_tuned_run_starts_from_its_source_and_remembers_it(packed: Path, 
         run(replace(derive(quick.FINETUNED, tiny), dataset="imagenette"), packed, tmp_path / "back", init=back)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CATALOGUES if name != "quick"]
-
-
-@pytest.mark.parametrize("name", ["quick", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CATALOGUES)
 def test_every_catalogued_recipe_takes_a_step(name: str, packed: Path, tmp_path: Path):
     for recipe in CATALOGUES[name]:
         if recipe.name.startswith("finetuned"):

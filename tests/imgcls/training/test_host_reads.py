@@ -119,7 +119,7 @@ def small(name: str, **changes: Any) -> Recipe:
         small("scratch"),
         small("regularized", augment=EVERYTHING, label_smoothing=0.1),
         small("basic-cnn", averaging=0.9),
-        small("regularized", numerics="elastic", averaging=0.9),
+        pytest.param(small("regularized", numerics="elastic", averaging=0.9), marks=pytest.mark.slow),
     ],
     ids=lambda recipe: f"{recipe.name}-{recipe.numerics}",
 )
