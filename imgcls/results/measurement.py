@@ -21,7 +21,7 @@ class Measurement(Record):
     command: str
     date: str
     seconds: float
-    """Of the command, without packing."""
+    """Of the command, without packing; 0 where it has only done what others had left."""
     runs: tuple[RunResult, ...]
     """Without their example images."""
     answers: tuple[Answer, ...] = ()
@@ -91,7 +91,7 @@ def measure(results: SuiteResults, predictions: Predictions) -> Measurement:
         claim=claim,
         command=results.command,
         date=date.today().isoformat(),
-        seconds=results.seconds,
+        seconds=results.seconds if {one.name for one in done} <= results.took.keys() else 0.0,
         runs=tuple(one.model_copy(update={"examples": ()}) for one in (results.runs if search else done)),
         answers=tuple(answers(results, predictions)),
         estimates={name: found[0] for name, found in by_recipe.items() if len(found) == 1 and found[0].num_seeds > 1},

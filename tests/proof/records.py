@@ -166,7 +166,8 @@ def suite_table(subject: str, folder: Path) -> str:
 
 def suite_source(path: Path, record: Measurement) -> str:
     seeds = len({run.seed for run in record.runs})
-    about = f"{record.seconds / 60:.1f} min without packing; n = {seeds} seed{'s' * (seeds > 1)}"
+    wall = f"{record.seconds / 60:.1f} min without packing" if record.seconds else "several commands, one after another"
+    about = f"{wall}; n = {seeds} seed{'s' * (seeds > 1)}"
     return source(path, record.command, about, record.runs[0])
 
 

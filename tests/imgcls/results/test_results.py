@@ -470,7 +470,8 @@ def test_a_table_of_numerics_compares_runs_that_followed_each_other(tmp_path: Pa
 def test_a_record_of_several_seeds_has_a_row_a_recipe_and_the_answers_in_words(tmp_path: Path):
     arms = ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.6))
     runs = [result(recipe, 0.01 * seed + accuracy, seed=seed) for recipe, accuracy in arms for seed in range(3)]
-    record = measure(suite(*runs), read_predictions(predictions(*runs)))
+    took = {run.name: 60.0 for run in runs}
+    record = measure(suite(*runs).model_copy(update={"took": took}), read_predictions(predictions(*runs)))
     (tmp_path / record.file_name).write_bytes(record.to_bytes())
     older = measure(suite(result(quick.BASIC_CNN, 0.4), result(quick.SCRATCH, 0.4)), {}).model_copy(
         update={"date": "2020-01-01"}
@@ -482,6 +483,7 @@ def test_a_record_of_several_seeds_has_a_row_a_recipe_and_the_answers_in_words(t
     assert "| resnet18 | unmeasured |" in table
     assert "scratch-seed0" not in table
     assert table.count("Record: [suite-quick_") == 2
+    assert table.count(": 0.0 min without packing") == table.count("several commands, one after another") == 1
     said = answers_table(tmp_path, catalogue="quick")
     assert said.startswith("- **Does transfer help?** finetuned is better. finetuned minus scratch: +10.0 points")
     assert "![" not in said
