@@ -89,9 +89,8 @@ def rates_of(run: RunResult, *, took_s: float | None = None, source: Source = "r
 
 
 def new(what: What, of: str, hardware: str, value: float, source: Source) -> Rate:
-    return Rate(
-        what=what, of=of, hardware=hardware, value=round(value, 3), source=source, date=date.today().isoformat()
-    )  # fmt: skip
+    day = date.today().isoformat()
+    return Rate(what=what, of=of, hardware=hardware, value=round(value, 3), source=source, date=day)
 
 
 def known(measurements: Path = MEASUREMENTS) -> Rates:

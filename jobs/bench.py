@@ -78,7 +78,7 @@ def published(id: Id, storage_url: Storage = "runs", data: str = "data/packed") 
     """
     with _in_checkout("bench published"):
         from tests.proof.published import beside_published
-    return _write(beside_published(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))), data))
+    return _write(beside_published(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))), data, Lines().say))
 
 
 def numerics(data: str = "data/packed", repeats: int = 3) -> int:

@@ -98,8 +98,7 @@ def _of_run(
     decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
     if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
         decoded.add(decoding)
-        count = sum(shard.num_samples for shard in manifest.shards)
-        parts.append(_over(count, rates.get("decode", decoding, hardware)))
+        parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
     return RunForecast(config.source_run, steps * recipe.length.epochs, trained, evaluated, _sum(parts))
 
 
@@ -109,8 +108,7 @@ def _over(count: int, per_s: float | None) -> float | None:
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
     """None if one is unknown."""
-    known = [value for value in seconds if value is not None]
-    return sum(known) if len(known) == len(seconds) else None
+    return None if None in seconds else sum(filter(None, seconds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,12 +243,8 @@ def _duplicates(packed: list[PackedShard]) -> list[str]:
             across.append(f"{first_path} = {file.path}")
         elif first_path != file.path:
             within += 1
-    notes = []
-    if across:
-        notes.append(f"LEAK: {len(across)} images stand in two splits, as {'; '.join(across[:3])}")
-    if within:
-        notes.append(f"{within} images stand twice in the same split")
-    return notes
+    leak = f"LEAK: {len(across)} images stand in two splits, as {'; '.join(across[:3])}"
+    return [leak] * bool(across) + [f"{within} images stand twice in the same split"] * bool(within)
 
 
 def fetch_shard(set_url: str, shard: Shard) -> bytes:

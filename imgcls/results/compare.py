@@ -199,13 +199,11 @@ def _minutes(results: SuiteResults, runs: Sequence[RunResult]) -> str:
     own, of_sources, all_known = 0.0, 0.0, True
     for run in runs:
         own += run.seconds.get("fit", 0.0)
-        source = run
-        while source.init is not None:
-            if source.init.run not in finished:
-                all_known = False
-                break
-            source = finished[source.init.run]
-            of_sources += source.seconds.get("fit", 0.0)
+        source: RunResult | None = run
+        while source and source.init:
+            source = finished.get(source.init.run)
+            of_sources += source.seconds.get("fit", 0.0) if source else 0.0
+        all_known &= source is not None
     own, of_sources = own / 60 / len(runs), of_sources / 60 / len(runs)
     of_source = f", of which its source took {of_sources:.1f}" if of_sources else ""
     unknown = "" if all_known else " (without a source that is not here)"

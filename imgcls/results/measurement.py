@@ -79,8 +79,7 @@ def measure(results: SuiteResults, predictions: Predictions) -> Measurement:
         claim = f"{search.metric} of the trials of a search; none of them is tested"
         if any(run.status == "open" for run in results.runs):
             raise DataError(f"{results.id} has trials that are not over\n  do: the same command goes on with them")
-    changed = [one.name for one in done if one.recipe not in recipes]
-    if changed:
+    if changed := [one.name for one in done if one.recipe not in recipes]:
         raise DataError(f"{results.id}: {', '.join(changed)} differ from the catalogue or the trials, and are not recorded")
     check_commit({one.commit or "unknown" for one in done}, results.id)
     by_recipe: dict[str, list[Estimate]] = {}

@@ -18,6 +18,11 @@ from imgcls.training.world import World, make_trainer
 
 def evaluate(source: FoundModel, *, data_url: str, split: Split, world: World) -> Scores:
     """Each sample of the split counted once. Every rank returns the same scores."""
+    return evaluated(source, data_url=data_url, split=split, world=world).scores["test"]
+
+
+def evaluated(source: FoundModel, *, data_url: str, split: Split, world: World) -> Classifier:
+    """With scores and predictions of the split, as of a test."""
     model = source.model
     set_url = storage.join(data_url, model.recipe.dataset)
     manifest = manifest_for(source, data_url=data_url, split=split)
@@ -29,7 +34,7 @@ def evaluate(source: FoundModel, *, data_url: str, split: Split, world: World) -
     data = ImageData(model.recipe, cache, splits_as_test, seed=0, rank=world.rank, world_size=world.size)
     make_trainer(world, precision=model.recipe.precision).test(module, datamodule=data, verbose=False)
     check_counted(module.scores["test"], len(splits_as_test.test))
-    return module.scores["test"]
+    return module
 
 
 def manifest_for(source: FoundModel, *, data_url: str, split: Split) -> Manifest:

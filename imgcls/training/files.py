@@ -9,7 +9,7 @@ from pathlib import Path
 
 from imgcls import storage
 from imgcls.runs import RunFolder
-from imgcls.training.history import History
+from imgcls.training.history import METRICS, History
 
 SLOW_S = 5.0
 
@@ -105,7 +105,7 @@ class RunFiles:
         with storage.temporary_folder("events") as folder:
             with SummaryWriter(folder) as events:
                 for row in history.rows[self._num_events :]:
-                    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr"):
+                    for name in METRICS:
                         events.add_scalar(name, row[name], int(row["step"]))
             (file,) = Path(folder).iterdir()
             self._events += file.read_bytes()

@@ -16,6 +16,8 @@ HISTORY = (
     *("epoch", "step", "lr", "samples", "ledger", "train/loss", "train/accuracy"),
     *("val/samples", "val/loss", "val/accuracy"),
 )
+METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr")
+"""Columns of a history that are followed from outside: by TensorBoard, and on an MLflow server."""
 TIMING = ("epoch", "train_s", "validate_s", "images_per_s", "ended_at")
 """`ended_at`: seconds since 1970."""
 

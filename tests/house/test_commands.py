@@ -66,7 +66,7 @@ RUN_BY = {
 ONLY_PARSED = {
     "jobs.bench faults": "takes an hour, and wants a commit without changes; a part of `make proof`",
     "pytest": "proofs that take minutes, and want a commit without changes; a part of `make proof`",
-    "pip": "installs what `bench speed data` compares with, or MLflow's client",
+    "pip": "installs what `bench speed data` compares with, TensorBoard, or MLflow's client",
     "make run": "its recipe is `jobs.suite --pack`, which .ci/run runs",
     "make test": "its recipe is a part of that of `make test-all`",
     "make check": "a prerequisite of `make test-all`",
@@ -216,6 +216,8 @@ def test_a_record_is_written_from_a_suites_results(enter_command: Command, tmp_p
     assert done.returncode == 0, done.stderr
     assert record_in(tmp_path, f"suite-{catalogue}").runs == runs
     assert len(list(tmp_path.glob("docs/measurements/*.svg"))) == (catalogue == "transfer")
+    refused = enter_command("bench", "published", "again")
+    assert (refused.returncode, "is not of the catalogue paper" in refused.stderr) == (3, True), refused.stderr
 
 
 @pytest.mark.slow
@@ -239,6 +241,11 @@ def test_the_last_weights_are_tested_beside_the_published_figures(run_command: C
         for place in (run.url, storage.join(run.checkpoints_url, f"step-{result.steps:08d}"))
     ]
     assert [row.best.center, row.last.center] == pytest.approx(scores)
+    others = image_folder(tmp_path / "others", ("cow", "dog"), count=101)
+    assert run_command("pack", "imagenette", "--source", others, "--to", "others-packed").returncode == 0
+    assert run_command("bench", "published", "paper", "--data", "others-packed", env=env).returncode == 3
+    changed = run_command("bench", "published", "paper", env=env | {"IMGCLS_COMMIT": "0123456789ab+changes"})
+    assert (changed.returncode, "a figure needs one commit" in changed.stderr) == (3, True), changed.stderr
 
 
 @pytest.mark.slow

@@ -1,61 +1,66 @@
 """`bench published`: our figures beside the published ones, on the best checkpoint and on the last weights.
 
-The published scripts tested the last weights; a run here is tested on its best checkpoint by val/loss. This measures what
-that choice does to the figure: the last checkpoint of each run is tested too.
+Three of the published scripts tested the last weights; a run here is tested on its best checkpoint by val/loss. This
+measures what that choice does to the figure: the last checkpoint of each run is tested too.
 """
 
+from collections.abc import Callable
 from datetime import date
 
 import numpy as np
 
 from imgcls import records, storage
-from imgcls.catalogue import paper
 from imgcls.catalogue.published import PUBLISHED
-from imgcls.data.cache import open_cache
-from imgcls.data.shards import read_manifest
-from imgcls.data.splits import split_ids
 from imgcls.errors import DataError
 from imgcls.records import RunResult, SuiteResults
-from imgcls.results.compare import groups, hits_of, published_beside, read_predictions
-from imgcls.results.measurement import check_commit
-from imgcls.results.statistics import Hits, accuracy, difference
-from imgcls.runs import SuiteFolder
+from imgcls.results.compare import Predictions, groups, hits_of, published_beside, read_predictions
+from imgcls.results.measurement import check_commit, measure
+from imgcls.results.statistics import accuracy, difference
+from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.training import environment
 from imgcls.training.checkpoints import CheckpointStore
-from imgcls.training.predict import Predictor
-from imgcls.training.weights import Model, find_model
+from imgcls.training.evaluate import evaluated
+from imgcls.training.weights import FoundModel, find_model
+from imgcls.training.world import World
 from tests.proof.records import BesidePublished, PublishedRecord
 
-AT_ONCE = 250
 
-
-def beside_published(suite: SuiteFolder, data_url: str) -> PublishedRecord:
-    """Raises DataError where a figure would not be honest, or no run has a published figure beside it."""
+def beside_published(suite: SuiteFolder, data_url: str, say: Callable[[str], None]) -> PublishedRecord:
+    """Of a suite of the catalogue `paper`. Raises DataError where a figure would not be honest."""
+    storage.check_places(reads=[suite.url, data_url])
     results = records.read(SuiteResults, suite.results_url)
-    tables, rows, used = read_predictions(suite.predictions(results)), list[BesidePublished](), list[RunResult]()
+    tables = read_predictions(suite.predictions(results))
+    runs = measure(results, tables).runs  # it refuses what is changed, synthetic, or of several machines
+    names = {run.name for run in runs}
+    for run in runs:
+        own_source = run.init is None or run.init.run in names
+        if run.catalogue != "paper" or published_beside(run) is None or not own_source or run.name not in tables:
+            raise DataError(
+                f"{results.id}: {run.name} is not of the catalogue paper on the published images, starts from another run's "
+                "weights, or has not kept what it predicted\n  do: python -m jobs.suite --catalogue paper --id OTHER"
+            )
+    check_commit({environment.commit() or "unknown"}, "bench published")
+    rows = list[BesidePublished]()
     for group in groups(results):
-        runs = [run for run in group.values() if run.recipe in paper.SUITE and published_beside(run)]
-        best = hits_of(runs, [tables[run.name] for run in runs]) if runs else None
-        if best is None:
-            continue
-        last = np.stack([hits_of_last(suite, run, data_url) for run in runs])
-        rows.append(_row(runs, best, last))
-        used += runs
-    if not rows:
-        raise DataError(f"{suite.url} has no finished run of the catalogue paper on the published images")
-    check_commit({run.commit or "unknown" for run in used}, results.id)
+        rows.append(_row(suite, [*group.values()], tables, data_url))
+        say(f"{rows[-1].recipe}: last minus best {rows[-1].last_minus_best.center:+.4f}")
     return PublishedRecord(
-        subject=f"published-{results.catalogue}",
+        subject="published-paper",
         command=f"python -m jobs.bench published {results.id}",
         date=date.today().isoformat(),
-        commit=used[0].commit or "unknown",
-        versions=environment.versions(),
-        hardware=used[0].hardware,
+        commit=runs[0].commit or "unknown",
+        versions=runs[0].versions,
+        hardware=runs[0].hardware,
         rows=tuple(rows),
     )
 
 
-def _row(runs: list[RunResult], best: Hits, last: Hits) -> BesidePublished:
+def _row(suite: SuiteFolder, runs: list[RunResult], tables: Predictions, data_url: str) -> BesidePublished:
+    """All tested again here, so that best and last differ in the weights alone."""
+    tested = {run.name: _tested(suite.run(run.name), run, tables[run.name], data_url) for run in runs}
+    best, last = (hits_of(runs, [tested[run.name][which] for run in runs]) for which in (0, 1))
+    assert best is not None
+    assert last is not None
     return BesidePublished(
         recipe=runs[0].recipe.name,
         published=PUBLISHED[runs[0].recipe.name].accuracy,
@@ -68,21 +73,21 @@ def _row(runs: list[RunResult], best: Hits, last: Hits) -> BesidePublished:
     )
 
 
-def hits_of_last(suite: SuiteFolder, run: RunResult, data_url: str) -> Hits:
-    """Which test images the weights of the run's last step have right, in the order of the sample ids."""
-    store = CheckpointStore(suite.run(run.name).checkpoints_url)
+def _tested(folder: RunFolder, run: RunResult, table: np.ndarray, data_url: str) -> tuple[np.ndarray, np.ndarray]:
+    """What the best and the last weights predict. Raises DataError where the best ones do not do so as the run says."""
+    store = CheckpointStore(folder.checkpoints_url)
     last = store.last()
-    if last is None or last.step != run.steps:
+    if last is None or (last.step, last.run_digest) != (run.steps, run.digest):
         raise DataError(f"{store.url} lacks the checkpoint of the run's last step, {run.steps}")
-    return hits_of_model(find_model(store.place(last.step)).model, data_url)
+    best, of_last = (_predictions(find_model(place), data_url) for place in (folder.model_url, store.place(last.step)))
+    if not np.array_equal(best[["sample", "label", "prediction"]], table[["sample", "label", "prediction"]]):
+        raise DataError(
+            f"{run.name}, tested again on {data_url}, predicts otherwise than it did\n"
+            "  do: name the data that it was trained on with --data, on a machine of the kind where it ran"
+        )
+    return best, of_last
 
 
-def hits_of_model(model: Model, data_url: str) -> Hits:
-    recipe, predictor = model.recipe, Predictor(model)
-    set_url = storage.join(data_url, recipe.dataset)
-    manifest = read_manifest(set_url)
-    cache = open_cache(set_url, manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
-    test = split_ids(recipe, manifest).test
-    parts = (test[begin : begin + AT_ONCE] for begin in range(0, len(test), AT_ONCE))
-    named = [top[0][0] for ids in parts for top in predictor.top([*cache.images[ids]], 1)]
-    return np.array(named) == np.array(model.class_names)[cache.labels[test]]
+def _predictions(source: FoundModel, data_url: str) -> np.ndarray:
+    with environment.threads(1):  # as a worker has
+        return evaluated(source, data_url=data_url, split="test", world=World(accelerator="auto")).predicted

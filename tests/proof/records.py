@@ -81,7 +81,7 @@ class BesidePublished(Record):
 class PublishedRecord(Figures):
     """What `jobs.bench published` found."""
 
-    claim: str = "the published scripts tested the last weights, and not the best checkpoint: what that does to the figure"
+    claim: str = "what it does to our figures to test the last weights, as three of the published scripts did"
     command: str
     rows: tuple[BesidePublished, ...]
 
@@ -229,7 +229,7 @@ def search_table(folder: Path, recipe: str) -> str:
 def published_table(folder: Path) -> str:
     """The published figures beside ours, on the best checkpoint and on the last weights."""
     found = newest(PublishedRecord, folder, "published-paper")
-    header = ("run", "seeds", "published", "ours: last weights", "ours: best checkpoint", "last minus best")
+    header = ("recipe", "n seeds", "published", "ours: last weights", "ours: best checkpoint", "last minus best")
     measured = {row.recipe: row for row in found[1].rows} if found else {}
     rows = []
     for name, published in PUBLISHED.items():

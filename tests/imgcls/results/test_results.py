@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 from playwright.sync_api import Browser, sync_playwright
 
 from imgcls.catalogue import quick, transfer
-from imgcls.errors import DataError, StorageError
+from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
 from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render, render_search
-from imgcls.results.tracking import log_to_mlflow
 from imgcls.search import Search, space_of
 from tests.conftest import ROOT
 from tests.proof.records import answers_table, table_of
@@ -234,37 +232,6 @@ def test_what_is_not_finished_is_not_answered():
     assert [one.verdict for one in found] == ["not answered"]
     assert "resnet18 is not finished" in found[0].detail
     assert answers_of(five()[0]) == []  # what was not asked for is no question
-
-
-TIMING = b"epoch,train_s,validate_s,ended_at,images_per_s\n1,2.0,1.0,1000.5,40\n2,2.0,1.0,1003.5,40\n"
-
-
-def test_mlflow_has_each_run_once_however_often_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """MLflow's own store of files, which it lets in only when told to; a server is the same client's other end."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri, run = (tmp_path / "mlruns").as_uri(), result(quick.SCRATCH, 0.625)
-    begun = RunResult.of(config(quick.SCRATCH), status="open", error="not finished yet")
-    first = HISTORY[: HISTORY.index(b"2,20")]
-    log_to_mlflow(suite(begun, result(quick.BASIC_CNN, 0.5)), {begun.name: first}, {begun.name: TIMING}, uri)
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("quick")
-    assert experiment is not None
-    (tracked,) = client.search_runs([experiment.experiment_id])
-    assert (tracked.info.status, tracked.info.run_name, tracked.info.start_time) == ("RUNNING", "scratch-seed0", 997500)
-    for _ in range(2):
-        log_to_mlflow(suite(run), {run.name: HISTORY}, {run.name: TIMING}, uri)
-        (tracked,) = client.search_runs([experiment.experiment_id])
-        losses = client.get_metric_history(tracked.info.run_id, "val/loss")
-        assert [(one.step, one.value, one.timestamp) for one in losses] == [(10, 1.9, 1000500), (20, 1.6, 1003500)]
-        assert (tracked.data.metrics["test/accuracy"], tracked.data.params["optimizer.lr"]) == (0.625, "0.002")
-        assert (tracked.info.status, tracked.info.end_time) == ("FINISHED", 1003500)
-        assert tracked.data.tags["imgcls.weights_sha256"] == "a" * 64
-
-
-def test_an_mlflow_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(StorageError, match=r"--mlflow: .*127\.0\.0\.1.*\n  do: look at the address"):
-        log_to_mlflow(suite(), {}, {}, "http://127.0.0.1:1")
 
 
 def test_the_table_has_a_row_a_run_with_the_published_figure_beside():
