@@ -9,6 +9,7 @@ from datetime import date
 
 import numpy as np
 
+from cluster.carry.run import silence_libraries
 from imgcls import records, storage
 from imgcls.catalogue.published import PUBLISHED
 from imgcls.errors import DataError
@@ -40,6 +41,7 @@ def beside_published(suite: SuiteFolder, data_url: str, say: Callable[[str], Non
                 "weights, or has not kept what it predicted\n  do: python -m jobs.suite --catalogue paper --id OTHER"
             )
     check_commit({environment.commit() or "unknown"}, "bench published")
+    silence_libraries(verbose=False)
     rows = list[BesidePublished]()
     for group in groups(results):
         rows.append(_row(suite, [*group.values()], tables, data_url))

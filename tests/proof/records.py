@@ -372,9 +372,7 @@ def speeds_table(folder: Path) -> str:
         ours = ours_of(members)
         theirs, mine = f"{_amount(best.median)} {best.unit}, {best.name}", f"{_amount(ours.median)} {ours.unit}"
         rows.append((group, theirs, mine, f"{times_as_quick(ours, best):.2f}", str(ours.n)))
-        sources.setdefault(where_from(found[1], found[0]), []).append(
-            f"[{found[0].name}](docs/measurements/{found[0].name})"
-        )
+        sources.setdefault(where_from(found[1], found[0]), []).append(f"[record](docs/measurements/{found[0].name})")
     return "\n\n".join([rows_of(header, rows), *(f"{at}: {', '.join(paths)}." for at, paths in sources.items())])
 
 
@@ -401,10 +399,11 @@ def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def source(path: Path, command: str, about: str, at: RunResult | Figures) -> str:
     """The line under a table. at: what has its commit and its hardware."""
-    return f"`{command}`: {about}; {where_from(at, path)}. Record: [{path.name}](docs/measurements/{path.name})."
+    return f"`{command}`: {about}; {where_from(at, path)}. [Record](docs/measurements/{path.name})."
 
 
 def where_from(at: RunResult | Figures, path: Path) -> str:
     """Hardware, torch, commit and day of a record."""
-    hardware, day = ", ".join(f"{name} {value}" for name, value in at.hardware.items()), path.stem.rpartition("_")[2]
-    return f"{hardware}; torch {at.versions['torch']}; commit {at.commit}; {day}"
+    hardware = (f"{value} CPUs" if name == "cpus" else value for name, value in at.hardware.items())
+    day = path.stem.rpartition("_")[2]
+    return f"{', '.join(hardware)}; torch {at.versions['torch']}; commit {at.commit}; {day}"

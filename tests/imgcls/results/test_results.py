@@ -449,7 +449,7 @@ def test_a_record_of_several_seeds_has_a_row_a_recipe_and_the_answers_in_words(t
     assert "| basic-cnn-seed0 | finished | 0.4000 |" in table
     assert "| resnet18 | unmeasured |" in table
     assert "scratch-seed0" not in table
-    assert table.count("Record: [suite-quick_") == 2
+    assert table.count("[Record](docs/measurements/suite-quick_") == 2
     assert table.count(": 0.0 min without packing") == table.count("several commands, one after another") == 1
     said = answers_table(tmp_path, catalogue="quick")
     assert said.startswith("- **Does transfer help?** finetuned is better. finetuned minus scratch: +10.0 points")
