@@ -232,7 +232,7 @@ def test_the_last_weights_are_tested_beside_the_published_figures(
     env = {"IMGCLS_COMMIT": "0123456789ab", "IMGCLS_CACHE": str(tmp_path / "cache"), "RAY_ADDRESS": ""}
     done = run_command("suite", "--catalogue", "paper", "--recipes", "basic-cnn", "--id", "paper", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = enter_command("bench", "published", "paper", env=env)
+    done = run_command("bench", "published", "paper", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("docs/measurements/published-paper*.json")
     (row,) = PublishedRecord.from_bytes(file.read_bytes(), where=str(file)).rows
@@ -244,8 +244,8 @@ def test_the_last_weights_are_tested_beside_the_published_figures(
         place = storage.join(run.checkpoints_url, step) if step else run.url
         scores = evaluate(find_model(place), data_url=str(tmp_path / "data" / "packed"), split="test", world=World())
         assert estimate.center == pytest.approx(scores.accuracy)
-    assert enter_command("bench", "published", "paper", "--data", "data/others", env=env).returncode == 3
-    changed = enter_command("bench", "published", "paper", env=env | {"IMGCLS_COMMIT": "0123456789ab+changes"})
+    assert run_command("bench", "published", "paper", "--data", "data/others", env=env).returncode == 3
+    changed = run_command("bench", "published", "paper", env=env | {"IMGCLS_COMMIT": "0123456789ab+changes"})
     assert (changed.returncode, "a figure needs one commit" in changed.stderr) == (3, True), changed.stderr
 
 
