@@ -9,6 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from imgcls import records, storage
 from imgcls.disk import shared_lock
 from imgcls.errors import ImgclsError
@@ -123,13 +125,18 @@ def _newest(rates: Iterable[Rate]) -> tuple[Rate, ...]:
     return tuple({rate.key: rate for rate in guesses_first}.values())
 
 
-def _recorded(measurements: Path) -> list[Rate]:
-    from imgcls.results.measurement import Measurement
+class _Recorded(Record):
+    """What a record of a suite has for rates."""
 
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    runs: tuple[RunResult, ...]
+
+
+def _recorded(measurements: Path) -> list[Rate]:
     found: list[Rate] = []
     for path in sorted(measurements.glob("suite-*.json"), key=lambda path: path.stem.rpartition("_")[2]):
         with suppress(ImgclsError):
-            record = Measurement.from_bytes(path.read_bytes(), where=str(path))
+            record = _Recorded.from_bytes(path.read_bytes(), where=str(path))
             found += [rate for run in record.runs for rate in rates_of(run, took_s=_took_s(run), source="record")]
     return found
 

@@ -5,22 +5,22 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.catalogue import suite_of
 from imgcls.errors import DataError
 from imgcls.rates import keep
-from imgcls.records import SuiteResults
-from imgcls.results.compare import estimates, read_predictions, transfers
-from imgcls.results.measurement import Figures, Measurement, check_commit, measure
 from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._request import checked_name
 from jobs._terminal import Lines, say_table
+
+if TYPE_CHECKING:
+    from tests.proof.measurement import Figures, Measurement
 
 MEASUREMENTS = Path("docs/measurements")
 ROOT = Path(__file__).parent.parent
@@ -56,14 +56,12 @@ def record(id: Id, storage_url: Storage = "runs") -> int:
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where its runs left what they found.
     """
-    from imgcls.results.page import figures
-
+    with _in_checkout("bench record"):
+        from tests.proof.measurement import measure_suite
     storage.check_places(reads=[storage_url])
-    suite = SuiteFolder(storage.join(storage_url, checked_name(id, "ID")))
-    results = records.read(SuiteResults, suite.results_url)
-    predictions = read_predictions(suite.predictions(results))
-    _write(measured := measure(results, predictions))
-    if figure := figures.styled(figures.labels)(estimates(results, predictions), transfers(results.runs)):
+    measured, figure = measure_suite(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))))
+    _write(measured)
+    if figure:
         (MEASUREMENTS / measured.file_name).with_suffix(".svg").write_text(figure)
     return DONE
 
@@ -88,9 +86,8 @@ def numerics(data: str = "data/packed", repeats: int = 3) -> int:
         data: Folder or URL of packed sets.
         repeats: Of each measurement.
     """
-    with _in_checkout("bench numerics"):
+    with _in_checkout("bench numerics", committed=True):
         from tests.proof.numerics import compare_numerics
-    check_commit({environment.commit() or "unknown"}, "bench numerics")
     return _write(compare_numerics(data, repeats, Lines().say))
 
 
@@ -100,9 +97,8 @@ def faults(kills: int = 3) -> int:
     Args:
         kills: So many runs are killed.
     """
-    with _in_checkout("bench faults"):
+    with _in_checkout("bench faults", committed=True):
         from tests.proof.bench_faults import measure_faults
-    check_commit({environment.commit() or "unknown"}, "bench faults")
     _write(measured := measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say))
     return DONE if all(run.identical for run in measured.runs) else SOME_FAILED
 
@@ -132,9 +128,8 @@ def speed(
         data: Folder or URL of packed sets.
         repeats: Of each measurement; 5, of the suite 1.
     """
-    with _in_checkout("bench speed"):
+    with _in_checkout("bench speed", committed=True):
         from tests.speed.bench import measure_speed
-    check_commit({environment.commit() or "unknown"}, "bench speed")
     return _write(measure_speed(what, data, repeats, Lines().say))
 
 
@@ -149,9 +144,16 @@ def readme() -> int:
 
 
 @contextmanager
-def _in_checkout(command: str) -> Iterator[None]:
-    """What is measured to prove something stands beside the tests, and is not installed. Raises DataError."""
+def _in_checkout(command: str, *, committed: bool = False) -> Iterator[None]:
+    """What is measured to prove something stands beside the tests, and is not installed. Raises DataError.
+
+    committed: where code has changed that is not committed, too.
+    """
     try:
+        if committed:
+            from tests.proof.measurement import check_commit
+
+            check_commit({environment.commit() or "unknown"}, command)
         yield
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("tests"):
@@ -162,7 +164,7 @@ def _in_checkout(command: str) -> Iterator[None]:
         ) from None
 
 
-def _write(measured: Measurement | Figures) -> int:
+def _write(measured: "Measurement | Figures") -> int:
     path = MEASUREMENTS / measured.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(measured.to_bytes())

@@ -19,13 +19,13 @@ import tyro
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
 from imgcls.records import SuiteResults
-from imgcls.results.measurement import Measurement, where_of
 from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from imgcls.training.evaluate import evaluate
 from imgcls.training.weights import find_model
 from imgcls.training.world import World
 from tests.conftest import ROOT, Command, image_folder
+from tests.proof.measurement import Measurement, where_of
 from tests.proof.records import PublishedRecord
 
 PAPERS = [

@@ -32,10 +32,10 @@ from imgcls.data.shards import manifest_url
 from imgcls.errors import ClusterError, DataError, ImgclsError
 from imgcls.records import RunResult
 from imgcls.results.compare import read_predictions
-from imgcls.results.measurement import Figures, measure, where_of
 from imgcls.runs import SuiteFolder
 from imgcls.training import environment
 from jobs._door import DONE, SOME_FAILED
+from tests.proof.measurement import Figures, measure, where_of
 from tests.proof.records import newest
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from itertools import product
 from imgcls import records, storage
 from imgcls.errors import DataError
 from imgcls.records import RunResult
-from imgcls.results.measurement import Measurement
+from tests.proof.measurement import Measurement
 
 FEW = ("length.epochs=1", f"train_fraction={1024 / 8500:.4f}", "global_batch_size=128")
 """One epoch of `resnet18` on 1,024 images."""

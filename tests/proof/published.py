@@ -15,7 +15,6 @@ from imgcls.catalogue.published import PUBLISHED
 from imgcls.errors import DataError
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results.compare import Predictions, groups, hits_of, published_beside, read_predictions
-from imgcls.results.measurement import check_commit, measure
 from imgcls.results.statistics import accuracy, difference
 from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.training import environment
@@ -23,6 +22,7 @@ from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluated
 from imgcls.training.weights import FoundModel, find_model
 from imgcls.training.world import World
+from tests.proof.measurement import check_commit, measure
 from tests.proof.records import BesidePublished, PublishedRecord
 
 

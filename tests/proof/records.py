@@ -15,8 +15,8 @@ from imgcls.catalogue.published import PUBLISHED
 from imgcls.recipe import changes_between
 from imgcls.records import Record, RunResult
 from imgcls.results.compare import HEADER, MEASURED, published_beside, table_row
-from imgcls.results.measurement import Figures, Measurement
 from imgcls.results.statistics import Difference, Estimate
+from tests.proof.measurement import Figures, Measurement
 
 
 class Proved(Record):

@@ -19,10 +19,10 @@ from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
 from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
-from imgcls.results.measurement import Measurement, measure
 from imgcls.results.page import render, render_search
 from imgcls.search import Search, space_of
 from tests.conftest import ROOT
+from tests.proof.measurement import Measurement, measure
 from tests.proof.records import answers_table, table_of
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="

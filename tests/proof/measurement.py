@@ -5,11 +5,14 @@ from datetime import date
 
 from pydantic import Field
 
+from imgcls import records
 from imgcls.catalogue import CATALOGUES
 from imgcls.errors import DataError
 from imgcls.records import Record, RunResult, SuiteResults
-from imgcls.results.compare import Answer, Predictions, answers, estimates
+from imgcls.results.compare import Answer, Predictions, answers, estimates, read_predictions, transfers
+from imgcls.results.page import figures
 from imgcls.results.statistics import Estimate
+from imgcls.runs import SuiteFolder
 from imgcls.search import Search
 
 
@@ -96,6 +99,14 @@ def measure(results: SuiteResults, predictions: Predictions) -> Measurement:
         estimates={name: found[0] for name, found in by_recipe.items() if len(found) == 1 and found[0].num_seeds > 1},
         search=search,
     )
+
+
+def measure_suite(suite: SuiteFolder) -> tuple[Measurement, str]:
+    """Its record, and its figure of labels as SVG, empty where it has none. Raises DataError, as `measure`."""
+    results = records.read(SuiteResults, suite.results_url)
+    predictions = read_predictions(suite.predictions(results))
+    figure = figures.styled(figures.labels)(estimates(results, predictions), transfers(results.runs))
+    return measure(results, predictions), figure
 
 
 def check_commit(commits: set[str], what: str) -> None:
