@@ -29,6 +29,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
+@pytest.mark.slow
 def test_the_command_measures_loaders_and_leaves_a_record_and_tables(
     noise: Path, enter_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

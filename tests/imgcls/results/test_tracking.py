@@ -128,6 +128,7 @@ time.sleep(2)
 """
 
 
+@pytest.mark.slow
 def test_mlflow_is_told_not_to_report_its_use_and_says_nothing(uri: str, tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MLFLOW_DISABLE"))}
     env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
