@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -23,27 +24,7 @@ from imgcls.results.statistics import Estimate, calibration
 from imgcls.search import Search
 
 INK, FIRST, SECOND, GROUND = "#24292f", "#1f6feb", "#d9730d", "#d0d7de"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "imgcls",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": GROUND,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GROUND,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-styled = rc_context(STYLE)
+styled = rc_context(fname=Path(__file__).with_name("figures.mplstyle"))
 """Decorates what draws figures: all of a page are alike."""
 
 
