@@ -21,7 +21,7 @@ from imgcls.training.environment import commit
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jobs", "cluster", "imgcls")
 FILES = (
-    *(f"{package}/**/*{suffix}" for package in PACKAGES for suffix in (".py", ".html", ".css")),
+    *(f"{package}/**/*{suffix}" for package in PACKAGES for suffix in (".py", ".html", ".css", ".mplstyle")),
     *("pyproject.toml", "requirements.txt", "docs/measurements/suite-*.json"),
 )
 """Patterns of our own files below `ROOT`, a checkout or the folder where the packages are installed."""

@@ -106,7 +106,12 @@ def test_a_checkout_full_of_other_things_is_staged_without_them(tmp_path: Path):
         check=True,
     )
     staged = {str(file.relative_to(tmp_path / "staged")) for file in (tmp_path / "staged").rglob("*") if file.is_file()}
-    assert {"jobs/suite.py", "imgcls/results/page/suite.html", "requirements.txt"} <= staged
+    assert {
+        "jobs/suite.py",
+        "imgcls/results/page/suite.html",
+        "imgcls/results/page/figures.mplstyle",
+        "requirements.txt",
+    } <= staged
     assert not any(one.startswith((".venv", ".git", "data")) or one.endswith(".pt") for one in staged)
     assert int(done.stdout) < LIMIT_BYTES
     help_there = [sys.executable, "-m", "jobs.suite", "--help"]  # the packages are whole
