@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
@@ -31,6 +33,22 @@ class View(Protocol):
     def ended(self, run: str, status: Status) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+
+def outlive_lack_of_memory(say: Callable[[str], None]) -> None:
+    """A trial that Ray ends for lack of memory counts as one that died; Tune 2.60 itself would end all runs."""
+
+    def as_death(failed: Callable[..., None]) -> Callable[..., None]:
+        def told(manager: RayActorManager, *, exception: Exception, **tracked: Any) -> None:
+            if isinstance(exception, OutOfMemoryError):
+                say(f"{str(exception).splitlines()[0]}\n  do: fewer runs at once, as by --cpus-per-worker 2")
+                exception = ActorDiedError()
+            failed(manager, exception=exception, **tracked)
+
+        return told
+
+    for name in ("_actor_start_failed", "_actor_task_failed"):
+        setattr(RayActorManager, name, as_death(getattr(RayActorManager, name)))
 
 
 class NotKept:

@@ -140,7 +140,7 @@ def _carry_out(
     begin_workers(num_begun := _starting(state, room()))  # before the imports below, which take seconds
     from ray import tune
 
-    from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
+    from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback, outlive_lack_of_memory
 
     def ended(state: SuiteState, run: str) -> SuiteState:
         folder = request.suite.run(run)
@@ -154,6 +154,7 @@ def _carry_out(
         state, room=room, ended=ended, view=view, begin_workers=partial(begin_workers, 1), num_begun=num_begun
     )
     session.keep_credentials_here()
+    outlive_lack_of_memory(view.say)
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
     with storage.temporary_folder("tune") as folder, _storage_named(held):
         tune.Tuner(

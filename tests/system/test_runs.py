@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from imgcls.runs import RunFolder
 from tests.conftest import Command, image, image_folder, run_in
 from tests.processes import begun_at, descendants, title_of, until
-from tests.proof.commands import train
+from tests.proof.commands import EIGHTY_STEPS, train
 
 if TYPE_CHECKING:
     from sandbox.s3.server import Server
@@ -147,6 +149,30 @@ def test_the_workers_of_a_local_ray_have_begun_before_their_trial_and_none_is_le
     assert (len(workers), len(trials), running.pids("ray::IDLE")) == (2, 1, [])
     assert min(map(begun_at, workers)) < begun_at(trials[0])
     running.wait()
+
+
+SPARE_BYTES = 5 << 30
+HOLD = f"held = bytearray({SPARE_BYTES}); held[::4096] = bytes({SPARE_BYTES >> 12}); import time; time.sleep(300)"
+
+
+@pytest.mark.slow
+def test_a_run_that_ray_ends_for_lack_of_memory_is_begun_again(packed: Path, tmp_path: Path):
+    """Ray then ends the trial too, which Tune by itself takes for a fault of its own."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    memory = {words[0]: int(words[1]) << 10 for words in lines}
+    if memory["MemAvailable:"] < SPARE_BYTES + (2 << 30):
+        pytest.skip("needs 7 GiB of free memory")
+    limit = 1 - (memory["MemAvailable:"] - SPARE_BYTES) / memory["MemTotal:"]
+    env = {"RAY_memory_usage_threshold": f"{limit:.3f}", "RAY_memory_monitor_refresh_ms": "200"}
+    running = train(tmp_path, packed, *EIGHTY_STEPS, "--set", "length.epochs=10", env=env)
+    running.wait_for_step(4)
+    with subprocess.Popen([sys.executable, "-c", HOLD]) as holding:
+        until(lambda: "running low on memory" in running.said.read_text(), 120, "Ray to end workers")
+        holding.kill()
+    said = running.wait()
+    assert "do: fewer runs at once" in said
+    assert "Traceback" not in said
+    assert len(RunFolder(str(running.run)).attempts()) > 1
 
 
 @pytest.mark.slow
