@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from pydantic import ValidationError
 
 from cluster import session
 from cluster.send.staging import Job
@@ -179,22 +180,19 @@ def connected(address: str) -> Iterator[Jobs]:
 @contextmanager
 def _answered(address: str) -> Iterator[None]:
     """That nobody answers there, or another than a dashboard, is said in our words."""
-    no_dashboard = ClusterError(
-        f"what answers at {address} is no Ray dashboard, or one of another version\n"
-        "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
-    )
     try:
         yield
-    except (requests.JSONDecodeError, KeyError):
-        raise no_dashboard from None
+    except (requests.JSONDecodeError, KeyError, TypeError, ValidationError):  # it is no JSON, or has other fields
+        raise ClusterError(
+            f"what answers at {address} is no Ray dashboard, or one of another version\n"
+            "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
+        ) from None
     except (requests.RequestException, ConnectionError) as error:
         reason = str(error).splitlines()[0].rstrip("')\"").rpartition(": ")[2]
         raise ClusterError(
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
         ) from None
-    except ValueError:  # Ray's client, of an answer with other fields
-        raise no_dashboard from None
 
 
 @contextmanager
