@@ -98,7 +98,7 @@ class Jobs:
             try:
                 return self.client.get_job_info(job_id)
             except RuntimeError as error:
-                if "404" in str(error):
+                if "status code 404" in str(error):
                     return None
                 raise
 
