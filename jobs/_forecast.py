@@ -46,9 +46,9 @@ def _say_runs(lines: Lines, plan: Plan, forecast: Forecast) -> None:
     header = ("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")
     rows: list[Sequence[str]] = [header]
     for name, run in forecast.runs.items():
-        recipe = plan.configs[name].recipe
+        config, recipe = plan.configs[name], plan.configs[name].recipe
         counts = (f"{count:,}" for count in (run.steps, run.train_images, run.evaluated_images))
-        rows.append((name, run.source or "", recipe.dataset, str(recipe.input.px), *counts, _seconds(run.seconds)))
+        rows.append((name, config.source_run or "", recipe.dataset, str(recipe.input.px), *counts, _seconds(run.seconds)))
     say_table(lines, rows)
 
 

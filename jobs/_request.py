@@ -12,7 +12,7 @@ import tyro
 from pydantic import Field
 
 from cluster import session
-from cluster.send.staging import is_lasting, relative
+from cluster.send.staging import check_lasting
 from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.data.archives import printable
@@ -91,8 +91,8 @@ def _from_file(path: str) -> Recipe:
 
 def place(url: str, flag: str) -> str:
     """The same place from any working folder. Raises RecipeError where it would go away with the job that this runs in."""
-    if session.in_job() and not is_lasting(url):
-        raise RecipeError(relative(flag, url))
+    if session.in_job():
+        check_lasting(flag, url)
     url = storage.absolute(url)
     if not url.isprintable():
         raise RecipeError(f"{flag} {printable(url)}: records hold this path, and it cannot be printed\n  do: name another")

@@ -21,7 +21,6 @@ from imgcls.training import environment
 
 @dataclass(frozen=True, slots=True)
 class RunForecast:
-    source: str | None
     steps: int
     train_images: int
     evaluated_images: int
@@ -99,7 +98,7 @@ def _of_run(
     if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
         decoded.add(decoding)
         parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
-    return RunForecast(config.source_run, steps * recipe.length.epochs, trained, evaluated, _sum(parts))
+    return RunForecast(steps * recipe.length.epochs, trained, evaluated, _sum(parts))
 
 
 def _over(count: int, per_s: float | None) -> float | None:

@@ -9,12 +9,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
+from cluster.carry.suite import choose
 from cluster.foretell.forecast import Forecast, Span, forecast, schedule
-from cluster.placement import HERE, Node, choose, workers_on
+from cluster.placement import HERE, Node, workers_on
 from imgcls.errors import DataError, PlacementError, RecipeError
 from imgcls.rates import Rates
 from imgcls.records import Placement, Record
@@ -45,8 +44,6 @@ class PriceTable(Record):
     """A node on which nothing runs is kept, and paid for, this long."""
     boot_s: float = 0.0
     """From a node's allocation to its first run."""
-    extras: dict[str, Decimal] = Field(default_factory=dict)
-    """Notes for readers of the table; not used."""
 
     @property
     def is_old(self) -> bool:
@@ -108,8 +105,9 @@ def costs(
             continue
         cpus_of_node = cpus.get(name, 1e9 if price.gpus else cpus[HERE]) if price.cpus is None else price.cpus
         node = Node(float(cpus_of_node), float(price.gpus), name)
-        placement = _placement_on(node, request)
-        if placement is None:
+        try:
+            placement = choose(request, [node] * request.options.num_workers)  # a run's workers may need several nodes
+        except PlacementError:
             results.append(Cost(name, price))
             continue
         runs, room = found.runs, max(1, len(found.runs))
@@ -118,15 +116,6 @@ def costs(
         spans = schedule(state, {run: predicted.seconds for run, predicted in runs.items()}, room)
         results.append(_cost(node, price, table, placement, spans))
     return results
-
-
-def _placement_on(node: Node, request: Request) -> Placement | None:
-    """None where not even one worker fits on such a node; a run's workers may need several."""
-    wish = {"cpus_per_worker": request.options.cpus_per_worker, "gpus_per_worker": request.options.gpus_per_worker}
-    try:
-        return choose([node], num_workers=1, **wish).model_copy(update={"num_workers": request.options.num_workers})
-    except PlacementError:
-        return None
 
 
 def _cost(node: Node, price: NodePrice, table: PriceTable, placement: Placement, spans: Mapping[str, Span] | None) -> Cost:

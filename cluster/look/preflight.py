@@ -132,14 +132,15 @@ def examine(questions: Questions) -> list[Check]:
         reducing = pool.submit(_all_reduced, questions, nodes)
         actors = {node: _on(node) for node in nodes}
         warm, silent = _answers({node: actor.do.remote(time.time) for node, actor in actors.items()}, NODE_S)
-        from_outside = {
-            node: {"num_ray_gpus": nodes[node]["Resources"].get("GPU", 0.0), "clock_ahead_s": _clock_ahead_s(actors[node])}
-            for node in warm
-        }
-        calls = {node: actors[node].do.remote(probes.facts_of_node, _questions_to(node, questions, nodes)) for node in warm}
-        client = probes.facts_of_node(_questions_to(None, questions, nodes))
+        ahead_s = {node: _clock_ahead_s(actors[node]) for node in warm}
+        calls = {node: actors[node].do.remote(probes.facts_of_node, questions, _ports_of(node, nodes)) for node in warm}
+        client = probes.facts_of_node(questions, _ports_of(None, nodes))
         answers, late = _answers(calls, NODE_S)
-        facts = [answer.model_copy(update=from_outside[node]) for node, answer in answers.items()]
+        facts = []
+        for node, answer in answers.items():
+            gpus = nodes[node]["Resources"].get("GPU", 0.0)
+            seen = {"node": node, "where": nodes[node]["where"], "num_ray_gpus": gpus, "clock_ahead_s": ahead_s[node]}
+            facts.append(answer.model_copy(update=seen))
         checks = judge(client, facts, reducing.result())
     for node, reason in (silent | late).items():
         checks.append(Check(name="answer", where=nodes[node]["where"], ok=False, found=reason, remedy=ANSWER))
@@ -170,8 +171,8 @@ def _nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node | {"where": f"{kind.type} {node['NodeManagerAddress']}"} for node, kind in pairs}
 
 
-def _questions_to(node: str | None, questions: Questions, nodes: Mapping[str, Any]) -> Questions:
-    """With the ports that this node has to reach; None is the client. Only the head reaches a dashboard on its loopback."""
+def _ports_of(node: str | None, nodes: Mapping[str, Any]) -> dict[str, str]:
+    """Those that this node has to reach; None is the client. Only the head reaches a dashboard on its loopback."""
     import ray
     from ray._private.worker import get_dashboard_url
 
@@ -184,8 +185,7 @@ def _questions_to(node: str | None, questions: Questions, nodes: Mapping[str, An
         if other is not entry:
             for name in ("NodeManagerPort", "ObjectManagerPort"):
                 ports[f"{name} of {other['where']}"] = f"{other['NodeManagerAddress']}:{other[name]}"
-    identity = {"node": node, "where": entry["where"]} if node else {}
-    return questions.model_copy(update={"ports": ports, **identity})
+    return ports
 
 
 class _Actor:

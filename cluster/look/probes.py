@@ -34,16 +34,12 @@ AUTH_MODE = "RAY_AUTH_MODE"
 
 
 class Questions(Record):
-    """What a node is asked."""
+    """What a person asks."""
 
     data: str | None = None
     storage: str | None = None
     num_workers: int | None = None
     gpus_per_worker: float | None = None
-    node: str = ""
-    where: str = "client"
-    ports: Mapping[str, str] = {}
-    """Name -> HOST:PORT that this node has to reach; `dashboard` among them is asked for its status too."""
 
     @property
     def places(self) -> dict[str, str]:
@@ -57,8 +53,6 @@ class Place(Record):
 
 
 class NodeFacts(Record):
-    node: str
-    where: str
     versions: Mapping[str, str]
     platform: str
     cpus: int
@@ -78,6 +72,9 @@ class NodeFacts(Record):
     gpus: tuple[str, ...]
     """As nvidia-smi names them."""
     places: tuple[Place, ...]
+    # Of a node these are said by who asks it.
+    node: str = ""
+    where: str = "client"
     num_ray_gpus: float = 0.0
     clock_ahead_s: float = 0.0
     """Of the client's clock, beyond what the time between question and answer explains."""
@@ -101,13 +98,15 @@ class AllReduce(Record):
     error: str = ""
 
 
-def facts_of_node(questions: Questions) -> NodeFacts:
-    """What this process and its machine have, and whom they reach."""
+def facts_of_node(questions: Questions, ports: Mapping[str, str]) -> NodeFacts:
+    """What this process and its machine have, and whom they reach.
+
+    ports: name -> HOST:PORT to reach; `dashboard` among them is asked for its status too.
+    """
     from ray._private import worker
 
     from imgcls.data.cache import check_room
 
-    ports = questions.ports
     env, cache, cache_error, sets = dict(os.environ), storage.cache_root(), "", list[Any]()
     with ThreadPoolExecutor(16) as pool:  # what has to wait waits at the same time
         places = pool.map(look_at, questions.places, questions.places.values())
@@ -122,8 +121,6 @@ def facts_of_node(questions: Questions) -> NodeFacts:
             cache_error = str(error).splitlines()[0]
     ray_disk = _disk(Path(worker._global_node.get_session_dir_path() if worker._global_node else "/tmp/ray"))
     return NodeFacts(
-        node=questions.node,
-        where=questions.where,
         versions=versions() | ({"commit": own_commit} if (own_commit := commit()) else {}),
         platform=platform.platform(terse=True),
         cpus=usable_cpus(),

@@ -39,10 +39,8 @@ PLACES = {
     "doctor": ("--data", "--storage"),
 }
 """The commands that can be jobs, and their flags that name a place."""
-REQUIRED = {"pack": ("--to",), "report": ("--storage",)} | dict.fromkeys(
-    ("train", "suite", "search"), ("--data", "--storage")
-)
-"""Flags whose default is a folder beside the command, which in a job goes away with it."""
+REQUIRED = ("--to", "--data", "--storage")
+"""Flags whose default, but `doctor`'s, is a folder beside the command, which in a job goes away with it."""
 
 _SECRET_NAME = re.compile(
     r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|ACCESS_?KEY|API_?KEY|(^|_)(KEY|AUTH|PW|PAT)$", re.IGNORECASE
@@ -66,15 +64,14 @@ class Job:
 
     def request(self, python: str) -> dict[str, Any]:
         """The arguments of Ray's `submit_job`, without the working folder."""
-        request: dict[str, Any] = {
+        return {
             "submission_id": self.id,
             "entrypoint": self._command(python),
             "runtime_env": {"env_vars": self.env},
             "metadata": {"command": self._command("python")},
+            # None: Ray runs it on the head.
+            "entrypoint_resources": None if self.driver_resource is None else {self.driver_resource: 1.0},
         }
-        if self.driver_resource is not None:  # else Ray runs it on the head
-            request["entrypoint_resources"] = {self.driver_resource: 1.0}
-        return request
 
     def _command(self, python: str) -> str:
         return shlex.join([python, "-m", f"jobs.{self.words[0]}", *self.words[1:]])
@@ -149,8 +146,7 @@ def _flags(words: Sequence[str], flags: Sequence[str]) -> Iterator[tuple[int, st
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """The flag's last value among the words."""
-    values = [value for _, _, value in _flags(words, [flag])]
-    return values[-1] if values else None
+    return {name: value for _, name, value in _flags(words, [flag])}.get(flag)
 
 
 def _refuse_relative_places(words: Sequence[str]) -> None:
@@ -160,24 +156,21 @@ def _refuse_relative_places(words: Sequence[str]) -> None:
     if command == "evaluate" and len(words) > 1 and not words[1].startswith("-"):
         places.append(("CHECKPOINT", words[1]))
     for flag, value in places:
-        if not is_lasting(value) and (flag, value) != ("--source", "synthetic"):
-            raise RecipeError(relative(flag, value))
-    missing = [flag for flag in REQUIRED.get(command, ()) if flag not in flags]
-    if missing and "--help" not in words and "--verify" not in flags:
+        if (flag, value) != ("--source", "synthetic"):
+            check_lasting(flag, value)
+    missing = [flag for flag in PLACES[command] if flag in REQUIRED and flag not in flags]
+    if missing and command != "doctor" and "--help" not in words and "--verify" not in flags:
         raise RecipeError(
             f"{command} without {' and '.join(missing)}: the default is beside the command, and goes away with the job\n"
             f"  do: {' '.join(f'{flag} s3://...' for flag in missing)}"
         )
 
 
-def is_lasting(place: str) -> bool:
-    """A URL or an absolute path."""
-    return "://" in place or place.startswith("/")
-
-
-def relative(flag: str, value: str) -> str:
-    """The message that refuses a relative place."""
-    return f"{flag} {value} is relative: in a job that folder goes away with the job\n  do: a URL, or an absolute path"
+def check_lasting(flag: str, place: str) -> None:
+    """Raises RecipeError unless the place is a URL or an absolute path."""
+    if "://" not in place and not place.startswith("/"):
+        message = f"{flag} {place} is relative: in a job that folder goes away with the job"
+        raise RecipeError(f"{message}\n  do: a URL, or an absolute path")
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from pydantic import ValidationError
 
 from cluster import session
 from cluster.send.staging import Job
@@ -26,7 +27,6 @@ LOST_LOG_S = 60.0
 LOOK_S, LOG_PER_S = 1.0, 500_000
 """A job is looked at so often. Its log comes as a whole each time: a long one less often, to take so many characters/s."""
 INTERRUPTED, NEVER_BEGAN = 130, 3
-TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,8 @@ class Jobs:
 
         self.address = address
         self.client = Client(address)
-        # Some have a level of their own.
-        for name in ("ray", *(f"ray.{part}" for part in TALKATIVE)):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for handler in logging.getLogger("ray").handlers:  # some loggers below it have a level of their own
+            handler.setLevel(logging.ERROR)
 
     def submit(self, job: Job, *, python: str | None = None) -> None:
         """The cluster has taken it. python: the interpreter there; that of its own workers unless said.
@@ -99,7 +98,7 @@ class Jobs:
             try:
                 return self.client.get_job_info(job_id)
             except RuntimeError as error:
-                if "404" in str(error):
+                if "status code 404" in str(error):
                     return None
                 raise
 
@@ -116,22 +115,22 @@ class Jobs:
 
     def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Ended:
         """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does."""
-        self.known(job_id)
-        written, lost_s, over, over_s = 0, None, None, 0.0
+        info = self.known(job_id)
+        written, lost_s, over_s = 0, None, None
         while True:
             try:
                 info = self.known(job_id)  # before the log, which is whole where the job was over
-                if over is None and info.status.is_terminal():
-                    over, over_s = info, time.monotonic()
+                if over_s is None and info.status.is_terminal():
+                    over_s = time.monotonic()
                 log = self.client.get_job_logs(job_id)
             except (ClusterError, OSError, RuntimeError) as error:
-                if over is not None and time.monotonic() - over_s > LOST_LOG_S:
-                    say(f"the rest of the log cannot be read: {str(error).splitlines()[0]}")
-                    return ended(job_id, over)
+                reason = str(error).partition("\n")[0]
+                if over_s is not None and time.monotonic() - over_s > LOST_LOG_S:
+                    say(f"the rest of the log cannot be read: {reason}")
+                    return ended(job_id, info)
                 if lost_s is None:
                     lost_s = time.monotonic()
-                    reason = str(error).splitlines()[0]
-                    if over is None:
+                    if over_s is None:
                         say(f"no connection to {self.address} ({reason}); the job goes on: tried again")
                     else:
                         say(f"the job is over, its log does not come ({reason}): tried again")
@@ -181,22 +180,19 @@ def connected(address: str) -> Iterator[Jobs]:
 @contextmanager
 def _answered(address: str) -> Iterator[None]:
     """That nobody answers there, or another than a dashboard, is said in our words."""
-    no_dashboard = ClusterError(
-        f"what answers at {address} is no Ray dashboard, or one of another version\n"
-        "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
-    )
     try:
         yield
-    except (requests.JSONDecodeError, KeyError):
-        raise no_dashboard from None
+    except (requests.JSONDecodeError, KeyError, TypeError, ValidationError):  # it is no JSON, or has other fields
+        raise ClusterError(
+            f"what answers at {address} is no Ray dashboard, or one of another version\n"
+            "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
+        ) from None
     except (requests.RequestException, ConnectionError) as error:
         reason = str(error).splitlines()[0].rstrip("')\"").rpartition(": ")[2]
         raise ClusterError(
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
         ) from None
-    except ValueError:  # Ray's client, of an answer with other fields
-        raise no_dashboard from None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ PLACES = ("--data", "s3://bucket/packed", "--storage", "s3://bucket/runs")
         (("train", "scratch", *PLACES[:2], "--storage=../runs"), "--storage ../runs is relative"),
         (("pack", "pets", "--source", "pets", "--to", "s3://a"), "--source pets is relative"),
         (("evaluate", "runs/quick/scratch-seed0", "--data", "s3://a"), "CHECKPOINT runs/quick/scratch-seed0 is relative"),
+        (("evaluate", "s3://runs/quick/scratch-seed0"), "evaluate without --data"),
         (("suite", *PLACES, "--recipe", "none.toml"), "there is no such file"),
         (("suite", "--data", "s3://key:word@host/a", *PLACES[2:]), "holds a secret"),
     ],

@@ -68,7 +68,7 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("text", ["<html>", '{"status": "another program"}'])
+@pytest.mark.parametrize("text", ["<html>", "[]", '{"status": "another program"}'])
 def test_another_program_at_the_address_is_called_no_dashboard(enter_command: Command, text: str):
     with HTTPServer(("127.0.0.1", 0), partial(Answering, text)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
