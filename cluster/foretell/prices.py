@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
 from cluster.carry.suite import choose
@@ -44,6 +46,8 @@ class PriceTable(Record):
     """A node on which nothing runs is kept, and paid for, this long."""
     boot_s: float = 0.0
     """From a node's allocation to its first run."""
+    extras: dict[str, Decimal] = Field(default_factory=dict)
+    """Notes for readers of the table; not used."""
 
     @property
     def is_old(self) -> bool:
