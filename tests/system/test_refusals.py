@@ -32,7 +32,7 @@ def refused(run: Command, name: str, *arguments: str | Path, code: int, says: st
     [
         (("resnet50",), "there is no recipe resnet50 in the catalogue quick; there are: basic-cnn, resnet18"),
         (("scratch", "--catalogue", "fast"), "there is no catalogue fast"),
-        (("scratch", "--set", "optimizer.rate=1"), "no field optimizer.rate; optimizer has: kind, lr, weight_decay"),
+        (("scratch", "--set", "optimizer.rate=1"), "unknown field optimizer.rate; known here: kind, lr, weight_decay"),
         (("scratch", "--set", "lr"), "write --set FIELD=VALUE"),
         (("scratch", "--prices", "prices.yaml"), "--prices and --cluster say what --dry-run counts on"),
         ((), "give one RECIPE"),
