@@ -349,9 +349,9 @@ class SuiteResults(Record):
     data: str
     synthetic: bool
     runs: tuple[RunResult, ...]
-    seconds: float
+    seconds: float = 0.0
     """Of the last command, without packing."""
-    command: str
+    command: str = ""
     predicted_s: float | None = None
     """Of the last command, before it began; None where a rate was unknown."""
     predicted: dict[str, float] = {}

@@ -118,7 +118,7 @@ def write_down(request: Request, plan: Plan) -> None:
         raise
     for name, config in plan.configs.items():
         if name not in created:
-            suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
+            records.write(config, suite.run(name).config_url)  # its source's weights may lie elsewhere now
         if request.retry_failed:
             suite.run(name).forget_failure()
     records.write(record, suite.record_url)
