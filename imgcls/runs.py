@@ -282,10 +282,6 @@ class SuiteFolder:
     def record(self) -> SuiteRecord | None:
         return records.read_if_there(SuiteRecord, self.record_url)
 
-    def create_record(self, record: SuiteRecord) -> None:
-        """One that lies there stays."""
-        storage.create_bytes(self.record_url, records.sealed(record))
-
     def configs(self) -> dict[str, RunConfig]:
         """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
         configs = [self.run(name).config() for name in storage.folders(self.url)]

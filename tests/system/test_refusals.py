@@ -78,7 +78,7 @@ def test_damaged_data_are_named(enter_command: Command, packed: Path, tmp_path: 
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     else:
         (copy / "manifest.json").write_text(json.dumps({"format": 1}))
-    says = "manifest.json is damaged" if harm == "manifest" else "train-00000.tar"
+    says = "manifest.json was altered" if harm == "manifest" else "train-00000.tar"
     refused(enter_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
 
 
