@@ -420,6 +420,11 @@ def test_checksums_that_a_store_refuses_are_answered_with_the_variable_that_leav
         assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in remedy_for(f"s3://b/x cannot be written: {told}")
 
 
+def test_a_connection_that_takes_too_long_is_answered_with_the_endpoint():
+    for told in (boto.ConnectTimeoutError(**URL), boto.ReadTimeoutError(**URL)):
+        assert "AWS_ENDPOINT_URL" in remedy_for(f"s3://b/x cannot be listed: {told}")
+
+
 def test_no_checksum_is_sent_where_the_environment_says_so(url: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch):
     sent = []
     kept = type(proxied)._handed_on
