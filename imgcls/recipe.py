@@ -6,6 +6,7 @@ Called by the jobs (to choose), by `training.fit` (to build), by `results` (to s
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -193,20 +194,9 @@ def derive(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     value = asdict(recipe)
     for path, new in changes.items():
         part, _, leaf = path.rpartition(".")
-        place = value.get(part) if part else value
-        if not isinstance(place, dict) or leaf not in place:
-            where, known = (part, place) if part and isinstance(place, dict) else ("the recipe", value)
-            raise RecipeError(f"recipe {recipe.name} has no field {path}; {where} has: {', '.join(known)}")
-        place[leaf] = new
+        place, name = (value[part], leaf) if isinstance(value.get(part), dict) else (value, path)
+        place[name] = new  # a field that does not exist is refused below
     return recipe_from_json(value, where=f"recipe {recipe.name} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
-
-
-def value_at(recipe: Recipe, path: str) -> Any:
-    """Of the field at this dotted path; None where the recipe has no such field."""
-    value: Any = asdict(recipe)
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -216,10 +206,9 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
         path, equals, raw = text.partition("=")
         if not equals or not path:
             raise RecipeError(f"--set {text}: write --set FIELD=VALUE, as --set optimizer.lr=0.01")
-        try:
+        changes[path] = raw
+        with suppress(json.JSONDecodeError):
             changes[path] = json.loads(raw)
-        except json.JSONDecodeError:
-            changes[path] = raw
     return changes
 
 
@@ -235,16 +224,20 @@ def changes_between(base: Recipe, recipe: Recipe) -> dict[str, Any]:
     return changes
 
 
-def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted paths at which two JSON objects differ, each with both values."""
-    differences = []
-    for key in sorted(a.keys() | b.keys()):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            differences += differing_fields(left, right, f"{prefix}{key}.")
-        elif left != right:
-            differences.append(f"{prefix}{key}: {left} / {right}")
-    return differences
+    left, right = leaves(a), leaves(b)
+    paths = sorted(left.keys() | right.keys())
+    return [f"{path}: {left.get(path)} / {right.get(path)}" for path in paths if left.get(path) != right.get(path)]
+
+
+def leaves(value: dict[str, Any], *, until: str = "", prefix: str = "") -> dict[str, Any]:
+    """The values in nested JSON objects, by dotted path. An object that has the field `until` is a value itself."""
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        nested = isinstance(inner, dict) and until not in inner
+        found |= leaves(inner, until=until, prefix=f"{prefix}{name}.") if nested else {prefix + name: inner}
+    return found
 
 
 def _explain(loc: tuple[int | str, ...], message: str) -> str:

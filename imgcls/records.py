@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from imgcls import storage
 from imgcls.errors import DamagedError, DataError, RecipeError
@@ -39,18 +38,13 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 
 
-def fetched_again(damaged: type[Exception]):  # the type that it returns is tenacity's own, and has no public name
-    """The function is called twice where it raises this of what it fetched."""
-    return retry(retry=retry_if_exception_type(damaged), stop=stop_after_attempt(2), reraise=True)
-
-
-@fetched_again(DataError)
+@storage.fetched_again(DataError)
 def read(kind: type[R], url: str) -> R:
     """What `write` put there. Raises DataError where a byte of it is another, in two copies that were fetched."""
     return _opened(kind, storage.read_bytes(url), url)
 
 
-@fetched_again(DataError)
+@storage.fetched_again(DataError)
 def read_if_there(kind: type[R], url: str) -> R | None:
     data = storage.read_bytes_if_there(url)
     return None if data is None else _opened(kind, data, url)
@@ -70,12 +64,10 @@ def sealed(record: Record) -> bytes:
 
 
 def _opened(kind: type[R], data: bytes, url: str) -> R:
-    head, seal, tail = data.rpartition(_SEAL)
-    if not seal:
-        raise DamagedError(f"{url} is damaged, or no record of this version\n  do: bring it back, or make it again")
+    head, _, tail = data.rpartition(_SEAL)
     text = head + b"\n}"
     if tail != storage.sha256(text).encode() + b'"\n}\n':
-        raise DamagedError(f"{url} was altered: its SHA-256 is another\n  do: bring it back, or make it again")
+        raise DamagedError(f"{url} was altered, or is no record of this version\n  do: bring it back, or make it again")
     return kind.from_bytes(text, where=url)
 
 
@@ -349,9 +341,9 @@ class SuiteResults(Record):
     data: str
     synthetic: bool
     runs: tuple[RunResult, ...]
-    seconds: float
+    seconds: float = 0.0
     """Of the last command, without packing."""
-    command: str
+    command: str = ""
     predicted_s: float | None = None
     """Of the last command, before it began; None where a rate was unknown."""
     predicted: dict[str, float] = {}

@@ -4,8 +4,8 @@ import re
 
 REMEDIES = {
     "certificate verify failed": "AWS_CA_BUNDLE: a file with the certificate of the authority that signed the store's own",
-    "Could not connect|no answer within|Invalid endpoint|SSL validation": "the endpoint is wrong, down or closed to this "
-    "node: look at AWS_ENDPOINT_URL (unset for AWS), its port, http or https, security groups",
+    "Could not connect|no answer within|timeout on|Invalid endpoint|SSL validation": "the endpoint is wrong, down or closed "
+    "to this node: look at AWS_ENDPOINT_URL (unset for AWS), its port, http or https, security groups",
     "two commands|if-none-match": "a store with conditional puts (If-None-Match), as AWS, MinIO, Ceph and SeaweedFS have, "
     "or a folder",
     "content-?length|content-sha256|x-amz-.*(checksum|trailer)|not implemented": "the store does not read today's "

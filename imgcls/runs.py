@@ -148,9 +148,6 @@ class RunFolder:
     log_url = Place("log.txt")
     checkpoints_url = Place("checkpoints")
 
-    def _place(self, *names: str) -> str:
-        return storage.join(self.url, *names)
-
     @property
     def name(self) -> str:
         return storage.name_of(self.url)
@@ -166,10 +163,6 @@ class RunFolder:
         """False where one lies there already."""
         return not storage.exists(self.config_url) and storage.create_bytes(self.config_url, records.sealed(config))
 
-    def replace_config(self, config: RunConfig) -> None:
-        if storage.read_bytes_if_there(self.config_url) != records.sealed(config):
-            records.write(config, self.config_url)
-
     def result(self) -> RunResult | None:
         return records.read_if_there(RunResult, self.result_url)
 
@@ -179,8 +172,6 @@ class RunFolder:
 
     def fail(self, config: RunConfig, reason: str) -> None:
         """The run is over, failed: its result says why, with the last lines of its log. An earlier result stays."""
-        if storage.exists(self.result_url):
-            return
         log = (storage.read_bytes_if_there(self.log_url) or b"").decode(errors="replace")
         lines = (*log.splitlines(), *self._last_trace().splitlines())
         self.finish(RunResult.of(config, status="failed", error=reason, log_tail=lines[-LOG_TAIL_LINES:]))
@@ -213,34 +204,30 @@ class RunFolder:
         return RunState(result and result.status, self.attempts(), self.holder())  # pyright: ignore[reportArgumentType]
 
     def attempts(self) -> tuple[Attempt, ...]:
-        return tuple(self._attempt(name) for name in self._begun())
+        """By their number; a folder without a beginning is a lost write."""
+        return tuple(filter(None, map(self._attempt, storage.folders(storage.join(self.url, "attempts")))))
 
     def begin(self, command: str) -> int:
         """A new attempt of this process is on record; returns its number."""
-        number = int(max(storage.folders(self._place("attempts")), default="0")) + 1
+        number = int(max(storage.folders(storage.join(self.url, "attempts")), default="0")) + 1
         at = datetime.now(UTC).isoformat(timespec="seconds")
         began = Began(command=command, at=at, host=socket.gethostname(), pid=os.getpid())
-        records.write(began, self._place("attempts", f"{number:05d}", "began.json"))
+        records.write(began, storage.join(self.url, "attempts", f"{number:05d}", "began.json"))
         return number
 
     def end(self, number: int, ending: Ending, *, rank: int) -> None:
         """How the attempt ended is on record. What a rank said first stays: what comes after it is its consequence."""
-        url = self._place("attempts", f"{number:05d}", f"rank-{rank}.json")
+        url = storage.join(self.url, "attempts", f"{number:05d}", f"rank-{rank}.json")
         storage.create_bytes(url, records.sealed(ending))
 
-    def _begun(self) -> list[str]:
-        """Attempts by their number; a folder without a beginning is a lost write."""
-        names = storage.folders(self._place("attempts"))
-        return [name for name in names if storage.exists(self._place("attempts", name, "began.json"))]
-
-    def _attempt(self, name: str) -> Attempt:
-        began = records.read(Began, self._place("attempts", name, "began.json"))
+    def _attempt(self, name: str) -> Attempt | None:
+        began = records.read_if_there(Began, storage.join(self.url, "attempts", name, "began.json"))
         ending = next(iter(self._endings(name)), Ending(end=End.UNKNOWN))
-        return Attempt(began.command, ending.end, ending.error, ending.step)
+        return began and Attempt(began.command, ending.end, ending.error, ending.step)
 
     def _endings(self, name: str) -> list[Ending]:
         """Of all ranks that could say one: a preemption first, whoever saw it."""
-        url = self._place("attempts", name)
+        url = storage.join(self.url, "attempts", name)
         ranks = [file for file in storage.files(url) if file.startswith("rank-")]
         endings = [records.read(Ending, storage.join(url, rank)) for rank in ranks]
         return sorted(endings, key=lambda ending: ending.end is not End.PREEMPTED)
@@ -248,23 +235,23 @@ class RunFolder:
     def _last_trace(self) -> str:
         """The traceback of a rank of the last attempt, where one left it, and it is whole."""
         with suppress(DataError):
-            endings = [ending for name in self._begun()[-1:] for ending in self._endings(name)]
-            return next((ending.trace for ending in endings if ending.trace), "")
+            last = max(storage.folders(storage.join(self.url, "attempts")), default="0")
+            return next((ending.trace for ending in self._endings(last) if ending.trace), "")
         return ""
 
     def audits(self) -> list[Audit]:
-        url = self._place("audits")
+        url = storage.join(self.url, "audits")
         return [records.read(Audit, storage.join(url, name)) for name in storage.files(url) if name.endswith(".json")]
 
     def keep_audit(self, audit: Audit) -> None:
-        number = len(storage.files(self._place("audits"))) + 1
-        records.write(audit, self._place("audits", f"{number:05d}.json"))
+        number = len(storage.files(storage.join(self.url, "audits"))) + 1
+        records.write(audit, storage.join(self.url, "audits", f"{number:05d}.json"))
 
     def lease_url(self, number: int) -> str:
-        return self._place("leases", f"{number:05d}.json")
+        return storage.join(self.url, "leases", f"{number:05d}.json")
 
     def lease_numbers(self) -> list[int]:
-        names = [name.removesuffix(".json") for name in storage.files(self._place("leases"))]
+        names = [name.removesuffix(".json") for name in storage.files(storage.join(self.url, "leases"))]
         return [int(name) for name in names if name.isdigit()]
 
     def newest_lease(self) -> tuple[int, Lease] | None:
@@ -294,10 +281,6 @@ class SuiteFolder:
 
     def record(self) -> SuiteRecord | None:
         return records.read_if_there(SuiteRecord, self.record_url)
-
-    def create_record(self, record: SuiteRecord) -> None:
-        """One that lies there stays."""
-        storage.create_bytes(self.record_url, records.sealed(record))
 
     def configs(self) -> dict[str, RunConfig]:
         """Every run that was ever asked for under the id, in the order of the catalogues, then of the seeds."""
@@ -363,7 +346,6 @@ class SuiteFolder:
         """
         if not work and (before := records.read_if_there(SuiteResults, self.results_url)):
             work = before.model_dump(include=set(WORK))
-        work = work or {"seconds": 0.0, "command": ""}
         results = self.results(**work)
         while True:
             records.write(results, self.results_url)

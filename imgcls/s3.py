@@ -10,8 +10,7 @@ import errno
 import ssl
 import zlib
 from base64 import b64encode
-from pathlib import Path
-from traceback import walk_tb
+from traceback import extract_tb
 from typing import Any
 
 import aiohttp
@@ -22,16 +21,11 @@ from s3fs import S3FileSystem
 
 from imgcls.storage import TransientError
 
-CONNECT_S, SILENCE_S = 3, 10
-"""Time limits for a connection, and for silence of the other side."""
-
-TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError)
 BROKEN_CONNECTION = (ConnectionError, ssl.SSLError, boto.ConnectionError, boto.HTTPClientError)
 BROKEN_TRANSFER = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ClientResponseError)
 DAMAGED_ANSWER = (boto.IncompleteReadError, boto.ChecksumError, boto.FlexibleChecksumError, ResponseParserError)
-LATE_CREDENTIALS = (boto.CredentialRetrievalError,)
-"""The service that lends the credentials of a role failed."""
-TRANSIENT = BROKEN_CONNECTION + BROKEN_TRANSFER + DAMAGED_ANSWER + LATE_CREDENTIALS
+TRANSIENT = (*BROKEN_CONNECTION, *BROKEN_TRANSFER, *DAMAGED_ANSWER, boto.CredentialRetrievalError)
+"""The last one: the service that lends the credentials of a role failed."""
 BROKEN_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 OVERLOADED = {408, 425, 429, *range(500, 600)} - {501, 505, 507}
 """HTTP status of a server, or of a gateway before it, that is overloaded or broken for now."""
@@ -41,9 +35,6 @@ TRY_AGAIN = {
     *("Throttling", "ThrottlingException", "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded"),
 }
 """Other codes: the request was damaged on its way, met another one at the same object, or was one too many."""
-PARSER = str(Path("botocore", "parsers.py"))
-EXPIRED = "refreshed credentials are still expired"
-"""botocore's words, in a RuntimeError."""
 ANSWERS = (OSError, boto.BotoCoreError, boto.ClientError, ResponseParserError, aiohttp.ClientError)
 """Failures that the network, the store or the configuration causes. An exception of another type is a fault in code."""
 
@@ -59,11 +50,12 @@ def is_transient(error: Exception) -> bool:
 
 class S3(S3FileSystem):
     retries = 1
+    connect_timeout, read_timeout = 3, 10
+    """Seconds for a connection, and of silence of the other side."""
 
     def __init__(self, **options: Any) -> None:
-        once = {"mode": "standard", "total_max_attempts": 1}
-        config = {"retries": once, "connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}
-        super().__init__(use_listings_cache=False, max_concurrency=1, config_kwargs=config, **options)
+        once = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+        super().__init__(use_listings_cache=False, max_concurrency=1, config_kwargs=once, **options)
 
     async def attempt(self, operation: str, *arguments: Any, **options: Any) -> Any:
         """One operation of fsspec.
@@ -72,8 +64,6 @@ class S3(S3FileSystem):
         """
         try:
             return await getattr(self, f"_{operation}")(*arguments, **options)
-        except TIMEOUTS as error:
-            raise TimeoutError(str(error)) from error
         except ANSWERS as error:
             # aiobotocore makes an HTTPClientError of any exception, also of a fault in code.
             reason = error.kwargs["error"] if type(error) is boto.HTTPClientError else error
@@ -85,11 +75,11 @@ class S3(S3FileSystem):
                 raise
             raise OSError(errno.EINVAL, str(error)) from error
         except (ValueError, KeyError, TypeError) as error:  # of botocore's parser: a number or date of a damaged answer
-            if not any(frame.f_code.co_filename.endswith(PARSER) for frame, _ in walk_tb(error.__traceback__)):
+            if not any(place.filename.endswith("botocore/parsers.py") for place in extract_tb(error.__traceback__)):
                 raise
             raise TransientError(f"the answer is damaged: {error}") from error
         except RuntimeError as error:
-            if EXPIRED not in str(error):
+            if "refreshed credentials are still expired" not in str(error):  # botocore's words
                 raise
             raise TransientError(str(error)) from error
 

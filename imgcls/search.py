@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from imgcls.errors import RecipeError
-from imgcls.recipe import AdamW, Count, Recipe, Strict, derive
+from imgcls.recipe import AdamW, Count, Recipe, Strict, derive, leaves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +96,7 @@ def space_of(recipe: Recipe) -> Space:
 
 def space_from(value: Any, *, where: str) -> Space:
     """Raises RecipeError with each wrong field by its path."""
-    paths = dict(_flat(value))
+    paths = leaves(value, until="kind")  # [optimizer.lr] of TOML is {"optimizer": {"lr": ..}}
     if fixed := [path for path in paths if path.partition(".")[0] in FIXED]:
         raise RecipeError(f"{where}: {', '.join(fixed)}: trials are compared on the same samples, at the same length")
     if not paths:
@@ -107,12 +106,3 @@ def space_from(value: Any, *, where: str) -> Space:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise RecipeError(f"{where}: " + "\n  ".join(lines)) from None
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """[optimizer.lr] of TOML is {"optimizer": {"lr": ..}}."""
-    for name, one in value.items():
-        if isinstance(one, dict) and "kind" not in one:
-            yield from _flat(one, f"{prefix}{name}.")
-        else:
-            yield prefix + name, one

@@ -27,7 +27,7 @@ import fsspec
 from filelock import FileLock, Timeout
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+from tenacity import Retrying, retry, retry_if_exception_type, stop_after_attempt, stop_before_delay, wait_random_exponential
 
 from imgcls.disk import local_path, nearest, write_file
 from imgcls.errors import DataError, MissingError, StorageError
@@ -131,9 +131,9 @@ def _request(fs: Any, operation: str, path: str, *arguments: Any, num_bytes: int
     began = time.monotonic()
     limit = max(0.0, until - began) if until < math.inf else deadline_s(num_bytes)
     last_error: OSError = TimeoutError(f"no answer within {limit:.0f} s")
-    wait, retry = wait_random_exponential(0.1, max=5), retry_if_exception_type(TRANSIENT)
+    wait, transient = wait_random_exponential(0.1, max=5), retry_if_exception_type(TRANSIENT)
     try:
-        for attempt in Retrying(stop=stop_before_delay(limit), wait=wait, retry=retry, reraise=True):
+        for attempt in Retrying(stop=stop_before_delay(limit), wait=wait, retry=transient, reraise=True):
             number = attempt.retry_state.attempt_number
             traffic.add(requests=1, retries=int(number > 1))
             timeout_s = max(0.1, began + limit - time.monotonic())
@@ -191,16 +191,19 @@ def read_bytes_if_there(url: str) -> bytes | None:
     return None
 
 
+def fetched_again(damaged: type[Exception]):  # the type that it returns is tenacity's own, and has no public name
+    """The function is called twice where it raises this of what it fetched."""
+    return retry(retry=retry_if_exception_type(damaged), stop=stop_after_attempt(2), reraise=True)
+
+
+@fetched_again(DataError)
 def read_checked(url: str, *, num_bytes: int, digest: str) -> bytes:
-    """The object's bytes, compared with their size and digest; if they differ, they are read once more. Raises DataError."""
-    data, actual = b"", ""
-    for _ in range(2):
-        data = read_bytes(url, num_bytes=num_bytes)
-        if (actual := sha256(data)) == digest:
-            return data
-    if len(data) != num_bytes:
-        raise DataError(f"{url} has {len(data):,} bytes, {num_bytes:,} were written; read twice")
-    raise DataError(f"{url}: SHA-256 is {actual[:12]}.., {digest[:12]}.. was written; read twice")
+    """The object's bytes, compared with their digest. num_bytes: so many were written. Raises DataError."""
+    data = read_bytes(url, num_bytes=num_bytes)
+    if (actual := sha256(data)) != digest:
+        found, written = f"{actual[:12]}.. ({len(data):,} bytes)", f"{digest[:12]}.. ({num_bytes:,} bytes)"
+        raise DataError(f"{url}: SHA-256 is {found}, {written} was written; read twice")
+    return data
 
 
 def num_bytes_of(url: str) -> int:
@@ -318,23 +321,20 @@ def check_places(*, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> No
     Raises StorageError within `PREFLIGHT_S`, whatever is wrong.
     """
     with within(PREFLIGHT_S, request_s=PREFLIGHT_REQUEST_S):
-        for url in reads:
-            _check_place(url, writes=False)
-        for url in writes:
-            _check_place(url, writes=True)
+        for url in dict.fromkeys((*reads, *writes)):
+            _check_place(url, writes=url in writes)
 
 
 def _check_place(url: str, *, writes: bool) -> None:
-    local = is_local(url)
-    place = str(nearest(Path(absolute(url)))) if local else url  # the check makes no folders
+    place = str(nearest(Path(absolute(url)))) if is_local(url) else url  # the check makes no folders
     probe = join(place, f".probe-{secrets.token_hex(8)}")
     try:
         files(url)
         if writes:
             _check_writes(probe)
     except StorageError as error:
-        message, remedy = str(error).replace(probe, url), f"name a place that can be {'written' if writes else 'read'}"
-        remedy = remedy if local else remedy_for(message.replace(url, ""), remedy)
+        message = str(error).replace(probe, url)
+        remedy = remedy_for(message.replace(url, ""), f"name a place that can be {'written' if writes else 'read'}")
         raise StorageError(f"{message}\n  do: {remedy}") from None
 
 

@@ -58,7 +58,7 @@ def _suite(root: str, id: str) -> SuiteFolder:
 def _compare(suite: SuiteFolder, other: SuiteFolder) -> int:
     from imgcls.results.compare import beside, read_predictions
 
-    a, b = suite.results(seconds=0.0, command=""), other.results(seconds=0.0, command="")
+    a, b = suite.results(), other.results()
     rows = beside(a, read_predictions(suite.predictions(a)), b, read_predictions(other.predictions(b)))
     say_table(Lines(synthetic=a.synthetic or b.synthetic), rows)
     return DONE

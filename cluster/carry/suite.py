@@ -107,7 +107,7 @@ def write_down(request: Request, plan: Plan) -> None:
     Raises CheckpointError where another command, at the same time, has asked for something else under these names.
     """
     suite, record = request.suite, SuiteRecord(id=request.id, data=request.data_url, search=request.search)
-    suite.create_record(record)
+    storage.create_bytes(suite.record_url, records.sealed(record))  # one that lies there stays
     check_search(request)
     created = [name for name, config in plan.configs.items() if suite.run(name).create_config(config)]
     try:
@@ -118,7 +118,7 @@ def write_down(request: Request, plan: Plan) -> None:
         raise
     for name, config in plan.configs.items():
         if name not in created:
-            suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
+            records.write(config, suite.run(name).config_url)  # its source's weights may lie elsewhere now
         if request.retry_failed:
             suite.run(name).forget_failure()
     records.write(record, suite.record_url)

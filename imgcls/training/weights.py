@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgcls import records, storage
+from imgcls import storage
 from imgcls.errors import CheckpointError, DataError, MissingError
 from imgcls.recipe import Recipe, digest_of, recipe_from_json
 from imgcls.records import LineageEntry, RunConfig
@@ -67,7 +67,7 @@ def save_model(model: Model, url: str) -> str:
     return digest
 
 
-@records.fetched_again(CheckpointError)
+@storage.fetched_again(CheckpointError)
 def load_model(url: str) -> Model:
     """A checked model file. Raises CheckpointError where it is none, or is another than was written."""
     data = storage.read_bytes(url, num_bytes=0 if storage.is_local(url) else storage.num_bytes_of(url))

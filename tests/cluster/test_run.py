@@ -79,4 +79,4 @@ def test_a_damaged_record_of_an_attempt_fails_the_run_and_is_named(run: RunFolde
     run.begin("me")
     next(tmp_path.rglob("began.json")).write_text("{}")
     assert given_up(run, PREEMPTED) is None
-    assert "began.json is damaged" in reason(run)
+    assert "began.json was altered, or is no record" in reason(run)

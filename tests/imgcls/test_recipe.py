@@ -93,9 +93,9 @@ def test_changes_are_made_by_path():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.learning_rate=1", r"no field optimizer\.learning_rate; optimizer has: kind, lr"),
-        ("colour=1", r"no field colour; the recipe has: name, dataset"),
-        ("dataset.name=x", r"no field dataset.name; the recipe has: name, dataset"),
+        ("optimizer.learning_rate=1", r"unknown field optimizer\.learning_rate; known here: kind, lr"),
+        ("colour=1", r"unknown field colour; known here: name, dataset"),
+        ("dataset.name=x", r"unknown field dataset.name; known here: name, dataset"),
         ("length.epochs=0", r"length\.epochs: .*greater than or equal to 1"),
         ("length.epochs=1.5", r"length\.epochs"),
         ("optimizer.lr=fast", r"optimizer\.lr"),

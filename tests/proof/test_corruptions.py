@@ -45,7 +45,7 @@ def objects(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Obje
     (checkpoint,) = (run / "checkpoints").iterdir()
 
     def results() -> None:
-        (one,) = SuiteFolder(str(suite)).results(seconds=0.0, command="").runs
+        (one,) = SuiteFolder(str(suite)).results().runs
         RunFolder(str(run)).history(one)
         RunFolder(str(run)).predictions(one)
 

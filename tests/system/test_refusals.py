@@ -32,7 +32,7 @@ def refused(run: Command, name: str, *arguments: str | Path, code: int, says: st
     [
         (("resnet50",), "there is no recipe resnet50 in the catalogue quick; there are: basic-cnn, resnet18"),
         (("scratch", "--catalogue", "fast"), "there is no catalogue fast"),
-        (("scratch", "--set", "optimizer.rate=1"), "no field optimizer.rate; optimizer has: kind, lr, weight_decay"),
+        (("scratch", "--set", "optimizer.rate=1"), "unknown field optimizer.rate; known here: kind, lr, weight_decay"),
         (("scratch", "--set", "lr"), "write --set FIELD=VALUE"),
         (("scratch", "--prices", "prices.yaml"), "--prices and --cluster say what --dry-run counts on"),
         ((), "give one RECIPE"),
@@ -78,7 +78,7 @@ def test_damaged_data_are_named(enter_command: Command, packed: Path, tmp_path: 
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     else:
         (copy / "manifest.json").write_text(json.dumps({"format": 1}))
-    says = "manifest.json is damaged" if harm == "manifest" else "train-00000.tar"
+    says = "manifest.json was altered" if harm == "manifest" else "train-00000.tar"
     refused(enter_command, "train", "scratch", "--data", tmp_path / "data", code=3, says=says)
 
 

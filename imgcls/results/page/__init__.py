@@ -3,13 +3,14 @@
 import json
 import shlex
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from imgcls.catalogue import CATALOGUES
-from imgcls.recipe import changes_between, value_at
+from imgcls.recipe import changes_between, leaves
 from imgcls.records import RunResult, SuiteResults
 from imgcls.results import compare
 from imgcls.results.page import figures
@@ -67,7 +68,8 @@ def render_search(results: SuiteResults, histories: dict[str, bytes], timings: d
         rows = read_csv(histories.get(run.name, b""))
         kept = min(rows, key=lambda row: row["val/loss"], default=None)
         value = kept and kept[search.metric]
-        fields = [value_at(run.recipe, path) for path in sorted(search.space)]
+        values = leaves(asdict(run.recipe))
+        fields = [values.get(path) for path in sorted(search.space)]
         facts = {"name": run.name, "status": run.status, "error": run.error, "epochs": len(rows), "rows": rows}
         trials.append(facts | {"value": value, "fields": fields, "timing": read_csv(timings.get(run.name, b""))})
     shown = [trial for trial in trials if trial["epochs"]]
