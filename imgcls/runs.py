@@ -244,14 +244,19 @@ class RunFolder:
         return [records.read(Audit, storage.join(url, name)) for name in storage.files(url) if name.endswith(".json")]
 
     def keep_audit(self, audit: Audit) -> None:
-        number = len(storage.files(storage.join(self.url, "audits"))) + 1
-        records.write(audit, storage.join(self.url, "audits", f"{number:05d}.json"))
+        url = storage.join(self.url, "audits")
+        number = 1 + max(self._numbers("audits"), default=0)
+        while not storage.create_bytes(storage.join(url, f"{number:05d}.json"), records.sealed(audit)):
+            number += 1  # another auditor was there at the same time
 
     def lease_url(self, number: int) -> str:
         return storage.join(self.url, "leases", f"{number:05d}.json")
 
     def lease_numbers(self) -> list[int]:
-        names = [name.removesuffix(".json") for name in storage.files(storage.join(self.url, "leases"))]
+        return self._numbers("leases")
+
+    def _numbers(self, folder: str) -> list[int]:
+        names = [name.removesuffix(".json") for name in storage.files(storage.join(self.url, folder))]
         return [int(name) for name in names if name.isdigit()]
 
     def newest_lease(self) -> tuple[int, Lease] | None:

@@ -1,5 +1,7 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from imgcls.records import Audit
 from imgcls.runs import Attempt, End, Ending, RunFolder, held_up
 
 
@@ -34,3 +36,14 @@ def test_whatever_waits_near_or_far_for_a_failed_run_is_held_up_by_it():
     sources = {"a": None, "b": "a", "c": "b", "d": None}
     assert held_up(sources, {"a"}) == {"b": "a", "c": "a"}
     assert held_up(sources, {"d"}) == {}
+
+
+def test_no_audit_takes_the_place_of_another(tmp_path: Path):
+    run = RunFolder(str(tmp_path))
+    audits = [Audit(at=at, seed=0, steps=(), num_pieces=0, difference="", commit="", hardware={}) for at in "abc"]
+    run.keep_audit(audits[0])
+    run.keep_audit(audits[1])
+    (tmp_path / "audits" / "00001.json").unlink()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run.keep_audit, [audits[2]] * 8))
+    assert [audit.at for audit in run.audits()] == ["b", *["c"] * 8]
