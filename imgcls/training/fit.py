@@ -231,7 +231,7 @@ def _finish(
         test=module.scores["test"] if tested else None,
         examples=_examples(prepared) if tested and world.rank == 0 else (),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
-        images_per_s=round(history.samples / seconds["train"], 1),
+        images_per_s=round(sum(int(row["samples"]) for row in history.rows) / seconds["train"], 1),
         storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
         numerics_changes=tuple(recorder.numerics_changes),
         checkpoint=best.removeprefix(f"{run.url.rstrip('/')}/"),
