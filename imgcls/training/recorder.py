@@ -225,7 +225,7 @@ class Recorder(Checkpoint):
         return {
             "epoch": len(self.history.rows) + 1,
             "step": trainer.global_step,
-            "lr": module.lr_at(trainer.global_step - 1),
+            "lr": module.recipe.optimizer.lr * module.lr_factor(trainer.global_step - 1),
             "samples": plan.samples,
             "ledger": plan.digest,
             "train/loss": train.loss,
