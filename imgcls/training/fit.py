@@ -120,15 +120,13 @@ def _fit(
     if last is None:
         clock.add("start", start_s)
         log.line(f"{config.name}: {_plan(prepared, world)}")
-        _train(trainer, prepared, resume=None)
     else:
         _go_on(config, last, recorder)
-        if last.finished:
-            state = store.load_checkpoint(store.place(last.step))
-            prepared.module.network.load_state_dict(weights.network_weights(state, averaged=False))
-            recorder.load_state_dict(state["callbacks"][recorder.state_key])
-        else:
-            _train(trainer, prepared, resume=store.place(last.step))
+    with warnings.catch_warnings():
+        # It advises DataLoader worker processes; ours is one gather a batch.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        resume = store.place(last.step) if last else None
+        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
     result = _finish(config, run, prepared, trainer, recorder, tested=tested)
@@ -195,13 +193,6 @@ def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
     recorder.numerics_changes += changes
     commits.gone_on_from = last.step
     log.line(f"{config.name}: goes on after epoch {last.epoch}, step {last.step}")
-
-
-def _train(trainer: pl.Trainer, prepared: Prepared, *, resume: str | None) -> None:
-    with warnings.catch_warnings():
-        # It advises DataLoader worker processes; ours is one gather a batch.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
 
 
 def _finish(

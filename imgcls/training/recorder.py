@@ -147,6 +147,7 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning begins no epoch again in whose middle it goes on.
         self._began_s, self._trained_s = time.perf_counter(), None
+        trainer.should_stop = self.history.is_over  # where it goes on from a run's last checkpoint
 
     on_train_epoch_start = on_train_start
 
