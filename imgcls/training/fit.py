@@ -104,10 +104,11 @@ def _fit(
     numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
     recorder = Recorder(
         history,
-        Commits(store, options, config.digest(), numerics, log, failures=world.attempt - 1),
+        Commits(store, options, config.digest(), numerics, failures=world.attempt - 1),
         RunFiles(run, writes=world.rank == 0),
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
-        planned_batches=prepared.data.planned_batches,
+        data=prepared.data,
+        module=prepared.module,
         world=world,
         run_log=log,
         clock=clock,
