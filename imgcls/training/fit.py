@@ -109,7 +109,6 @@ def _fit(
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
         data=prepared.data,
         module=prepared.module,
-        world=world,
         run_log=log,
         clock=clock,
         traffic=traffic,
@@ -177,7 +176,7 @@ def _plan(prepared: Prepared, world: World) -> str:
 
 def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
     """The recorder knows from where. The checkpoint is of the same request, and of the same numerics where they matter."""
-    commits, log, world = recorder.commits, recorder.run_log, recorder.world
+    commits, log, world = recorder.commits, recorder.run_log, recorder.module.world
     if last.run_digest != config.digest():
         raise CheckpointError(
             f"{commits.store.url} holds checkpoints of another request ({last.run_digest[:12]}, not "
@@ -200,7 +199,7 @@ def _finish(
     config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.Trainer, recorder: Recorder, *, tested: bool
 ) -> RunResult:
     """The best checkpoint becomes the run's model, and is tested, once."""
-    history, module, world, clock = recorder.history, prepared.module, recorder.world, recorder.clock
+    history, module, world, clock = recorder.history, recorder.module, recorder.module.world, recorder.clock
     last_sha256, store = weights.weights_sha256(module.network.state_dict()), recorder.commits.store
     best = store.place(int(history.best_row["step"]))
     module.evaluated.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
@@ -242,7 +241,7 @@ def _finish(
 def _test(prepared: Prepared, trainer: pl.Trainer, recorder: Recorder) -> bytes:
     """The best checkpoint on the test set. Returns what was predicted, as a file."""
     history, module = recorder.history, prepared.module
-    recorder.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
+    module.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
     with recorder.clock.of("test"):
         trainer.test(module, datamodule=prepared.data, verbose=False)
     test, epoch = module.scores["test"], history.best_row["epoch"]

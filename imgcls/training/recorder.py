@@ -21,7 +21,6 @@ from imgcls.training.history import History
 from imgcls.training.ledger import planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
-from imgcls.training.world import World
 
 REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
@@ -105,7 +104,6 @@ class Recorder(Checkpoint):
     """Goes into every checkpoint."""
     data: ImageData
     module: Classifier
-    world: World
     run_log: RunLog
     """Not `log`: Lightning gives each callback an attribute of that name."""
     clock: Stopwatch
@@ -155,7 +153,7 @@ class Recorder(Checkpoint):
 
     # Each hook writes and reports: while it does so this rank is not busy, but waits.
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        with self.world.heartbeat.waiting():
+        with self.module.world.heartbeat.waiting():
             self.module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
             if self.commits.gone_on_from == trainer.global_step:
                 self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
@@ -167,7 +165,7 @@ class Recorder(Checkpoint):
         every = self.commits.options.checkpoint_every_n_steps
         leaves = self.module.flags.someone_leaves and not self._said_leaving
         due = trainer.global_step % every == 0 if every else self.module.flags.checkpoint_is_due
-        with self.world.heartbeat.waiting():
+        with self.module.world.heartbeat.waiting():
             if done < steps and (leaves or due):
                 self._commit(trainer, at_once=leaves)
             if leaves:
@@ -175,16 +173,16 @@ class Recorder(Checkpoint):
                 self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
             # By step, not by time: every rank has to report equally often.
             if done % max(10, math.ceil(steps / REPORTS_AN_EPOCH)) == 0 and done < steps:
-                self.world.report(self._progress(trainer, self._training_s()))
+                self.module.world.report(self._progress(trainer, self._training_s()))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":  # its steps count as training to their end
-            with self.world.heartbeat.waiting():
+            with self.module.world.heartbeat.waiting():
                 torch.cuda.synchronize()
         self._trained_s = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.world.heartbeat.waiting():
+        with self.module.world.heartbeat.waiting():
             self._end_epoch(trainer)
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
@@ -205,7 +203,7 @@ class Recorder(Checkpoint):
             self.run_log.line(complaint)
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
         progress = self._progress(trainer, trained_s)
-        self.world.report(replace(progress, row=row, images_per_s=images_per_s))
+        self.module.world.report(replace(progress, row=row, images_per_s=images_per_s))
 
     def _row(self, trainer: pl.Trainer) -> Row:
         """Raises TrainingError where what was seen is not what was planned."""
