@@ -6,7 +6,7 @@ train any piece between two checkpoints again, on a machine of the same numerics
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -122,7 +122,8 @@ def _trained_again(piece: Piece, run: RunFolder, config: RunConfig, result: RunR
         again = RunFolder(storage.join(folder, storage.name_of(run.suite.url), run.name))
         _lay_out(piece, run, config, again)
         end = CheckpointFolder(CheckpointStore(again.checkpoints_url).place(piece.last.step))
-        try:
+        replayed = None
+        with suppress(LeaseError):  # `lost`: it has come to the end of the piece
             replayed = fit(
                 config,
                 data_url=data_url,
@@ -131,8 +132,6 @@ def _trained_again(piece: Piece, run: RunFolder, config: RunConfig, result: RunR
                 world=replace(world, lost=lambda: not piece.last.finished and end.marker() is not None),
                 options=RunOptions(checkpoint_every_n_steps=piece.last.step),
             )
-        except LeaseError:  # `lost`: it has come to the end of the piece
-            replayed = None
         theirs = weights.read_checkpoint(CheckpointStore(run.checkpoints_url).place(piece.last.step))
         where = f"step {piece.last.step}, trained again from step {piece.first.step if piece.first else 0}"
         for path in differing(theirs, weights.read_checkpoint(end.url)):

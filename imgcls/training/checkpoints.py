@@ -45,9 +45,6 @@ class CheckpointStore(CheckpointIO):
                 raise NumericsError(f"{error}\n  do: go on with the version that wrote it, or take another --id") from None
         return sorted(markers, key=lambda marker: marker.step)
 
-    def last(self) -> Committed | None:
-        return next(reversed(self.committed()), None)
-
     def newest_whole(self) -> Committed | None:
         """The newest checkpoint whose bytes are those that were written, and its best epoch's too; nothing is loaded.
 

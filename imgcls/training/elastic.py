@@ -38,27 +38,31 @@ def leave_gradients_alone(strategy: DDPStrategy) -> None:
 
 def virtual_step(
     network: nn.Module,
-    losses: Callable[[int, slice], Tensor],
+    forward: Callable[[slice, int], tuple[Tensor, Tensor]],
     parts: Iterable[tuple[int, slice]],
     *,
     virtual_ranks: int,
-    gather: Callable[[Tensor], Sequence[Tensor]],
+    gather: Callable[[Tensor, Tensor], Sequence[Tensor]],
     num_steps: int,
 ) -> None:
     """Every gradient is that of the global batch; running statistics are the mean over virtual ranks.
 
-    losses: the forward pass of a virtual rank's rows; so scaled that their sum is the global batch's loss.
-    gather: this worker's vector to those of all workers, by rank. num_steps: with this one, for integer buffers.
+    forward: a virtual rank's rows to their loss, so scaled that the sum is the global batch's, and whether it is finite.
+    gather: this worker's vector to those of all workers, by rank; it hears whether this worker's losses are finite.
+    num_steps: with this one, for integer buffers.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     start = [buffer.clone() for buffer in buffers]
-    found = []  # of each virtual rank its gradients and buffers, as one flat vector
+    all_finite = list[Tensor]()
+    found = list[Tensor]()  # of each virtual rank its gradients and buffers, as one flat vector
     for virtual, rows in parts:
         _set(buffers, start)
-        gradients = torch.autograd.grad(losses(virtual, rows), parameters)
+        loss, finite = forward(rows, virtual)
+        all_finite.append(finite)
+        gradients = torch.autograd.grad(loss, parameters)
         found.append(torch.cat([t.reshape(-1) for t in (*gradients, *(b / virtual_ranks for b in buffers))]))
-    whole = tree_sum(list(gather(tree_sum(found))))
+    whole = tree_sum(gather(tree_sum(found), torch.stack(all_finite).all()))
     tensors = [*parameters, *buffers]
     flat = whole.split([tensor.numel() for tensor in tensors])
     pieces = [piece.view_as(tensor) for piece, tensor in zip(flat, tensors, strict=True)]

@@ -39,7 +39,8 @@ def origin() -> dict[str, Any]:
 
 def hardware() -> dict[str, str]:
     """CPU, its vector units, GPU: what decides speed and the last bits."""
-    facts = {"cpu": _cpu_name(), "cpus": str(usable_cpus()), "vectors": _vectors()}
+    cpu = _cpu_facts().get("model name") or platform.processor() or platform.machine()
+    facts = {"cpu": cpu, "cpus": str(usable_cpus()), "vectors": _vectors()}
     return facts | dict(zip(("gpu",), gpus(), strict=False))  # the first one's name, where there is one
 
 
@@ -105,10 +106,6 @@ def _vectors() -> str:
         return torch.backends.cpu.get_cpu_capability()
     known = {"AVX512": {"avx512vl", "avx512bw", "avx512dq", "fma"}, "AVX2": {"avx2", "fma"}}
     return next((name for name, needed in known.items() if needed <= flags), "DEFAULT")
-
-
-def _cpu_name() -> str:
-    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_model() -> str:

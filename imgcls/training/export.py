@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from imgcls import storage
 from imgcls.data.augment import inputs
@@ -22,6 +23,7 @@ from imgcls.training.predict import load_network
 from imgcls.training.weights import FoundModel, preprocessing
 
 OPSET = 20
+DYNAMIC = {"images": {0: torch.export.Dim("batch")}}
 NUM_COMPARED, AT_ONCE = 1000, 100
 LARGEST = 1e-4
 """Of a logit's difference from the checkpoint's."""
@@ -73,7 +75,8 @@ def export(source: FoundModel, *, to: str, data_url: str) -> Export:
     }
     with storage.temporary_folder("export") as folder, torch.no_grad():
         file = Path(folder) / f"model{Path(to).suffix}"
-        answer = write(module, images[:1].repeat(2, 1, 1, 1), json.dumps(facts, indent=1), file)
+        program = torch.export.export(module, (images[:1].repeat(2, 1, 1, 1),), dynamic_shapes=DYNAMIC)
+        answer = write(program, json.dumps(facts, indent=1), file)
         parts = (*images.split(AT_ONCE), images[:1])
         difference = float(np.max([np.abs(answer(part) - module(part).numpy()).max() for part in parts]))
         if not difference <= LARGEST:
@@ -98,31 +101,20 @@ def _test_images(source: FoundModel, data_url: str) -> Tensor:
 Answer = Callable[[Tensor], np.ndarray]
 
 
-def _dynamic() -> dict[str, dict[int, torch.export.Dim]]:
-    return {"images": {0: torch.export.Dim("batch")}}
-
-
-def _write_pt2(module: nn.Module, example: Tensor, facts: str, file: Path) -> Answer:
-    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=_dynamic()), file, extra_files={FACTS: facts})
+def _write_pt2(program: ExportedProgram, facts: str, file: Path) -> Answer:
+    torch.export.save(program, file, extra_files={FACTS: facts})
     loaded = torch.export.load(file).module()
     return lambda images: loaded(images).numpy()
 
 
-def _write_onnx(module: nn.Module, example: Tensor, facts: str, file: Path) -> Answer:
+def _write_onnx(program: ExportedProgram, facts: str, file: Path) -> Answer:
     import onnxruntime
 
-    program = torch.onnx.export(
-        module,
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=_dynamic(),
-        verbose=False,
+    onnx = torch.onnx.export(
+        program, opset_version=OPSET, input_names=["images"], output_names=["logits"], dynamic_shapes=DYNAMIC, verbose=False
     )
-    assert program is not None
-    program.model.metadata_props[FACTS] = facts
-    program.save(file, external_data=False)
+    assert onnx is not None
+    onnx.model.metadata_props[FACTS] = facts
+    onnx.save(file, external_data=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: np.asarray(session.run(["logits"], {"images": images.numpy()})[0])

@@ -104,11 +104,11 @@ def _fit(
     numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
     recorder = Recorder(
         history,
-        Commits(store, options, config.digest(), numerics, log, failures=world.attempt - 1),
+        Commits(store, options, config.digest(), numerics, failures=world.attempt - 1),
         RunFiles(run, writes=world.rank == 0),
         about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
-        planned_batches=prepared.data.planned_batches,
-        world=world,
+        data=prepared.data,
+        module=prepared.module,
         run_log=log,
         clock=clock,
         traffic=traffic,
@@ -120,15 +120,13 @@ def _fit(
     if last is None:
         clock.add("start", start_s)
         log.line(f"{config.name}: {_plan(prepared, world)}")
-        _train(trainer, prepared, resume=None)
     else:
         _go_on(config, last, recorder)
-        if last.finished:
-            state = store.load_checkpoint(store.place(last.step))
-            prepared.module.network.load_state_dict(weights.network_weights(state, averaged=False))
-            recorder.load_state_dict(state["callbacks"][recorder.state_key])
-        else:
-            _train(trainer, prepared, resume=store.place(last.step))
+    with warnings.catch_warnings():
+        # It advises DataLoader worker processes; ours is one gather a batch.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        resume = store.place(last.step) if last else None
+        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
     result = _finish(config, run, prepared, trainer, recorder, tested=tested)
@@ -178,7 +176,7 @@ def _plan(prepared: Prepared, world: World) -> str:
 
 def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
     """The recorder knows from where. The checkpoint is of the same request, and of the same numerics where they matter."""
-    commits, log, world = recorder.commits, recorder.run_log, recorder.world
+    commits, log, world = recorder.commits, recorder.run_log, recorder.module.world
     if last.run_digest != config.digest():
         raise CheckpointError(
             f"{commits.store.url} holds checkpoints of another request ({last.run_digest[:12]}, not "
@@ -197,18 +195,11 @@ def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
     log.line(f"{config.name}: goes on after epoch {last.epoch}, step {last.step}")
 
 
-def _train(trainer: pl.Trainer, prepared: Prepared, *, resume: str | None) -> None:
-    with warnings.catch_warnings():
-        # It advises DataLoader worker processes; ours is one gather a batch.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
-
-
 def _finish(
     config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.Trainer, recorder: Recorder, *, tested: bool
 ) -> RunResult:
     """The best checkpoint becomes the run's model, and is tested, once."""
-    history, module, world, clock = recorder.history, prepared.module, recorder.world, recorder.clock
+    history, module, world, clock = recorder.history, recorder.module, recorder.module.world, recorder.clock
     last_sha256, store = weights.weights_sha256(module.network.state_dict()), recorder.commits.store
     best = store.place(int(history.best_row["step"]))
     module.evaluated.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
@@ -231,7 +222,7 @@ def _finish(
         test=module.scores["test"] if tested else None,
         examples=_examples(prepared) if tested and world.rank == 0 else (),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
-        images_per_s=round(history.samples / seconds["train"], 1),
+        images_per_s=round(sum(int(row["samples"]) for row in history.rows) / seconds["train"], 1),
         storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
         numerics_changes=tuple(recorder.numerics_changes),
         checkpoint=best.removeprefix(f"{run.url.rstrip('/')}/"),
@@ -250,7 +241,7 @@ def _finish(
 def _test(prepared: Prepared, trainer: pl.Trainer, recorder: Recorder) -> bytes:
     """The best checkpoint on the test set. Returns what was predicted, as a file."""
     history, module = recorder.history, prepared.module
-    recorder.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
+    module.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
     with recorder.clock.of("test"):
         trainer.test(module, datamodule=prepared.data, verbose=False)
     test, epoch = module.scores["test"], history.best_row["epoch"]

@@ -50,14 +50,8 @@ class History:
     @property
     def is_over(self) -> bool:
         """Nothing is left to train: the epochs are done, or patience is at its end."""
-        if len(self.rows) >= self.epochs:
-            return True
-        losses = [float(row["val/loss"]) for row in self.rows]
-        return bool(losses and self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience)
-
-    @property
-    def samples(self) -> float:
-        return sum(float(row["samples"]) for row in self.rows)
+        since_best = len(self.rows) - int(self.best_row["epoch"]) if self.rows else 0
+        return len(self.rows) >= self.epochs or bool(self.patience and since_best >= self.patience)
 
     def state(self) -> dict[str, Any]:
         best = self.best.model_dump_json() if self.best else None

@@ -28,7 +28,6 @@ class Entry(NamedTuple):
 class Ledger(Metric):
     """Added over steps and, by torchmetrics, over ranks."""
 
-    full_state_update = False
     samples: Tensor
     digest: Tensor
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, assert_never
 
 import lightning.pytorch as pl
@@ -45,6 +46,7 @@ class Classifier(pl.LightningModule):
         self.train_totals, self.val_totals, self.test_totals = (Totals(num_classes) for _ in range(3))
         self.predictions = Predictions()
         self.ledger = Ledger()
+        self._counted: dict[str, Metric] = {"ledger": self.ledger, "train": self.train_totals}
         self.seen: Entry | None = None
         """The ledger of the last whole epoch."""
         self.scores: dict[str, Scores] = {}
@@ -107,18 +109,10 @@ class Classifier(pl.LightningModule):
     def _elastic_step(self, batch: Batch) -> None:
         """As the automatic step, but for the way in which gradients are added; see `training.elastic`."""
         virtual_ranks = self.recipe.virtual_ranks
-        parts = virtual_parts(
-            batch.global_size, rank=self.rank, world_size=self.world_size, virtual_ranks=virtual_ranks
-        )  # fmt: skip
-        all_finite: list[Tensor] = []
+        parts = virtual_parts(batch.global_size, rank=self.rank, world_size=self.world_size, virtual_ranks=virtual_ranks)
 
-        def loss_of(virtual: int, rows: slice) -> Tensor:
-            loss, finite = self._forward(batch, rows, virtual)
-            all_finite.append(finite)
-            return loss
-
-        def gather(mine: Tensor) -> Sequence[Tensor]:
-            self._share(torch.stack(all_finite).all(), batch)
+        def gather(mine: Tensor, finite: Tensor) -> Sequence[Tensor]:
+            self._share(finite, batch)
             if self.world_size == 1:
                 return [mine]
             everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -126,9 +120,8 @@ class Classifier(pl.LightningModule):
                 torch.distributed.all_gather(everyones, mine)
             return everyones
 
-        virtual_step(
-            self.network, loss_of, parts, virtual_ranks=virtual_ranks, gather=gather, num_steps=self.global_step + 1
-        )
+        forward, num_steps = partial(self._forward, batch), self.global_step + 1
+        virtual_step(self.network, forward, parts, virtual_ranks=virtual_ranks, gather=gather, num_steps=num_steps)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
@@ -152,10 +145,6 @@ class Classifier(pl.LightningModule):
                 for state, value in checkpoint["epoch_so_far"][name].items():
                     setattr(metric, state, value)
 
-    @property
-    def _counted(self) -> dict[str, Metric]:
-        return {"ledger": self.ledger, "train": self.train_totals}
-
     def _check_alike(self) -> None:
         """Under elastic numerics no rank hands its weights to another: unlike hardware would let them drift apart."""
         mine = int(weights_sha256(self.network.state_dict())[:15], 16)
@@ -170,10 +159,8 @@ class Classifier(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         if not self.automatic_optimization:
             self._check_alike()
-        self._take("train", self.train_totals)
-        with self.world.heartbeat.waiting():
-            self.seen = self.ledger.compute()
-        self.ledger.reset()
+        self.scores["train"] = self._take(self.train_totals)
+        self.seen = self._take(self.ledger)
 
     def on_validation_start(self) -> None:
         self.flags.read()
@@ -182,29 +169,27 @@ class Classifier(pl.LightningModule):
         self._evaluate(self.val_totals, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._take("val", self.val_totals)
+        self.scores["val"] = self._take(self.val_totals)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self._evaluate(self.test_totals, batch)
         self.predictions.update(batch.ids[: batch.counted], logits, batch.labels[: batch.counted])
 
     def on_test_epoch_end(self) -> None:
-        self._take("test", self.test_totals)
-        with self.world.heartbeat.waiting():
-            self.predicted = self.predictions.compute()
-        self.predictions.reset()
+        self.scores["test"] = self._take(self.test_totals)
+        self.predicted = self._take(self.predictions)
 
     def _evaluate(self, totals: Totals, batch: Batch) -> Tensor:
         logits = self.evaluated(batch.images)[: batch.counted]
         totals.update(logits, batch.labels[: batch.counted])
         return logits
 
-    def _take(self, split: str, totals: Totals) -> Scores:
+    def _take(self, metric: Metric) -> Any:
+        """What it has come to over all ranks; it begins anew. Every rank calls it."""
         with self.world.heartbeat.waiting():
-            scores = totals.compute()
-        totals.reset()
-        self.scores[split] = scores
-        return scores
+            value = metric.compute()
+        metric.reset()
+        return value
 
     def configure_optimizers(self) -> Any:
         optimizer, parameters = self.recipe.optimizer, self.network.parameters()
@@ -217,14 +202,11 @@ class Classifier(pl.LightningModule):
                 built = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
             case _:
                 assert_never(optimizer)
-        scheduler = LambdaLR(built, self._lr_factor)
+        scheduler = LambdaLR(built, self.lr_factor)
         return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate at which this step is taken."""
-        return self.recipe.optimizer.lr * self._lr_factor(step)
-
-    def _lr_factor(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
+        """Of the recipe's learning rate, when this step is taken."""
         return lr_factor(self.recipe.schedule, step=step, total_steps=self.total_steps)
 
 

@@ -4,7 +4,6 @@ Lightning's callbacks.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from imgcls.data.batches import Batch
-from imgcls.data.order import Ids
+from imgcls.data.batches import Batch, ImageData
 from imgcls.errors import TrainingError
 from imgcls.records import RunOptions
 from imgcls.runs import CheckpointFacts
@@ -23,7 +21,6 @@ from imgcls.training.history import History
 from imgcls.training.ledger import planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
-from imgcls.training.world import World
 
 REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
@@ -40,7 +37,6 @@ class Commits:
     options: RunOptions
     run_digest: str
     numerics: dict[str, str]
-    log: RunLog
     failures: int
     """Of earlier attempts."""
     gone_on_from: int | None = None
@@ -71,12 +67,11 @@ class Commits:
         Every rank calls it. at_once: it returns when it is there.
         """
         began_s, rows = time.perf_counter(), history.rows
-        at_epochs_end = bool(rows) and rows[-1]["step"] == trainer.global_step
         facts = CheckpointFacts(
             epoch=len(rows),
             step=trainer.global_step,
             best_step=int(history.best_row["step"]) if rows else None,
-            finished=at_epochs_end and history.is_over,
+            finished=history.is_over,
             run_digest=self.run_digest,
             numerics=self.numerics,
         )
@@ -93,7 +88,7 @@ class Commits:
         if budget_mb is not None and size > budget_mb * 1e6 and not self._said_over_budget:
             self._said_over_budget = True
             budget = f"{budget_mb * 1e6:,.0f}"
-            self.log.line(f"the best and the last two checkpoints take {size:,} bytes, over the budget of {budget}")
+            self.store.say(f"the best and the last two checkpoints take {size:,} bytes, over the budget of {budget}")
 
 
 @dataclass(eq=False)
@@ -107,8 +102,8 @@ class Recorder(Checkpoint):
     files: RunFiles
     about: dict[str, Any]
     """Goes into every checkpoint."""
-    planned_batches: Callable[[int], list[Ids]]
-    world: World
+    data: ImageData
+    module: Classifier
     run_log: RunLog
     """Not `log`: Lightning gives each callback an attribute of that name."""
     clock: Stopwatch
@@ -147,6 +142,7 @@ class Recorder(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning begins no epoch again in whose middle it goes on.
         self._began_s, self._trained_s = time.perf_counter(), None
+        trainer.should_stop = self.history.is_over  # where it goes on from a run's last checkpoint
 
     on_train_epoch_start = on_train_start
 
@@ -157,21 +153,19 @@ class Recorder(Checkpoint):
 
     # Each hook writes and reports: while it does so this rank is not busy, but waits.
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        assert isinstance(pl_module, Classifier)
-        with self.world.heartbeat.waiting():
-            pl_module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
+        with self.module.world.heartbeat.waiting():
+            self.module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
             if self.commits.gone_on_from == trainer.global_step:
                 self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Classifier)
         steps, done = int(trainer.num_training_batches), batch_idx + 1
         every = self.commits.options.checkpoint_every_n_steps
-        leaves = pl_module.flags.someone_leaves and not self._said_leaving
-        due = trainer.global_step % every == 0 if every else pl_module.flags.checkpoint_is_due
-        with self.world.heartbeat.waiting():
+        leaves = self.module.flags.someone_leaves and not self._said_leaving
+        due = trainer.global_step % every == 0 if every else self.module.flags.checkpoint_is_due
+        with self.module.world.heartbeat.waiting():
             if done < steps and (leaves or due):
                 self._commit(trainer, at_once=leaves)
             if leaves:
@@ -179,45 +173,42 @@ class Recorder(Checkpoint):
                 self.run_log.line(f"a node of this run is about to be taken away, at step {trainer.global_step}")
             # By step, not by time: every rank has to report equally often.
             if done % max(10, math.ceil(steps / REPORTS_AN_EPOCH)) == 0 and done < steps:
-                self.world.report(_progress(trainer, pl_module, self.history, self._training_s()))
+                self.module.world.report(self._progress(trainer, self._training_s()))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and self._trained_s is None:
-            if pl_module.device.type == "cuda":  # its steps count as training to their end
-                with self.world.heartbeat.waiting():
-                    torch.cuda.synchronize()
-            self._trained_s = time.perf_counter()
+        if pl_module.device.type == "cuda":  # its steps count as training to their end
+            with self.module.world.heartbeat.waiting():
+                torch.cuda.synchronize()
+        self._trained_s = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        with self.world.heartbeat.waiting():
-            self._end_epoch(trainer, pl_module)
+        with self.module.world.heartbeat.waiting():
+            self._end_epoch(trainer)
 
-    def _end_epoch(self, trainer: pl.Trainer, module: Classifier) -> None:
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
         assert self._trained_s is not None
         trained_s, validated_s = self._training_s(), time.perf_counter() - self._trained_s
-        row = self._row(trainer, module)
+        row = self._row(trainer)
         # Before the commit, which keeps them.
         seconds = {"train_s": trained_s, "validate_s": validated_s, "ended_at": time.time()}
-        images_per_s = self.history.add(row, module.scores["val"], **seconds)
+        images_per_s = self.history.add(row, self.module.scores["val"], **seconds)
         self.clock.add("train", trained_s)
         self.clock.add("validate", validated_s)
         self._began_s, self._trained_s, self._earlier_s = None, None, 0.0
-        if self.history.is_over:
-            trainer.should_stop = True
+        trainer.should_stop = self.history.is_over
         self._commit(trainer)
         self.files.write(self.history)
         checkpoint_s = self.clock.seconds["checkpoint"]
         if complaint := self.traffic.complaint(epoch_s=trained_s + validated_s, checkpoint_s=checkpoint_s):
             self.run_log.line(complaint)
         self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
-        progress = _progress(trainer, module, self.history, trained_s)
-        self.world.report(replace(progress, row=row, images_per_s=images_per_s))
+        progress = self._progress(trainer, trained_s)
+        self.module.world.report(replace(progress, row=row, images_per_s=images_per_s))
 
-    def _row(self, trainer: pl.Trainer, module: Classifier) -> Row:
+    def _row(self, trainer: pl.Trainer) -> Row:
         """Raises TrainingError where what was seen is not what was planned."""
+        module, plan = self.module, planned(self.data.planned_batches(trainer.current_epoch))
         train, val, seen = module.scores["train"], module.scores["val"], module.seen
-        plan = planned(self.planned_batches(trainer.current_epoch))
         if seen != plan:
             raise TrainingError(
                 f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
@@ -225,7 +216,7 @@ class Recorder(Checkpoint):
         return {
             "epoch": len(self.history.rows) + 1,
             "step": trainer.global_step,
-            "lr": module.lr_at(trainer.global_step - 1),
+            "lr": module.recipe.optimizer.lr * module.lr_factor(trainer.global_step - 1),
             "samples": plan.samples,
             "ledger": plan.digest,
             "train/loss": train.loss,
@@ -235,21 +226,20 @@ class Recorder(Checkpoint):
             "val/accuracy": val.accuracy,
         }
 
+    def _progress(self, trainer: pl.Trainer, trained_s: float) -> Progress:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return Progress(
+            phase="train",
+            epoch=trainer.current_epoch + 1,
+            epochs=self.history.epochs,
+            step=trainer.global_step,
+            total_steps=self.module.total_steps,
+            images_per_s=done * self.module.recipe.global_batch_size / max(1e-9, trained_s),
+        )
+
     def _commit(self, trainer: pl.Trainer, *, at_once: bool = False) -> None:
         with self.clock.of("checkpoint"):
             self.commits.commit(trainer, self.history, at_once=at_once)
-
-
-def _progress(trainer: pl.Trainer, module: Classifier, history: History, trained_s: float) -> Progress:
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-    return Progress(
-        phase="train",
-        epoch=trainer.current_epoch + 1,
-        epochs=history.epochs,
-        step=trainer.global_step,
-        total_steps=module.total_steps,
-        images_per_s=done * module.recipe.global_batch_size / max(1e-9, trained_s),
-    )
 
 
 def _short(value: float | str) -> str:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.recfunctions import unstructured_to_structured
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,7 +24,6 @@ _LOSS_UNIT, _LOSS_LIMIT = 2.0**-24, 1e4
 class Totals(Metric):
     """Added over batches and, by torchmetrics, over ranks. Nothing waits for the device before `compute`."""
 
-    full_state_update = False
     loss: Tensor
     num_not_finite: Tensor
     confusion: Tensor
@@ -63,7 +63,6 @@ class Totals(Metric):
 class Predictions(Metric):
     """Collected over batches and, by torchmetrics, over ranks."""
 
-    full_state_update = False
     rows: list[Tensor]
 
     def __init__(self) -> None:
@@ -81,9 +80,7 @@ class Predictions(Metric):
     def compute(self) -> NDArray[np.void]:
         """Rows of `records.PREDICTED`, in the order of the samples."""
         rows = dim_zero_cat(self.rows).cpu().numpy()
-        table = np.empty(len(rows), list(PREDICTED))
-        for column, (name, _) in enumerate(PREDICTED):
-            table[name] = rows[:, column]
+        table = unstructured_to_structured(rows, np.dtype(list(PREDICTED)))
         return table[np.argsort(table["sample"])]
 
 

@@ -164,11 +164,11 @@ def checked_bytes(url: str) -> bytes:
         raise CheckpointError(f"{error}\n  do: delete {url}; the run goes on from the checkpoint before it") from None
 
 
-def network_weights(checkpoint: dict[str, Any], *, averaged: bool = True) -> dict[str, Tensor]:
-    """The network's state_dict out of a Lightning checkpoint of ours. averaged: their average where the run keeps one."""
-    keeps_one = averaged and any(name.startswith("average.") for name in checkpoint["state_dict"])
-    prefix = "average." if keeps_one else "network."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The network's state_dict out of a Lightning checkpoint of ours: their average where the run keeps one."""
+    state = checkpoint["state_dict"]
+    prefix = "average." if any(name.startswith("average.") for name in state) else "network."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True)

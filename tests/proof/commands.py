@@ -46,7 +46,7 @@ class Running:
     def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
         """Returns as soon as this step is committed."""
         store = CheckpointStore(str(self.run / "checkpoints"))
-        until(lambda: (last := store.last()) is not None and last.step >= step, timeout_s, f"step {step}")
+        until(lambda: any(one.step >= step for one in store.committed()), timeout_s, f"step {step}")
 
     def pids(self, title: str = "") -> list[int]:
         """Of its processes, and those that they started, whose title begins so."""

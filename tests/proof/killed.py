@@ -38,7 +38,7 @@ class Killed:
 
     def step(self) -> int:
         """The last that is committed."""
-        return 0 if (last := CheckpointStore(str(self.run / "checkpoints")).last()) is None else last.step
+        return max((one.step for one in CheckpointStore(str(self.run / "checkpoints")).committed()), default=0)
 
     def wait_for(self, step: int) -> None:
         until(lambda: self.step() >= step, 240, f"step {step}")

@@ -78,7 +78,7 @@ def _row(suite: SuiteFolder, runs: list[RunResult], tables: Predictions, data_ur
 def _tested(folder: RunFolder, run: RunResult, table: np.ndarray, data_url: str) -> tuple[np.ndarray, np.ndarray]:
     """What the best and the last weights predict. Raises DataError where the best ones do not do so as the run says."""
     store = CheckpointStore(folder.checkpoints_url)
-    last = store.last()
+    last = next(reversed(store.committed()), None)
     if last is None or (last.step, last.run_digest) != (run.steps, run.digest):
         raise DataError(f"{store.url} lacks the checkpoint of the run's last step, {run.steps}")
     best, of_last = (_predictions(find_model(place), data_url) for place in (folder.model_url, store.place(last.step)))

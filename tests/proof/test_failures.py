@@ -43,9 +43,7 @@ def test_the_same_exception_twice_at_one_step_stops_the_run_with_its_log(
     assert "ValueError: planted" in result.error
     assert any("ValueError: planted" in line for line in result.log_tail)  # of whichever rank it was
     assert len(list((running.run / "attempts").iterdir())) == 2
-    last = CheckpointStore(str(running.run / "checkpoints")).last()
-    assert last is not None
-    assert last.step == 5
+    assert CheckpointStore(str(running.run / "checkpoints")).committed()[-1].step == 5
     proved("the same exception twice stops the run", f"{num_workers} workers")
 
 
@@ -57,9 +55,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(p
     assert result.error is not None
     assert re.search(r"not finite in epoch 1, step 5, samples \[\d+, ", result.error)
     assert len(list((running.run / "attempts").iterdir())) == 1  # nobody tried again
-    last = CheckpointStore(str(running.run / "checkpoints")).last()
-    assert last is not None
-    assert last.step == 5
+    assert CheckpointStore(str(running.run / "checkpoints")).committed()[-1].step == 5
     proved("a loss that is not finite on one rank of two", "stopped in one attempt")
 
 
