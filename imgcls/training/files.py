@@ -66,6 +66,11 @@ class TrafficMeter:
         now = asdict(storage.traffic)
         return {name: now[name] - at_start + self.before.get(name, 0) for name, at_start in self._at_start.items()}
 
+    def go_on(self, before: dict[str, float], *, checkpoint_s: float) -> None:
+        """From what earlier attempts have sent and received, and spent on checkpoints."""
+        self.before = self._last = before
+        self._last_checkpoint_s = checkpoint_s
+
     def complaint(self, *, epoch_s: float, checkpoint_s: float) -> str:
         """Where, since the last call, requests failed or the training waited for them; else nothing.
 

@@ -132,8 +132,8 @@ class Recorder(Checkpoint):
         self.numerics_changes = [*state_dict["numerics_changes"], *self.numerics_changes]
         for phase, seconds in state_dict["seconds"].items():
             self.clock.add(phase, seconds)
-        if self.files.writes:
-            self.traffic.before = state_dict["traffic"]
+        before = state_dict["traffic"] if self.files.writes else {}
+        self.traffic.go_on(before, checkpoint_s=self.clock.seconds.get("checkpoint", 0.0))
         self.files.write(self.history)  # cut back to where it goes on
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

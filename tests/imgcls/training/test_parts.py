@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from imgcls.data.order import global_batches, rank_part
 from imgcls.recipe import Constant, OneCycle
 from imgcls.training import gradients
+from imgcls.training.files import TrafficMeter
 from imgcls.training.ledger import Entry, Ledger, planned
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
@@ -103,6 +104,13 @@ def test_a_sum_of_gradients_that_did_not_arrive_is_an_error_and_no_sum(tmp_path:
             gradients._add_in_rank_order(None, bucket).wait()  # pyright: ignore
     finally:
         dist.destroy_process_group()
+
+
+def test_slow_storage_of_earlier_attempts_is_no_complaint_of_this_one():
+    meter = TrafficMeter()
+    meter.go_on({"requests": 9.0, "retries": 9.0}, checkpoint_s=40.0)
+    assert meter.complaint(epoch_s=3, checkpoint_s=40.1) == ""
+    assert "storage is slow" in meter.complaint(epoch_s=3, checkpoint_s=80.0)
 
 
 def test_hardware_without_a_gpu_is_named_without_torch_and_as_torch_names_it():
