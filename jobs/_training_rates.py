@@ -74,7 +74,7 @@ def decoding_rate(set_url: str, manifest: Manifest, *, px: int, channels: int, s
     """Images/s of one process, on the set's first shard."""
     shard = manifest.shards[0]
     data, count, began = fetch_shard(set_url, shard), 0, time.perf_counter()
-    for image, _ in read_samples(shard, data, where=set_url):
+    for image, _ in read_samples(shard, data):
         stored_pixels(decode(image), px=px, channels=channels)
         count += 1
         if time.perf_counter() - began > seconds:

@@ -36,7 +36,7 @@ TIMEOUT_S = 20
 IMAGE_BYTES, NAME_BYTES = 1 << 30, 255
 """No image file is larger; no name in a folder is longer."""
 DAMAGE = (
-    *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, MemoryError),
+    *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, AttributeError, MemoryError),
     *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
 )
 """What the libraries raise on damaged bytes."""
@@ -46,15 +46,8 @@ ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """The first bytes of a zip, and of an empty one."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 CIFAR_PARTS: dict[str, Split] = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
-_CORE = "numpy._core"
-PICKLED = {
-    f"{_CORE}.multiarray._reconstruct",
-    f"{_CORE}.numeric._frombuffer",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
-}
-"""What CIFAR-10's pickles may ask for."""
+PICKLED = {"numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"}
+"""What CIFAR-10's pickles ask for."""
 
 
 def printable(name: object) -> str:
@@ -219,10 +212,6 @@ class Archive:
     algorithm: str
     digest: str
 
-    @property
-    def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
-
 
 OFFICIAL = {
     # Digest as torchvision 0.29 has it (torchvision/datasets/imagenette.py).
@@ -243,7 +232,8 @@ def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], N
 
     Raises NoSourceError where it cannot be reached, DataError where its bytes are not the official ones or cannot be kept.
     """
-    whole, part = folder / archive.name, folder / f"{archive.name}.part"
+    whole = folder / storage.name_of(archive.url)
+    part = Path(f"{whole}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not whole.exists():
@@ -290,14 +280,22 @@ def _check(archive: Archive, part: Path) -> None:
         )
 
 
+class _Array:
+    """Stands for an array in a pickle, and for its type: NumPy's own ones crash on some damaged pickles."""
+
+    def __init__(self, *how_it_is_built: object) -> None: ...
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+
 class _ArraysAndStrings(pickle.Unpickler):
-    """Builds NumPy arrays, containers, numbers and strings; whatever else a pickle asks for is refused."""
+    """Builds arrays, containers, numbers and strings; whatever else a pickle asks for is refused."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        module = module_name.replace("numpy.core", "numpy._core")  # as NumPy 1 called it
-        if f"{module}.{global_name}" not in PICKLED:
+        if f"{module_name}.{global_name}" not in PICKLED:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return super().find_class(module, global_name)
+        return _Array
 
 
 def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
@@ -305,26 +303,19 @@ def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple
 
     by_name: the parts of CIFAR-10's own archive, `batches.meta` among them.
     """
-    class_names = tuple(_text(name) for name in _cifar_part(by_name, "batches.meta")["label_names"])
+    class_names = tuple(map(printable, _cifar_part(by_name, "batches.meta")["label_names"]))
     images = []
     for part, split in CIFAR_PARTS.items():
         batch = _cifar_part(by_name, part)
-        arrays = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        _, shape, _, by_column, values = batch["data"].state
+        rows = np.frombuffer(values.encode("latin1"), dtype=np.uint8).reshape(shape, order="F" if by_column else "C")
+        arrays = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for file, label, pixels in zip(batch["filenames"], batch["labels"], arrays, strict=True):
-            images.append((f"{split}/{class_names[label]}/{_text(file)}", int(label), split, pixels))
+            images.append((f"{split}/{class_names[label]}/{printable(file)}", int(label), split, pixels))
     return class_names, images
 
 
 def _cifar_part(by_name: dict[str, Bytes], name: str) -> dict[str, Any]:
     if name not in by_name:
         raise DataError(f"the CIFAR-10 archive lacks {name}\n  do: fetch the official archive again")
-    data = by_name[name].read()
-    try:
-        loaded = _ArraysAndStrings(io.BytesIO(data), encoding="bytes").load()
-        return {(key.decode() if isinstance(key, bytes) else key): value for key, value in loaded.items()}
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{name} is not a part of CIFAR-10: {printable(error)}\n  do: fetch the archive again") from None
-
-
-def _text(value: bytes | str) -> str:
-    return printable(value.decode(errors="surrogateescape") if isinstance(value, bytes) else value)
+    return _ArraysAndStrings(io.BytesIO(by_name[name].read()), encoding="latin1").load()

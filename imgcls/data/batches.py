@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imgcls.data import order
-from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs, inputs
+from imgcls.data.augment import NUM_UNIFORMS, augmented_inputs
 from imgcls.data.cache import Cache
 from imgcls.data.order import Ids
 from imgcls.data.splits import Splits
@@ -49,8 +49,7 @@ class ImageData(pl.LightningDataModule):
         self.keep_last = recipe.last_batch == "keep"
 
     def train_dataloader(self) -> "Batches":
-        size, num_train = self.recipe.global_batch_size, len(self.splits.train)
-        return Batches(order.num_steps(num_train, size=size, keep_last=self.keep_last), self._training_batches)
+        return Batches(len(self.planned_batches(epoch=0)), self._training_batches)
 
     def val_dataloader(self) -> "Batches":
         return self._evaluation_batches(self.splits.val)
@@ -66,10 +65,8 @@ class ImageData(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         assert self.trainer is not None
-        into = self.recipe.input
-        if self.trainer.training:
-            return batch._replace(images=augmented_inputs(batch.images, batch.uniforms, self.recipe.augment, into))
-        return batch._replace(images=inputs(batch.images, into))
+        augment = self.recipe.augment if self.trainer.training else Augment()
+        return batch._replace(images=augmented_inputs(batch.images, batch.uniforms, augment, self.recipe.input))
 
     def planned_batches(self, epoch: int) -> list[Ids]:
         """The sample ids of every step of an epoch, over all ranks."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imgcls.cpus import usable_cpus
 from imgcls.errors import DataError
@@ -29,13 +29,10 @@ DECODER = f"pillow{PIL.__version__}"
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """No other is opened, whatever a file is called: PostScript would start a program."""
-EXTENSIONS = {".png": "png", ".webp": "webp", ".bmp": "bmp", ".jpeg": "jpeg"} | dict.fromkeys(
-    (".jpg", ".jpe", ".jfif"), "jpg"
-)
+EXTENSIONS = {".jpg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".bmp": "bmp"}
 """Ending of a file's name -> ending in a shard, which other WebDataset readers know."""
-ORIENTATION = 0x0112
-"""EXIF's tag; its values from 2 to 8 ask for these turns."""
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
+"""What the values from 2 to 8 of EXIF's orientation ask for."""
 
 AT_A_TIME = 64
 """Images that a process of the pool takes at a time."""
@@ -58,11 +55,8 @@ def decode(data: bytes) -> Image.Image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image.load()
             turned = _turned(image)
-            if turned.mode.startswith("I") or turned.mode == "F":
-                # Pillow clips wide gray at 255 instead of scaling it; "I" and "F" may hold 8 bits or 16.
-                wide = np.asarray(turned).astype(np.float64)
-                top = 65535.0 if turned.mode.startswith("I;16") or wide.max(initial=0) > 255 else 255.0
-                turned = Image.fromarray((wide * 255 / top).clip(0, 255).round().astype(np.uint8))
+            if turned.mode == "I;16":  # Pillow clips it at 255 instead of scaling it
+                turned = Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
             if turned.has_transparency_data:
                 over = turned.convert("RGBA")
                 turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
@@ -74,10 +68,9 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a broken tag raises many kinds; the pixels are whole
-        turn = None
+    turn = None
+    with suppress(Exception):  # a broken tag raises many kinds; the pixels are whole
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
@@ -90,12 +83,8 @@ def stored_pixels(image: Image.Image, *, px: int, channels: int) -> np.ndarray:
     """The central square, resized and then turned gray where asked: uint8, (px, px, channels)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, top, left + side, top + side)
-    if square != (0, 0, px, px):
-        image = image.resize((px, px), Image.Resampling.BILINEAR, box=square)
-    if channels == 1:
-        image = image.convert("L")
-    return np.asarray(image).reshape(px, px, channels)
+    square = image.resize((px, px), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return np.asarray(square.convert("L" if channels == 1 else "RGB")).reshape(px, px, channels)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

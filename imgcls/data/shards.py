@@ -7,6 +7,7 @@ earlier set stays whole until it is replaced; the manifest is written last, so t
 
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -113,17 +114,15 @@ def _plan(source: Source) -> list[tuple[str, list[Sample]]]:
 
 
 def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard | None:
-    try:
+    with suppress(DataError, StorageError):
         packed = records.read_if_there(PackedShard, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
-        if packed is None or packed.identity != identity:
-            return None
-        url = storage.join(set_url, _UNDER_WAY, shard_name)
-        if not storage.exists(url):  # moved already, by a pack that ended there
-            url = storage.join(set_url, shard_name)
-        storage.read_checked(url, num_bytes=packed.shard.num_bytes, digest=packed.shard.sha256)
-    except (DataError, StorageError):
-        return None
-    return packed
+        if packed is not None and packed.identity == identity:
+            url = storage.join(set_url, _UNDER_WAY, shard_name)
+            if not storage.exists(url):  # moved already, by a pack that ended there
+                url = storage.join(set_url, shard_name)
+            storage.read_checked(url, num_bytes=packed.shard.num_bytes, digest=packed.shard.sha256)
+            return packed
+    return None
 
 
 def _read_and_decode(sample: Sample) -> tuple[PackedFile, bytes]:
@@ -226,9 +225,8 @@ def _put_in_place(set_url: str, manifest: Manifest, pixels: bytes) -> None:
 
 
 def _check_splits(manifest: Manifest) -> None:
-    for split in ("train", "test"):
-        if not manifest.labels(split):
-            raise DataError(f"{manifest.name}: no image of the split {split} could be read")
+    if not manifest.labels("test"):
+        raise DataError(f"{manifest.name}: no image of the split test could be read")
     if missing := set(range(len(manifest.class_names))) - set(manifest.labels("train")):
         raise DataError(f"{manifest.name}: no training image of class {manifest.class_names[min(missing)]} could be read")
 
@@ -266,19 +264,15 @@ def _fetch(set_url: str, name: str, *, num_bytes: int, digest: str) -> bytes:
         raise DataError(f"{error}; the manifest of {set_url} names it\n  do: {remedy}") from None
 
 
-def read_samples(shard: Shard, data: bytes, *, where: str) -> Iterator[tuple[bytes, int]]:
-    """(image bytes, label) in the shard's order. Raises DataError where the tar does not hold what it should."""
+def read_samples(shard: Shard, data: bytes) -> Iterator[tuple[bytes, int]]:
+    """(image bytes, label) in the shard's order. data: its checked bytes, so that they hold what the manifest says."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    count = 0
-    for sample in group_by_keys(tar_file_expander([{"url": where, "stream": io.BytesIO(data)}])):
-        names = [name for name in sample if not name.startswith("__") and name != "cls"]
-        if len(names) != 1 or count >= shard.num_samples or int(sample["cls"]) != shard.labels[count]:
-            raise DataError(f"{where}: sample {count} is not what the manifest says\n  do: pack again")
-        count += 1
-        yield sample[names[0]], int(sample["cls"])
-    if count != shard.num_samples:
-        raise DataError(f"{where} holds {count} samples, the manifest says {shard.num_samples}\n  do: pack again")
+    samples = group_by_keys(tar_file_expander([{"url": shard.name, "stream": io.BytesIO(data)}]))
+    for sample, label in zip(samples, shard.labels, strict=True):
+        (image,) = (content for name, content in sample.items() if not name.startswith("__") and name != "cls")
+        assert int(sample["cls"]) == label
+        yield image, label
 
 
 def check_shards(set_url: str, manifest: Manifest) -> None:
@@ -305,11 +299,7 @@ def decoded_images(
     """
     packed = read_pixel_digests(set_url, manifest).tobytes()
     named = [(storage.join(set_url, shard.name), path) for shard in manifest.shards for path in shard.paths]
-    images = (
-        image
-        for shard in manifest.shards
-        for image, _ in read_samples(shard, fetch(set_url, shard), where=storage.join(set_url, shard.name))
-    )
+    images = (image for shard in manifest.shards for image, _ in read_samples(shard, fetch(set_url, shard)))
     with decoding_pool() as pool:
         decoded = in_order(pool, partial(_decoded, convert), images)
         for row, ((where, path), (digest, converted)) in enumerate(zip(named, decoded, strict=True)):

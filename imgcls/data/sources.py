@@ -29,7 +29,6 @@ SYNONYMS: dict[str, Split] = {"training": "train", "valid": "val", "validation":
 """Taken for splits only where one of them is the training part: `valid` beside `invalid` are two classes."""
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found"})
 """Folders that systems add; they are left out, and so is every name that begins with a dot."""
-MAX_DEPTH = 100
 NEEDED = "three are needed, one each to train, validate and test", "two are needed, one to validate", "one is needed"
 """Training images of a class, in a set that brings none, one, or both of test/ and val/."""
 CUT_SEED, TEST_FRACTION = 42, 0.2
@@ -148,9 +147,9 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     files, folders = dict[str, Bytes](), set[str]()
     for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
         place = Path(folder).relative_to(root)
-        if len(place.parts) > MAX_DEPTH or any(os.path.samefile(folder, root / outer) for outer in place.parents):
+        if any(os.path.samefile(folder, root / outer) for outer in place.parents):
             if not _hidden(place.as_posix()):
-                raise DataError(f"{printable(folder)} is a link to a folder above it, or too deep\n  do: remove the link")
+                raise DataError(f"{printable(folder)} is a link to a folder above it\n  do: remove the link")
             below.clear()
         folders.add(place.as_posix())
         for name in names:

@@ -5,8 +5,6 @@ data sets draw the same ten, in another order, so that what one teaches helps on
 labelled SYNTHETIC.
 """
 
-from functools import partial
-
 import numpy as np
 
 from imgcls.data.order import hash64, uniforms
@@ -16,22 +14,19 @@ from imgcls.records import Split
 CLASS_NAMES = ("disc", "ring", "square", "cross", "triangle", "rows", "columns", "diagonal", "checks", "dots")
 DEFAULT_NUM_SAMPLES = 3000
 
-_PX = {"imagenette": 96}
-"""Side of the images by data set; CIFAR-10's 32 for any other name."""
-
 
 def synthetic_source(dataset: str, num_samples: int = DEFAULT_NUM_SAMPLES) -> Source:
     """`num_samples` training images and a fifth as many test images; the same bits for the same arguments."""
     key = int(hash64(*dataset.encode())[0] >> np.uint64(33))
     turn = key % len(CLASS_NAMES)
     names = CLASS_NAMES[turn:] + CLASS_NAMES[:turn]
-    draw = partial(_draw, key=key, px=_PX.get(dataset, 32))
+    px = 96 if dataset == "imagenette" else 32
     counts: dict[Split, int] = {"train": num_samples, "test": max(len(names), num_samples // 5)}
     samples = []
     for number, (split, count) in enumerate(counts.items()):
         for i in range(count):
             label = i % len(names)
-            pixels = Pixels(draw(names[label], number=number, i=i))
+            pixels = Pixels(_draw(names[label], key=key, px=px, number=number, i=i))
             samples.append(Sample(f"{split}/{names[label]}/{i:06d}.png", label, split, pixels))
     note = f"{num_samples:,} procedural training images, no photograph among them"
     return Source("synthetic", names, tuple(samples), (note,), f"synthetic-{dataset}-{num_samples}", synthetic=True)

@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, data_url: str, folder: Path, *, num_train: int, num_
 def _samples(set_url: str, manifest: Manifest, split: Split) -> Iterator[tuple[bytes, int]]:
     for shard in manifest.shards:
         if shard.split == split:
-            yield from read_samples(shard, fetch_shard(set_url, shard), where=set_url)
+            yield from read_samples(shard, fetch_shard(set_url, shard))
 
 
 def prepare_peers(prepared: Prepared) -> None:

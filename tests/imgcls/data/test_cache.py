@@ -36,7 +36,7 @@ def test_a_row_is_the_decoded_sample_of_the_manifest(packed: Path):
     assert cache.images.shape == (360, 16, 16, 1)
     assert cache.labels.tolist() == [*manifest.labels("train"), *manifest.labels("test")]
     data = shards.fetch_shard(url, manifest.shards[0])
-    first, _ = next(shards.read_samples(manifest.shards[0], data, where=url))
+    first, _ = next(shards.read_samples(manifest.shards[0], data))
     assert np.array_equal(cache.images[0], stored_pixels(decode(first), px=16, channels=1))
 
 

@@ -345,7 +345,7 @@ def packed_rightly(case: Case, manifest: Manifest, set_url: str) -> None:
     digests = iter(shards.read_pixel_digests(set_url, manifest).tobytes().hex(" ", 8).split())
     for shard in manifest.shards:
         data = shards.fetch_shard(set_url, shard)
-        for path, (content, label) in zip(shard.paths, shards.read_samples(shard, data, where="here"), strict=True):
+        for path, (content, label) in zip(shard.paths, shards.read_samples(shard, data), strict=True):
             name = raw(path)
             found[name] = content
             assert content == CONTENT[expected[name]]

@@ -74,6 +74,12 @@ def test_stored_pixels_are_the_central_square():
     assert (stored_pixels(Image.fromarray(pixels), px=10, channels=3) == 200).all()
 
 
+@pytest.mark.parametrize("size", [(16, 17), (17, 16), (16, 16)])
+def test_an_image_of_the_stored_size_keeps_its_pixels_where_one_side_is_a_pixel_longer(size: tuple[int, int]):
+    picture = image(6, size)
+    assert np.array_equal(stored_pixels(picture, px=16, channels=3), np.asarray(picture)[:16, :16])
+
+
 def test_gray_is_luminance():
     pixels = np.full((6, 6, 3), (255, 0, 0), dtype=np.uint8)
     assert stored_pixels(Image.fromarray(pixels), px=6, channels=1)[0, 0, 0] == round(255 * 0.299)

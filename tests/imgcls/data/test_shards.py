@@ -30,7 +30,7 @@ def test_what_is_packed_is_read_back_byte_for_byte(pets: Path, tmp_path: Path):
     found = {}
     for shard in manifest.shards:
         data = shards.fetch_shard(str(tmp_path / "packed"), shard)
-        for path, (content, label) in zip(shard.paths, shards.read_samples(shard, data, where="here"), strict=True):
+        for path, (content, label) in zip(shard.paths, shards.read_samples(shard, data), strict=True):
             found[path] = content
             assert manifest.class_names[label] == Path(path).parent.name
     assert found == {p.relative_to(pets).as_posix(): p.read_bytes() for p in pets.rglob("*.png")}

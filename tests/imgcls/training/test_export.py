@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags
 
 from imgcls.data import shards
-from imgcls.data.images import ORIENTATION
 from imgcls.data.sources import open_source
 from imgcls.errors import CheckpointError, DataError, RecipeError
 from imgcls.recipe import ResNet18, derive
@@ -66,7 +66,7 @@ def as_onnx(trained: Path, packed: Path, tmp_path_factory: pytest.TempPathFactor
 def test_the_example_in_the_guide_answers_as_predict_does(trained: Path, as_onnx: Path):
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/commands.md").read_text(), re.DOTALL | re.MULTILINE)
     photo = image(3, size=(60, 41))
-    photo.getexif()[ORIENTATION] = 6
+    photo.getexif()[ExifTags.Base.Orientation] = 6
     photo.save(as_onnx.with_name("photo.jpg"), exif=photo.getexif())
     done = subprocess.run([sys.executable, "-c", example], cwd=as_onnx.parent, check=True, capture_output=True, text=True)
     predictor = Predictor(find_model(str(trained)).model)

@@ -570,7 +570,7 @@ def test_predictions_are_the_evaluations(small, packed: Path):
     predictor, manifest = Predictor(found.model), read_manifest(str(packed / "cifar10"))
     shard = next(one for one in manifest.shards if one.split == "test")
     data = shards.fetch_shard(str(packed / "cifar10"), shard)
-    images = list(shards.read_samples(shard, data, where="here"))
+    images = list(shards.read_samples(shard, data))
     tops = predictor.top([predictor.pixels(content) for content, _ in images], 5)
     right = sum(top[0][0] == manifest.class_names[label] for top, (_, label) in zip(tops, images, strict=True))
     assert small[1].test is not None
