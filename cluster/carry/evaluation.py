@@ -8,7 +8,7 @@ from cluster import placement as placements
 from cluster import session
 from cluster.carry.run import cause_of, silence_libraries, world_of
 from cluster.look.preflight import check_seen_by_nodes
-from imgcls.records import Placement, Record, Scores, Split
+from imgcls.records import Placement, Record, RunOptions, Scores, Split
 
 
 class Evaluation(Record):
@@ -37,12 +37,13 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     from imgcls.training.evaluate import manifest_for
 
     manifest_for(source, data_url=data_url, split=split)
+    options = RunOptions(num_workers=num_workers)
     if not session.names_cluster():
-        placements.choose([placements.local_node()], num_workers=num_workers)
+        placements.choose([placements.local_node()], options)
     with session.session(verbose=verbose):
         check_seen_by_nodes([checkpoint, data_url])
         nodes = placements.cluster_nodes(placements.autoscaling_config())
-        placement = placements.choose(nodes, num_workers=num_workers)
+        placement = placements.choose(nodes, options)
         given = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
         return _under_ray({**given, "placement": placement, "command": secrets.token_hex(8)})
 

@@ -54,7 +54,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         return suite.publish()
     cached, mine = cached_sets(plan), [run for run, status in state.statuses.items() if status is Status.OPEN]
     if not session.names_cluster():  # refused before Ray starts, where it will be
-        choose(request, [placements.local_node()])
+        placements.choose([placements.local_node()], request.options)
         check_room((storage.join(request.data_url, decoded[0].name), *decoded) for decoded in plan.decoded_sets(mine))
     with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
@@ -63,7 +63,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         with session.session(verbose=request.options.verbose):
             config = placements.autoscaling_config()
             nodes = placements.cluster_nodes(config)
-            placement = choose(request, nodes)
+            placement = placements.choose(nodes, request.options)
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
@@ -81,15 +81,6 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
         keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
     return results
-
-
-def choose(request: Request, nodes: list[placements.Node]) -> Placement:
-    return placements.choose(
-        nodes,
-        num_workers=request.options.num_workers,
-        cpus_per_worker=request.options.cpus_per_worker,
-        gpus_per_worker=request.options.gpus_per_worker,
-    )
 
 
 def state_of(request: Request, plan: Plan) -> SuiteState:

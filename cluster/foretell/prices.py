@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -122,9 +122,9 @@ def costs(
 
 def _placement_on(node: Node, request: Request) -> Placement | None:
     """None where not even one worker fits on such a node; a run's workers may need several."""
-    wish = {"cpus_per_worker": request.options.cpus_per_worker, "gpus_per_worker": request.options.gpus_per_worker}
     try:
-        return choose([node], num_workers=1, **wish).model_copy(update={"num_workers": request.options.num_workers})
+        placement = choose([node], replace(request.options, num_workers=1))
+        return placement.model_copy(update={"num_workers": request.options.num_workers})
     except PlacementError:
         return None
 
