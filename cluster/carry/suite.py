@@ -131,7 +131,7 @@ def _carry_out(
     begin_workers(num_begun := _starting(state, room()))  # before the imports below, which take seconds
     from ray import tune
 
-    from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback
+    from cluster.carry.searcher import PlanSearcher, SuiteCallback
 
     def ended(state: SuiteState, run: str) -> SuiteState:
         folder = request.suite.run(run)
@@ -154,8 +154,7 @@ def _carry_out(
                 name=storage.name_of(folder),
                 storage_path=folder,
                 verbose=0,
-                stop=LeaseStopper(searcher, held),
-                callbacks=[ProgressCallback(view, partial(begin_workers, 1))],
+                callbacks=[SuiteCallback(searcher, held)],
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
