@@ -223,14 +223,3 @@ def workers_on(node: Node, placement: Placement) -> int:
     """How many workers fit on the node."""
     pairs = ((node.cpus, placement.cpus_per_worker), (node.gpus, placement.gpus_per_worker))
     return min((math.floor(has / needs + 1e-9) for has, needs in pairs if needs), default=64)
-
-
-def scaling_config(placement: Placement) -> Any:
-    """The placement as Ray Train takes it."""
-    from ray.train import ScalingConfig
-
-    return ScalingConfig(
-        num_workers=placement.num_workers,
-        use_gpu=placement.gpus_per_worker > 0,
-        resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
-    )

@@ -211,7 +211,7 @@ def _storage_named(held: Leases) -> Iterator[None]:
 
 def _assignments(
     request: Request, plan: Plan, command: str, placement: Placement, environment: dict[str, str]
-) -> dict[str, str]:
+) -> dict[str, Assignment]:
     return {
         name: Assignment(
             command=command,
@@ -222,7 +222,7 @@ def _assignments(
             options=request.options,
             tested=request.search is None,
             environment=environment,
-        ).model_dump_json()
+        )
         for name, config in plan.configs.items()
     }
 
