@@ -188,12 +188,12 @@ def _halving(request: Request, plan: Plan, state: SuiteState, held: Leases) -> "
 
     def history_of(run: str) -> list[dict[str, float]]:
         url = request.suite.run(run).history_url
-        return read_csv(when_answered(lambda: storage.read_bytes_if_there(url)) or b"")
+        return read_csv(when_answered(storage.read_bytes_if_there, url) or b"")
 
     def stop(run: str, reason: str) -> None:
         folder = request.suite.run(run)
         if when_answered(folder.holder) == held.command:
-            when_answered(lambda: folder.stop(plan.configs[run], reason))
+            when_answered(folder.stop, plan.configs[run], reason)
 
     runs = sorted(state.statuses, key=lambda run: state.statuses[run] is Status.OPEN)
     return Halving(request.search, runs, history_of=history_of, stop=stop)
