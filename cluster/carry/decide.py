@@ -92,9 +92,7 @@ def next_start(state: SuiteState, *, room: int) -> tuple[SuiteState, Start | Wai
 def after_end(
     state: SuiteState, run: str, committed: RunState, *, command: str, max_failures: int
 ) -> tuple[SuiteState, Stop | None]:
-    """Nobody carries the run out for this command any more. Told late or again, a run that is over stays so."""
-    if state.statuses[run] in (Status.FINISHED, Status.FAILED, Status.STOPPED):
-        return state, None
+    """Nobody carries the run out for this command any more. Told late or again, it changes nothing."""
     if committed.result is not None:
         return _with(state, run, Status(committed.result)), None
     if state.statuses[run] is not Status.STARTED:
@@ -141,5 +139,4 @@ def _with(state: SuiteState, run: str, status: Status) -> SuiteState:
 
 def start_order(runs: Mapping[str, str | None]) -> list[str]:
     """Sources before the others, so that their dependents wait the least; else as they were asked for."""
-    wanted = {source for source in runs.values() if source is not None}
-    return sorted(runs, key=lambda run: run not in wanted)
+    return sorted(runs, key=lambda run: run not in runs.values())
