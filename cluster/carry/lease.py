@@ -114,7 +114,10 @@ class Leases:
 
 @contextmanager
 def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
-    """The runs are this command's inside. Raises LeaseError where another command is at one of them."""
+    """The runs are this command's inside.
+
+    Raises LeaseError where another command is at one of them, StorageError where storage has not answered for too long.
+    """
     held = Leases(runs, command, say)
     stop = threading.Event()
 
@@ -127,6 +130,9 @@ def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None
         held.take()
         thread.start()
         yield held
+    except Exception:
+        held.check_answered()  # where storage answers no more it is that, and not what others made of it
+        raise
     finally:
         stop.set()
         if thread.ident is not None:

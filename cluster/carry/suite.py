@@ -7,8 +7,7 @@ the same request again does what is left, whoever made it and wherever it stoppe
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from threading import Thread
@@ -108,8 +107,7 @@ def write_down(request: Request, plan: Plan) -> None:
             storage.delete(suite.run(name).config_url)
         raise
     for name, config in plan.configs.items():
-        if name not in created:
-            suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
+        suite.run(name).replace_config(config)  # the same request, from weights that lie elsewhere now
         if request.retry_failed:
             suite.run(name).forget_failure()
     records.write(record, suite.record_url)
@@ -146,7 +144,7 @@ def _carry_out(
     )
     session.keep_credentials_here()
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
-    with storage.temporary_folder("tune") as folder, _storage_named(held):
+    with storage.temporary_folder("tune") as folder:
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, scheduler=_halving(request, plan, state, held)),
@@ -199,16 +197,6 @@ def _halving(request: Request, plan: Plan, state: SuiteState, held: Leases) -> "
     return Halving(request.search, runs, history_of=history_of, stop=stop)
 
 
-@contextmanager
-def _storage_named(held: Leases) -> Iterator[None]:
-    """Where storage answers no more it is that, and not what Tune made of it."""
-    try:
-        yield
-    except Exception:
-        held.check_answered()
-        raise
-
-
 def _assignments(
     request: Request, plan: Plan, command: str, placement: Placement, environment: dict[str, str]
 ) -> dict[str, Assignment]:
@@ -229,11 +217,10 @@ def _assignments(
 
 def _work_of(seconds: float, command: str, predicted: Forecast, took: dict[str, float]) -> dict[str, Any]:
     """What a command did: seconds of its own and of its runs, beside what was predicted."""
-    runs = {name: run.seconds for name, run in predicted.runs.items()}
     return {
         "seconds": round(seconds, 1),
         "command": command,
         "predicted_s": predicted.seconds and round(predicted.seconds, 1),
-        "predicted": {name: round(seconds, 1) for name, seconds in runs.items() if seconds is not None},
+        "predicted": {name: round(run.seconds, 1) for name, run in predicted.runs.items() if run.seconds is not None},
         "took": {name: round(seconds, 1) for name, seconds in took.items()},
     }
