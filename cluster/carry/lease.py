@@ -49,7 +49,8 @@ class Leases:
         self._renewals += 1
         mine = [run for name, run in self.runs.items() if name not in self.lost]
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
-            errors = list(pool.map(self._renew, mine))
+            renewals = [pool.submit(self._renew, run) for run in mine]
+        errors = [renewal.exception() for renewal in renewals]  # the thread that renews does not end with one of them
         if errors and all(errors):
             if not self._error:
                 self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
@@ -59,16 +60,12 @@ class Leases:
             self.say("storage answers again")
         self._answered_s, self._error = time.monotonic(), ""
 
-    def _renew(self, run: RunFolder) -> Exception | None:
-        try:
-            with storage.within(LAPSE_S / 3):
-                if run.holder() == self.command:
-                    records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
-                else:
-                    self.lost.add(run.name)
-        except Exception as error:  # the thread that renews does not end with one of them
-            return error
-        return None
+    def _renew(self, run: RunFolder) -> None:
+        with storage.within(LAPSE_S / 3):
+            if run.holder() == self.command:
+                records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
+            else:
+                self.lost.add(run.name)
 
     def check_answered(self) -> None:
         """Raises StorageError where storage has not answered for too long."""
