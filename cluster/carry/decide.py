@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from imgcls.errors import STORAGE_FAILED
-from imgcls.runs import Attempt, End, RunState, held_up
+from imgcls.runs import End, RunState, held_up
 
 
 class Status(StrEnum):
@@ -117,7 +117,8 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
     refused = bool(mine) and mine[-1].end is End.REFUSED
     if committed.result is not None or committed.holder != command or refused:
         return Leave()
-    crashes = Counter((a.error, a.step) for a in mine if a.end is End.CRASHED and not _of_storage(a))
+    # Storage may answer another time: its errors are counted below, and are no bug however often they come.
+    crashes = Counter((a.error, a.step) for a in mine if a.end is End.CRASHED and not a.error.startswith(STORAGE_FAILED))
     for (error, step), times in crashes.items():
         if times > 1:
             return Stop(f"the same exception twice at step {step}, which another try would not change: {error}")
@@ -126,11 +127,6 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
         last = failures[-1].error or "a worker died without a word; the node's logs may say why"
         return Stop(f"failed {len(failures)} times, --max-failures is {max_failures}; at last: {last}")
     return GoOn()
-
-
-def _of_storage(attempt: Attempt) -> bool:
-    """It may answer another time: counted, and no bug however often."""
-    return attempt.error.startswith(STORAGE_FAILED)
 
 
 def _with(state: SuiteState, run: str, status: Status) -> SuiteState:
