@@ -14,7 +14,7 @@ from typing import Any
 from cluster.session import kuberay_cluster, names_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
-from imgcls.records import Placement
+from imgcls.records import Placement, RunOptions, check_flags
 from imgcls.training.environment import gpus
 
 HEAD = "node:__internal_head__"
@@ -177,28 +177,25 @@ def _ray_cluster(name: str, namespace: str) -> dict[str, Any] | None:
         raise PlacementError(f"RayCluster {name} in namespace {namespace}: {error}\n  do: give the command again") from None
 
 
-def choose(
-    nodes: Sequence[Node], *, num_workers: int, cpus_per_worker: float | None = None, gpus_per_worker: float | None = None
-) -> Placement:
-    """The placement, checked to fit. Unless given, a worker has one CPU, and one GPU if any node has GPUs."""
-    if num_workers < 1:
-        raise PlacementError(f"--num-workers {num_workers}: one or more")
-    for flag, value in (("--cpus-per-worker", cpus_per_worker), ("--gpus-per-worker", gpus_per_worker)):
-        if value is not None and (value < 0 or not math.isfinite(value)):
-            raise PlacementError(f"{flag} {value}: zero or more")
+def choose(nodes: Sequence[Node], options: RunOptions) -> Placement:
+    """The placement, checked to fit. Unless given, a worker has one CPU, and one GPU if any node has GPUs.
+
+    Raises PlacementError where it can never fit, RecipeError where an option is out of its range.
+    """
+    check_flags(options)
     has_gpus = any(node.gpus for node in nodes)
     placement = Placement(
-        num_workers=num_workers,
-        cpus_per_worker=1.0 if cpus_per_worker is None else cpus_per_worker,
-        gpus_per_worker=float(has_gpus) if gpus_per_worker is None else gpus_per_worker,
+        num_workers=options.num_workers,
+        cpus_per_worker=1.0 if options.cpus_per_worker is None else options.cpus_per_worker,
+        gpus_per_worker=float(has_gpus) if options.gpus_per_worker is None else options.gpus_per_worker,
     )
     if not placement.cpus_per_worker and not placement.gpus_per_worker:
         raise PlacementError("a worker without a CPU and a GPU\n  do: a larger --cpus-per-worker or --gpus-per-worker")
     if how_many_fit(nodes, placement) == 0:
         where = "this machine" if all(node.type == HERE for node in nodes) else "this cluster"
         raise PlacementError(
-            f"{num_workers} workers with {placement.cpus_per_worker:g} CPUs and {placement.gpus_per_worker:g} GPUs each can "
-            f"never run: {where} has {what_there_is(nodes)}\n"
+            f"{options.num_workers} workers with {placement.cpus_per_worker:g} CPUs and {placement.gpus_per_worker:g} GPUs "
+            f"each can never run: {where} has {what_there_is(nodes)}\n"
             "  do: fewer --num-workers, or a smaller --cpus-per-worker or --gpus-per-worker"
         )
     return placement
@@ -226,14 +223,3 @@ def workers_on(node: Node, placement: Placement) -> int:
     """How many workers fit on the node."""
     pairs = ((node.cpus, placement.cpus_per_worker), (node.gpus, placement.gpus_per_worker))
     return min((math.floor(has / needs + 1e-9) for has, needs in pairs if needs), default=64)
-
-
-def scaling_config(placement: Placement) -> Any:
-    """The placement as Ray Train takes it."""
-    from ray.train import ScalingConfig
-
-    return ScalingConfig(
-        num_workers=placement.num_workers,
-        use_gpu=placement.gpus_per_worker > 0,
-        resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
-    )

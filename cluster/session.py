@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +23,6 @@ QUIET = {
     # Tune's own table and its loggers; the run's folder holds what it wrote itself.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     # print() in a worker would appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # The raylet warns of the number of Train's helper processes; of a lost worker we tell ourselves.
@@ -146,8 +144,7 @@ def session(*, verbose: bool) -> Iterator[None]:
                     f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {str(error).splitlines()[0]}\n"
                     "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
                 ) from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word
         yield
 
 

@@ -13,7 +13,7 @@ from imgcls.cpus import usable_cpus
 from imgcls.data.shards import manifest_url, read_manifest
 from imgcls.rates import Rate, What
 from imgcls.recipe import Recipe
-from imgcls.records import Placement
+from imgcls.records import Placement, RunOptions
 from imgcls.training import environment
 
 SECONDS = 10.0
@@ -29,7 +29,7 @@ Values = dict[tuple[What, str], float]
 def calibrate(recipes: Sequence[Recipe], data_url: str) -> list[Rate]:
     """Of each kind of work in these recipes, and of decoding their sets where they are packed; medians over processes."""
     node = placements.local_node()
-    placement = placements.choose([node], num_workers=1, cpus_per_worker=None, gpus_per_worker=None)
+    placement = placements.choose([node], RunOptions())
     side_by_side = min(placements.how_many_fit([node], placement), len(recipes))
     with ProcessPoolExecutor(side_by_side, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_measure, tuple(recipes), placement, data_url, side_by_side) for _ in range(side_by_side)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster import placement as placements
 from cluster import session
 from cluster.carry.plan import Plan, Request
-from cluster.carry.suite import choose, state_of
+from cluster.carry.suite import state_of
 from cluster.foretell.experience import forecast_of
 from cluster.foretell.forecast import Forecast
 from cluster.foretell.prices import HEAD, Cost, PriceTable, costs, read_prices
@@ -25,11 +25,11 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
     with session.session(verbose=request.options.verbose) if joins else nullcontext():
         nodes = placements.known_nodes(cluster)
     table = read_prices(prices, {node.type for node in nodes} - {placements.HERE}) if prices else None
-    forecast, known = forecast_of(plan, state, nodes, choose(request, nodes), defined=cluster is not None), rates.known()
+    p, known = placements.choose(nodes, request.options), rates.known()
+    forecast = forecast_of(plan, state, nodes, p, defined=cluster is not None)
     open_runs = len(forecast.runs)
     lines.say(f"{request.id}: {open_runs} runs to do, {len(plan.configs) - open_runs} are over; nothing is started")
     _say_runs(lines, plan, forecast)
-    p = forecast.placement
     lines.say(
         f"each run: {p.num_workers} workers with {p.cpus_per_worker:g} CPUs and {p.gpus_per_worker:g} GPUs; "
         f"{min(forecast.room, max(open_runs, 1))} at once on {placements.what_there_is(nodes)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from imgcls.errors import STORAGE_FAILED
-from imgcls.runs import Attempt, End, RunState, held_up
+from imgcls.runs import End, RunState, held_up
 
 
 class Status(StrEnum):
@@ -92,9 +92,7 @@ def next_start(state: SuiteState, *, room: int) -> tuple[SuiteState, Start | Wai
 def after_end(
     state: SuiteState, run: str, committed: RunState, *, command: str, max_failures: int
 ) -> tuple[SuiteState, Stop | None]:
-    """Nobody carries the run out for this command any more. Told late or again, a run that is over stays so."""
-    if state.statuses[run] in (Status.FINISHED, Status.FAILED, Status.STOPPED):
-        return state, None
+    """Nobody carries the run out for this command any more. Told late or again, it changes nothing."""
     if committed.result is not None:
         return _with(state, run, Status(committed.result)), None
     if state.statuses[run] is not Status.STARTED:
@@ -119,7 +117,8 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
     refused = bool(mine) and mine[-1].end is End.REFUSED
     if committed.result is not None or committed.holder != command or refused:
         return Leave()
-    crashes = Counter((a.error, a.step) for a in mine if a.end is End.CRASHED and not _of_storage(a))
+    # Storage may answer another time: its errors are counted below, and are no bug however often they come.
+    crashes = Counter((a.error, a.step) for a in mine if a.end is End.CRASHED and not a.error.startswith(STORAGE_FAILED))
     for (error, step), times in crashes.items():
         if times > 1:
             return Stop(f"the same exception twice at step {step}, which another try would not change: {error}")
@@ -130,16 +129,10 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
     return GoOn()
 
 
-def _of_storage(attempt: Attempt) -> bool:
-    """It may answer another time: counted, and no bug however often."""
-    return attempt.error.startswith(STORAGE_FAILED)
-
-
 def _with(state: SuiteState, run: str, status: Status) -> SuiteState:
     return replace(state, statuses={**state.statuses, run: status})
 
 
 def start_order(runs: Mapping[str, str | None]) -> list[str]:
     """Sources before the others, so that their dependents wait the least; else as they were asked for."""
-    wanted = {source for source in runs.values() if source is not None}
-    return sorted(runs, key=lambda run: run not in wanted)
+    return sorted(runs, key=lambda run: run not in runs.values())

@@ -1,14 +1,16 @@
 """A checkpoint on a split: here in this process for one worker, under Ray Train for more. The same scores either way."""
 
 import secrets
-import tempfile
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 from cluster import placement as placements
 from cluster import session
 from cluster.carry.run import cause_of, silence_libraries, world_of
 from cluster.look.preflight import check_seen_by_nodes
-from imgcls.records import Placement, Record, Scores, Split
+from imgcls import storage
+from imgcls.records import Placement, Record, RunOptions, Scores, Split
 
 
 class Evaluation(Record):
@@ -28,8 +30,9 @@ class Evaluation(Record):
 
 def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_workers: int, verbose: bool) -> Evaluation:
     """Raises CheckpointError, DataError, and PlacementError where the workers can never run."""
+    work = partial(_evaluate, checkpoint, data_url=data_url, split=split, verbose=verbose)
     if num_workers == 1 and not session.names_cluster():
-        return _evaluate(checkpoint, data_url=data_url, split=split, verbose=verbose)
+        return work()
     from imgcls.training.weights import find_model
 
     # What is wrong with them is said before Ray starts.
@@ -37,40 +40,27 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     from imgcls.training.evaluate import manifest_for
 
     manifest_for(source, data_url=data_url, split=split)
+    options = RunOptions(num_workers=num_workers)
     if not session.names_cluster():
-        placements.choose([placements.local_node()], num_workers=num_workers)
+        placements.choose([placements.local_node()], options)
     with session.session(verbose=verbose):
         check_seen_by_nodes([checkpoint, data_url])
         nodes = placements.cluster_nodes(placements.autoscaling_config())
-        placement = placements.choose(nodes, num_workers=num_workers)
-        given = {"checkpoint": checkpoint, "data_url": data_url, "split": split, "verbose": verbose}
-        return _under_ray({**given, "placement": placement, "command": secrets.token_hex(8)})
+        placement = placements.choose(nodes, options)
+        return _under_ray(partial(work, placement=placement, command=secrets.token_hex(8)), placement, verbose=verbose)
 
 
-def _under_ray(given: dict[str, Any]) -> Evaluation:
-    """given: the arguments of `_evaluate`."""
-    import ray.train
+def _under_ray(work: Callable[[], Evaluation], placement: Placement, *, verbose: bool) -> Evaluation:
+    from ray.train import TrainingFailedError
 
-    from cluster.carry.trainer import LeanTrainer, backend_config
+    from cluster.carry.trainer import LeanTrainer
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = LeanTrainer(
-            _worker,
-            backend_config=backend_config(given["placement"]),
-            train_loop_config=given,
-            scaling_config=placements.scaling_config(given["placement"]),
-            run_config=ray.train.RunConfig(
-                name="evaluate", storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
-            ),
-        )
+    with storage.temporary_folder("train") as folder:
         try:
-            return Evaluation.model_validate_json(str(trainer.fit().return_value))
-        except ray.train.TrainingFailedError as error:
+            result = LeanTrainer(work, placement, verbose=verbose, name="evaluate", storage_path=folder).fit()
+        except TrainingFailedError as error:
             raise cause_of(error)[1] from None
-
-
-def _worker(given: dict[str, Any]) -> str:
-    return _evaluate(**given).model_dump_json()
+    return cast(Evaluation, result.return_value)
 
 
 def _evaluate(

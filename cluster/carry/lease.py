@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from imgcls import records, storage
 from imgcls.errors import ImgclsError, LeaseError, StorageError
 from imgcls.runs import Lease, RunFolder
-
-T = TypeVar("T")
 
 RENEW_S = 5.0
 LAPSE_S = 30.0
@@ -30,12 +27,10 @@ GIVE_UP_S = 300.0
 """Storage that has not answered for so long ends the command."""
 
 
-def when_answered(read: Callable[[], T]) -> T:
-    """What `read` finds as soon as storage answers. Raises StorageError after `GIVE_UP_S`."""
-    trying = Retrying(
-        retry=retry_if_exception_type(StorageError), wait=wait_fixed(1), stop=stop_after_delay(GIVE_UP_S), reraise=True
-    )
-    return trying(read)
+when_answered = Retrying(
+    retry=retry_if_exception_type(StorageError), wait=wait_fixed(1), stop=stop_after_delay(GIVE_UP_S), reraise=True
+)
+"""Calls a function with these arguments until storage answers it. Raises StorageError after `GIVE_UP_S`."""
 
 
 class Leases:
@@ -54,7 +49,8 @@ class Leases:
         self._renewals += 1
         mine = [run for name, run in self.runs.items() if name not in self.lost]
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
-            errors = list(pool.map(self._renew, mine))
+            renewals = [pool.submit(self._renew, run) for run in mine]
+        errors = [renewal.exception() for renewal in renewals]  # the thread that renews does not end with one of them
         if errors and all(errors):
             if not self._error:
                 self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
@@ -64,16 +60,12 @@ class Leases:
             self.say("storage answers again")
         self._answered_s, self._error = time.monotonic(), ""
 
-    def _renew(self, run: RunFolder) -> Exception | None:
-        try:
-            with storage.within(LAPSE_S / 3):
-                if run.holder() == self.command:
-                    records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
-                else:
-                    self.lost.add(run.name)
-        except Exception as error:  # the thread that renews does not end with one of them
-            return error
-        return None
+    def _renew(self, run: RunFolder) -> None:
+        with storage.within(LAPSE_S / 3):
+            if run.holder() == self.command:
+                records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
+            else:
+                self.lost.add(run.name)
 
     def check_answered(self) -> None:
         """Raises StorageError where storage has not answered for too long."""
@@ -99,19 +91,15 @@ class Leases:
                     storage.delete(run.lease_url(older))
 
     def _wait_for(self, before: Mapping[str, tuple[int, Lease] | None]) -> None:
-        """Returns when all of these have lapsed. Raises LeaseError as soon as one is renewed."""
-        held = {name: lease for name, lease in before.items() if lease is not None and not _is_over(lease[1])}
+        """Returns when each of these has lapsed, was given back, or was renewed."""
+        held = [name for name, lease in before.items() if lease is not None and not _is_over(lease[1])]
         if held:
             names = ", ".join(held)
             self.say(f"another command was at {names}: waiting up to {LAPSE_S:.0f} s for it to answer or to lapse")
         until = time.monotonic() + LAPSE_S
         while held and time.monotonic() < until:
             time.sleep(0.5)
-            now = {name: self.runs[name].newest_lease() for name in held}
-            held = {name: lease for name, lease in now.items() if lease is not None and not lease[1].released}
-            for name, lease in held.items():
-                if lease != before[name]:
-                    raise LeaseError(_taken(self.runs[name]))
+            held = [name for name in held if self.runs[name].newest_lease() == before[name]]
 
     def release(self) -> None:
         with storage.within(LAPSE_S / 2):
@@ -123,7 +111,10 @@ class Leases:
 
 @contextmanager
 def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None]) -> Iterator[Leases]:
-    """The runs are this command's inside. Raises LeaseError where another command is at one of them."""
+    """The runs are this command's inside.
+
+    Raises LeaseError where another command is at one of them, StorageError where storage has not answered for too long.
+    """
     held = Leases(runs, command, say)
     stop = threading.Event()
 
@@ -136,6 +127,9 @@ def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None
         held.take()
         thread.start()
         yield held
+    except Exception:
+        held.check_answered()  # where storage answers no more it is that, and not what others made of it
+        raise
     finally:
         stop.set()
         if thread.ident is not None:
@@ -151,16 +145,12 @@ def _taken(run: RunFolder) -> str:
 
 def _is_over(lease: Lease) -> bool:
     """It was given back, or its process was on this machine, and is there no more."""
-    if lease.released:
-        return True
-    if lease.host != _here() or lease.pid == os.getpid():
-        return False
+    if lease.released or lease.host != _here():
+        return lease.released
     try:
         os.kill(lease.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
+    except OSError as error:  # a process of another user may not be signalled, and is there
+        return isinstance(error, ProcessLookupError)
     return False
 
 

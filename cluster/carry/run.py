@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.carry.decide import GoOn, Leave, Stop, verdict
 from cluster.carry.lease import when_answered
-from cluster.placement import scaling_config
 from cluster.session import set_train_environment
 from imgcls import storage
 from imgcls.errors import DataError, ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
@@ -28,7 +27,7 @@ BACKSTOP = 20
 
 
 class Assignment(Record):
-    """What a trial is to do: plain values, so that it travels as JSON."""
+    """What a trial is to do."""
 
     command: str
     """Who asks: the holder of the run's lease."""
@@ -55,20 +54,19 @@ class Assignment(Record):
             self.run.fail(self.config, reason)
 
 
-def trial(chosen: dict[str, str], assignments: dict[str, str]) -> None:
+def trial(chosen: dict[str, str], assignments: dict[str, Assignment]) -> None:
     """Carries the chosen run out; what it came to lies in the run's folder, a failure too.
 
     Whatever else is raised, and a death of this process, is for Tune to try again.
     """
     from ray.train import TrainingFailedError
 
-    text = assignments[chosen["run"]]
-    given = Assignment.model_validate_json(text)
+    given = assignments[chosen["run"]]
     set_train_environment(hang_timeout_s=given.options.hang_timeout_s)
     num_attempts: int | None = 0
     while num_attempts is not None:
         try:
-            _train(given, {"assignment": text, "started_s": time.time()})
+            _train(given)
             num_attempts = None
         except TrainingFailedError as error:
             num_attempts = after_giving_up(given, error, num_attempts)
@@ -93,44 +91,40 @@ def after_giving_up(given: Assignment, error: Exception, num_attempts: int) -> i
     return None
 
 
-def _train(given: Assignment, loop_config: dict[str, Any]) -> None:
-    import ray.train
+def _train(given: Assignment) -> None:
+    from ray.train import FailureConfig
 
-    from cluster.carry.trainer import Report, TrialTrainer, backend_config
+    from cluster.carry.trainer import Report, TrialTrainer
 
-    options, placement = given.options, given.placement
-    restarts = options.max_failures + BACKSTOP
+    options = given.options
     with storage.temporary_folder("train") as folder:
         TrialTrainer(
-            train_worker,
-            train_loop_config=loop_config,
-            backend_config=backend_config(placement, timeout_s=int(options.hang_timeout_s)),
-            scaling_config=scaling_config(placement),
-            run_config=ray.train.RunConfig(
-                name=given.config.name,
-                # Nothing but metrics goes through Train; checkpoints have their own store.
-                storage_path=folder,
-                callbacks=[Report()],
-                # Train counts preemptions apart, without a bound.
-                failure_config=ray.train.FailureConfig(max_failures=restarts, controller_failure_limit=10),
-                logging_config=ray.train.LoggingConfig(log_level="INFO" if options.verbose else "CRITICAL"),
-                worker_runtime_env={"env_vars": given.environment},
-            ),
+            partial(train_worker, given, started_s=time.time()),
+            given.placement,
+            verbose=options.verbose,
+            timeout_s=int(options.hang_timeout_s),
+            name=given.config.name,
+            # Nothing but metrics goes through Train; checkpoints have their own store.
+            storage_path=folder,
+            callbacks=[Report()],
+            # Train counts preemptions apart, without a bound.
+            failure_config=FailureConfig(max_failures=options.max_failures + BACKSTOP, controller_failure_limit=10),
+            worker_runtime_env={"env_vars": given.environment},
         ).fit()
 
 
-def train_worker(loop_config: dict[str, Any]) -> None:
+def train_worker(given: Assignment, *, started_s: float) -> None:
     """One rank of one run, in one attempt. A stop is recorded and returned: what is raised, Train tries again."""
-    given = Assignment.model_validate_json(loop_config["assignment"])
+    from ray.train import get_context
+
     silence_libraries(given.options.verbose)
-    if (begun := _begin(given)) is None:
+    rank = get_context().get_world_rank()
+    if (begun := _begin(given, rank)) is None:
         return
     attempt, tries = begun
     report(Progress(phase="workers import"), tries=tries)
     from cluster.carry.watch import Watch
     from imgcls.training.fit import fit
-
-    rank = _rank()
 
     end = partial(given.run.end, attempt, rank=rank)
     watch = Watch(given.run, given.command, given.options.hang_timeout_s, rank=rank, end=end)
@@ -140,7 +134,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         command=given.command,
         report=partial(report, tries=tries),
         attempt=attempt,
-        started_s=loop_config["started_s"],
+        started_s=started_s,
         # Rank 0's trace is in the log.
         crashed=lambda error, step, trace: end(Ending(end=End.CRASHED, error=error, step=step, trace=trace if rank else "")),
         leaving=lambda: watch.leaving,
@@ -166,11 +160,11 @@ def train_worker(loop_config: dict[str, Any]) -> None:
             raise
 
 
-def _begin(given: Assignment) -> tuple[int, int] | None:
+def _begin(given: Assignment, rank: int) -> tuple[int, int] | None:
     """On every rank, where there is anything to do: the attempt's number, and how often this command has begun the run."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    if _rank() != 0:
+    if rank != 0:
         return broadcast_from_rank_zero(None)
     begun, state = None, given.run.state()
     action = given.verdict(state)
@@ -179,12 +173,6 @@ def _begin(given: Assignment) -> tuple[int, int] | None:
     elif isinstance(action, GoOn):
         begun = given.run.begin(given.command), 1 + sum(attempt.command == given.command for attempt in state.attempts)
     return broadcast_from_rank_zero(begun)
-
-
-def _rank() -> int:
-    import ray.train
-
-    return ray.train.get_context().get_world_rank()
 
 
 def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> "World":

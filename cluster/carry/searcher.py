@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.tune import Callback, Stopper
+from ray.tune import Callback
 from ray.tune.search import Searcher
 
 from cluster.carry.decide import Start, Status, SuiteState, Wait, after_loss, next_start
@@ -125,35 +125,25 @@ class PlanSearcher(NotKept, Searcher):
         for run in tuple(runs):  # another thread adds to them
             self.state = after_loss(self.state, run)
 
-    # Tune asks for these; the state of a suite is its storage, and a fresh Tuner runs what is left.
-    def save(self, checkpoint_path: str) -> None: ...
-
-    def restore(self, checkpoint_path: str) -> None: ...
+    def save(self, checkpoint_path: str) -> None:
+        """Tune asks for it; the state of a suite is its storage, and a fresh Tuner runs what is left."""
 
 
-class ProgressCallback(NotKept, Callback):
-    def __init__(self, view: View, begin_workers: Callable[[], None]) -> None:
-        self.view, self.begin_workers = view, begin_workers
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.begin_workers()  # those of before died with it
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if "phase" in result:
-            self.view.progress(trial.config["run"], result)
-
-
-class LeaseStopper(NotKept, Stopper):
-    """Ends a run here that another command has taken over, and all of them where storage answers no more."""
+class SuiteCallback(NotKept, Callback):
+    """What Tune's loop tells of runs, and what is looked at whenever it turns."""
 
     def __init__(self, searcher: PlanSearcher, held: Leases) -> None:
         self.searcher, self.held = searcher, held
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self.searcher.runs[trial_id] in self.held.lost
-
-    def stop_all(self) -> bool:
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises StorageError where storage answers no more. A run under way that is lost ends itself: its workers look."""
         self.searcher.lose(self.held.lost)
         self.searcher.say_what_lasts()
         self.held.check_answered()
-        return False
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.searcher.begin_workers()  # those of before died with it
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "phase" in result:
+            self.searcher.view.progress(trial.config["run"], result)

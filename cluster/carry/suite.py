@@ -7,8 +7,7 @@ the same request again does what is left, whoever made it and wherever it stoppe
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from threading import Thread
@@ -54,7 +53,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         return suite.publish()
     cached, mine = cached_sets(plan), [run for run, status in state.statuses.items() if status is Status.OPEN]
     if not session.names_cluster():  # refused before Ray starts, where it will be
-        choose(request, [placements.local_node()])
+        placements.choose([placements.local_node()], request.options)
         check_room((storage.join(request.data_url, decoded[0].name), *decoded) for decoded in plan.decoded_sets(mine))
     with leases([suite.run(run) for run in mine], command=secrets.token_hex(8), say=view.say) as held:
         for run in mine:
@@ -63,7 +62,7 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         with session.session(verbose=request.options.verbose):
             config = placements.autoscaling_config()
             nodes = placements.cluster_nodes(config)
-            placement = choose(request, nodes)
+            placement = placements.choose(nodes, request.options)
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
@@ -81,15 +80,6 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
         keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
     return results
-
-
-def choose(request: Request, nodes: list[placements.Node]) -> Placement:
-    return placements.choose(
-        nodes,
-        num_workers=request.options.num_workers,
-        cpus_per_worker=request.options.cpus_per_worker,
-        gpus_per_worker=request.options.gpus_per_worker,
-    )
 
 
 def state_of(request: Request, plan: Plan) -> SuiteState:
@@ -140,7 +130,7 @@ def _carry_out(
     begin_workers(num_begun := _starting(state, room()))  # before the imports below, which take seconds
     from ray import tune
 
-    from cluster.carry.searcher import LeaseStopper, PlanSearcher, ProgressCallback, outlive_lack_of_memory
+    from cluster.carry.searcher import PlanSearcher, SuiteCallback, outlive_lack_of_memory
 
     def ended(state: SuiteState, run: str) -> SuiteState:
         folder = request.suite.run(run)
@@ -156,7 +146,7 @@ def _carry_out(
     session.keep_credentials_here()
     outlive_lack_of_memory(view.say)
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
-    with storage.temporary_folder("tune") as folder, _storage_named(held):
+    with storage.temporary_folder("tune") as folder:
         tune.Tuner(
             tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, scheduler=_halving(request, plan, state, held)),
@@ -164,8 +154,7 @@ def _carry_out(
                 name=storage.name_of(folder),
                 storage_path=folder,
                 verbose=0,
-                stop=LeaseStopper(searcher, held),
-                callbacks=[ProgressCallback(view, partial(begin_workers, 1))],
+                callbacks=[SuiteCallback(searcher, held)],
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
@@ -199,30 +188,20 @@ def _halving(request: Request, plan: Plan, state: SuiteState, held: Leases) -> "
 
     def history_of(run: str) -> list[dict[str, float]]:
         url = request.suite.run(run).history_url
-        return read_csv(when_answered(lambda: storage.read_bytes_if_there(url)) or b"")
+        return read_csv(when_answered(storage.read_bytes_if_there, url) or b"")
 
     def stop(run: str, reason: str) -> None:
         folder = request.suite.run(run)
         if when_answered(folder.holder) == held.command:
-            when_answered(lambda: folder.stop(plan.configs[run], reason))
+            when_answered(folder.stop, plan.configs[run], reason)
 
     runs = sorted(state.statuses, key=lambda run: state.statuses[run] is Status.OPEN)
     return Halving(request.search, runs, history_of=history_of, stop=stop)
 
 
-@contextmanager
-def _storage_named(held: Leases) -> Iterator[None]:
-    """Where storage answers no more it is that, and not what Tune made of it."""
-    try:
-        yield
-    except Exception:
-        held.check_answered()
-        raise
-
-
 def _assignments(
     request: Request, plan: Plan, command: str, placement: Placement, environment: dict[str, str]
-) -> dict[str, str]:
+) -> dict[str, Assignment]:
     return {
         name: Assignment(
             command=command,
@@ -233,18 +212,17 @@ def _assignments(
             options=request.options,
             tested=request.search is None,
             environment=environment,
-        ).model_dump_json()
+        )
         for name, config in plan.configs.items()
     }
 
 
 def _work_of(seconds: float, command: str, predicted: Forecast, took: dict[str, float]) -> dict[str, Any]:
     """What a command did: seconds of its own and of its runs, beside what was predicted."""
-    runs = {name: run.seconds for name, run in predicted.runs.items()}
     return {
         "seconds": round(seconds, 1),
         "command": command,
         "predicted_s": predicted.seconds and round(predicted.seconds, 1),
-        "predicted": {name: round(seconds, 1) for name, seconds in runs.items() if seconds is not None},
+        "predicted": {name: round(run.seconds, 1) for name, run in predicted.runs.items() if run.seconds is not None},
         "took": {name: round(seconds, 1) for name, seconds in took.items()},
     }

@@ -24,13 +24,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from imgcls.errors import ClusterError
 from imgcls.records import Placement
@@ -40,6 +35,21 @@ NODES_S = 2 * 3600.0
 
 class LeanTrainer(DataParallelTrainer):
     """Raises `ray.train.TrainingFailedError` where its workers fail too often, as Train's own does."""
+
+    def __init__(
+        self, work: Callable[[], Any], placement: Placement, *, verbose: bool, timeout_s: int = 1800, **options: Any
+    ) -> None:
+        """work: what each worker does. timeout_s: of a collective. options: others of `ray.train.RunConfig`."""
+        resources = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
+        logging = ray.train.LoggingConfig(log_level="INFO" if verbose else "CRITICAL")
+        super().__init__(
+            work,
+            backend_config=_backend_config(placement, timeout_s),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=placement.num_workers, use_gpu=placement.gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(logging_config=logging, **options),
+        )
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -67,7 +77,7 @@ class Report(ray.train.UserCallback):
         ray.tune.report(metrics[0])
 
 
-def backend_config(placement: Placement, *, timeout_s: int = 1800) -> BackendConfig:
+def _backend_config(placement: Placement, timeout_s: int) -> BackendConfig:
     """How the workers find each other; a worker alone needs no process group, and its trial no torch."""
     if placement.num_workers == 1:
         return _Alone()

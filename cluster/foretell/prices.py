@@ -13,9 +13,8 @@ from pydantic import Field
 
 from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
-from cluster.carry.suite import choose
 from cluster.foretell.forecast import Forecast, Span, forecast, schedule
-from cluster.placement import HERE, Node, workers_on
+from cluster.placement import HERE, Node, choose, workers_on
 from imgcls.errors import DataError, PlacementError, RecipeError
 from imgcls.rates import Rates
 from imgcls.records import Placement, Record
@@ -110,7 +109,9 @@ def costs(
         cpus_of_node = cpus.get(name, 1e9 if price.gpus else cpus[HERE]) if price.cpus is None else price.cpus
         node = Node(float(cpus_of_node), float(price.gpus), name)
         try:
-            placement = choose(request, [node] * request.options.num_workers)  # a run's workers may need several nodes
+            placement = choose(
+                [node] * request.options.num_workers, request.options
+            )  # a run's workers may need several nodes
         except PlacementError:
             results.append(Cost(name, price))
             continue

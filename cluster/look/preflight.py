@@ -18,8 +18,8 @@ from cluster import session
 from cluster.look import probes
 from cluster.look.probes import AUTH_MODE, AllReduce, NodeFacts, Questions
 from imgcls import storage
-from imgcls.errors import ClusterError, ImgclsError, PlacementError, StorageError
-from imgcls.records import Record
+from imgcls.errors import ClusterError, ImgclsError, StorageError
+from imgcls.records import Record, RunOptions
 from imgcls.remedies import remedy_for
 
 NODE_S, CLOCK_S = 60.0, 2.0
@@ -152,9 +152,9 @@ def _of_cluster(questions: Questions) -> Iterator[Check]:
     try:
         nodes = placements.cluster_nodes(placements.autoscaling_config())
         workers = questions.num_workers if questions.num_workers is not None else 1
-        placements.choose(nodes, num_workers=workers, gpus_per_worker=questions.gpus_per_worker)
+        placements.choose(nodes, RunOptions(num_workers=workers, gpus_per_worker=questions.gpus_per_worker))
         yield Check(name="placement", where="cluster", ok=True, found=placements.what_there_is(nodes))
-    except PlacementError as error:
+    except ImgclsError as error:
         yield Check.refused("placement", "cluster", error)
     try:
         check_seen_by_nodes([*questions.places.values()])

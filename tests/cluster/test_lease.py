@@ -183,6 +183,19 @@ def test_storage_that_answers_no_more_is_told_once_and_gives_up_in_time(s3: Serv
     assert said[1] == "storage answers again"
 
 
+def test_what_others_make_of_storage_that_answers_no_more_is_said_to_be_that(tmp_path: Path):
+    def fail(silent_s: float) -> None:
+        with leases([RunFolder(str(tmp_path))], command="me", say=print) as held:
+            held._error, held._answered_s = "no answer", time.monotonic() - silent_s
+            raise RuntimeError("in Tune's words")
+
+    with pytest.raises(RuntimeError, match="in Tune's words"):
+        fail(silent_s=0)
+    with pytest.raises(StorageError, match="storage has not answered"):
+        fail(silent_s=2 * lease.GIVE_UP_S)
+    assert RunFolder(str(tmp_path)).holder() is None
+
+
 def test_what_storage_does_not_answer_at_once_is_asked_again(tmp_path: Path):
     answers = iter([StorageError("no"), StorageError("no"), "yes"])
 

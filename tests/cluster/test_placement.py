@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import pytest
 from cluster import session
 from cluster.placement import Node, addable_nodes, choose, find_autoscaling_config, how_many_fit, local_node
 from imgcls.cpus import usable_cpus
-from imgcls.errors import PlacementError
-from imgcls.records import Placement
+from imgcls.errors import PlacementError, RecipeError
+from imgcls.records import Placement, RunOptions
 from tests.processes import until
 
 TWO_CORES = Node(2, 0)
@@ -18,7 +19,7 @@ GPU_NODE = Node(8, 1)
 
 
 def chosen(nodes, workers=1, cpus=None, gpus=None):
-    return choose(nodes, num_workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+    return choose(nodes, RunOptions(num_workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus))
 
 
 def test_a_worker_has_a_gpu_where_there_are_any():
@@ -27,9 +28,15 @@ def test_a_worker_has_a_gpu_where_there_are_any():
     assert chosen([GPU_NODE], gpus=0).gpus_per_worker == 0
 
 
-@pytest.mark.parametrize(("workers", "cpus", "gpus"), [(3, None, None), (1, 3, None), (1, None, 1), (1, -1, None)])
+@pytest.mark.parametrize(("workers", "cpus", "gpus"), [(3, None, None), (1, 3, None), (1, None, 1), (1, 0, 0)])
 def test_what_can_never_run_is_refused_with_what_there_is(workers, cpus, gpus):
     with pytest.raises(PlacementError):
+        chosen([TWO_CORES], workers, cpus, gpus)
+
+
+@pytest.mark.parametrize(("workers", "cpus", "gpus"), [(0, None, None), (1, -1, None), (1, None, math.nan)])
+def test_numbers_out_of_their_range_are_refused_by_the_name_of_their_flag(workers, cpus, gpus):
+    with pytest.raises(RecipeError, match=r"--(num-workers 0|cpus-per-worker -1|gpus-per-worker nan): should be "):
         chosen([TWO_CORES], workers, cpus, gpus)
 
 

@@ -66,13 +66,9 @@ def work():
 
 class Trial:
     def run(self, folder):
-        from cluster.carry.trainer import TrialTrainer, backend_config
-        return TrialTrainer(
-            work,
-            backend_config=backend_config(Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)),
-            scaling_config=ray.train.ScalingConfig(num_workers=1),
-            run_config=ray.train.RunConfig(name="run", storage_path=folder),
-        ).fit().return_value
+        from cluster.carry.trainer import TrialTrainer
+        placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
+        return TrialTrainer(work, placement, verbose=False, name="run", storage_path=folder).fit().return_value
 
 with session(verbose=False), storage.temporary_folder("test") as folder:
     import ray, ray.train
@@ -101,15 +97,11 @@ from imgcls.records import Placement
 
 class Trial:
     def run(self, folder):
-        from cluster.carry.trainer import TrialTrainer, backend_config
-        return TrialTrainer(
-            lambda: "done",
-            backend_config=backend_config(Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)),
-            scaling_config=ray.train.ScalingConfig(num_workers=1),
-            run_config=ray.train.RunConfig(
-                name="late", storage_path=folder, failure_config=ray.train.FailureConfig(controller_failure_limit=0)
-            ),
-        ).fit().return_value
+        from cluster.carry.trainer import TrialTrainer
+        placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
+        limit = ray.train.FailureConfig(controller_failure_limit=0)
+        options = {"name": "late", "storage_path": folder, "failure_config": limit}
+        return TrialTrainer(lambda: "done", placement, verbose=False, **options).fit().return_value
 
 with session(verbose=False), storage.temporary_folder("test") as folder:
     import ray, ray.train

@@ -445,8 +445,7 @@ def test_a_worker_of_the_jobs_command_fits_a_pod():
     flags = tyro.cli(functools.wraps(suite)(lambda **named: named["flags"]), args=words)
     assert (python, door, flags.catalogue) == ("python", "jobs.suite", "paper")
     nodes = addable_nodes([], autoscaling())
-    sizes = {field: getattr(flags.options, field) for field in ("num_workers", "cpus_per_worker", "gpus_per_worker")}
-    assert choose(nodes, **sizes).gpus_per_worker == 1
+    assert choose(nodes, flags.options).gpus_per_worker == 1
     assert len(nodes) == 5
 
 

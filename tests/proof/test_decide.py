@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import cluster.carry.decide as shipped
-from imgcls.runs import held_up
+from imgcls.runs import Attempt, held_up
 
 STEPS = 3
 """Of every run."""
@@ -61,7 +61,7 @@ class World:
 
     def committed(self, run: str):
         s = self.store[run]
-        return self.d.RunState(s.result, tuple(self.d.Attempt(*facts) for facts in s.attempts), s.holder)
+        return self.d.RunState(s.result, tuple(Attempt(*facts) for facts in s.attempts), s.holder)
 
     def command(self) -> None:
         """A command begins, where the leases of what it wants are nobody's that lives."""
