@@ -7,7 +7,6 @@ rank 0 writes into the run's folder. Called again after a kill, it goes on from 
 import base64
 import time
 import traceback
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -122,11 +121,8 @@ def _fit(
         log.line(f"{config.name}: {_plan(prepared, world)}")
     else:
         _go_on(config, last, recorder)
-    with warnings.catch_warnings():
-        # It advises DataLoader worker processes; ours is one gather a batch.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        resume = store.place(last.step) if last else None
-        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
+    resume = store.place(last.step) if last else None
+    trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
     result = _finish(config, run, prepared, trainer, recorder, tested=tested)
