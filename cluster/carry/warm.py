@@ -6,8 +6,10 @@ variable that Ray sets for a `worker_process_setup_hook`, and the environment th
 """
 
 import json
+import os
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 KEPT_S = 60
@@ -15,10 +17,15 @@ KEPT_S = 60
 
 
 def environment() -> dict[str, str]:
-    """Of workers that import while they begin: the hook, and what a trial of Tune adds."""
+    """Of workers that import while they begin: the hook, where it finds our code, and what a trial of Tune adds.
+
+    The code is this process's own: another checkout may be the one that is installed.
+    """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{import_training.__name__}", "PL_DISABLE_FORK": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    hook = f"{__name__}.{import_training.__name__}"
+    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook, "PYTHONPATH": path, "PL_DISABLE_FORK": "1"}
 
 
 def import_training() -> None:

@@ -1,7 +1,4 @@
-"""The same networks and inputs as `paper`, trained as well as we can.
-
-The learning rate of `basic-cnn` is that of the best trials of a search (docs/results.md); all others are first guesses.
-"""
+"""The same networks and inputs as `paper`, trained as well as we can. Guesses: no search of theirs is on record yet."""
 
 from dataclasses import replace
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from imgcls.runs import RunFolder
-from tests.conftest import Command, image, image_folder, run_in
+from tests.conftest import ROOT, Command, image, image_folder, run_in
 from tests.processes import begun_at, descendants, title_of, until
 from tests.proof.commands import EIGHTY_STEPS, train
 
@@ -149,6 +150,19 @@ def test_the_workers_of_a_local_ray_have_begun_before_their_trial_and_none_is_le
     assert (len(workers), len(trials), running.pids("ray::IDLE")) == (2, 1, [])
     assert min(map(begun_at, workers)) < begun_at(trials[0])
     running.wait()
+
+
+@pytest.mark.slow
+def test_workers_run_the_commands_own_code_whichever_checkout_is_installed(packed: Path, tmp_path: Path):
+    for room in ("jobs", "cluster", "imgcls"):
+        shutil.copytree(ROOT / room, tmp_path / room)
+    with (tmp_path / "imgcls/training/fit.py").open("a") as file:
+        file.write("\n\ndef fit(*_, **__):\n    raise TrainingError('this checkout cannot train')\n")
+    command = [sys.executable, "-m", "jobs.train", "scratch", "--data", str(packed), *TINY]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RAY_ADDRESS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "this checkout cannot train" in done.stdout + done.stderr
 
 
 SPARE_BYTES = 5 << 30
