@@ -137,10 +137,6 @@ def _recorded(measurements: Path) -> list[Rate]:
     for path in sorted(measurements.glob("suite-*.json"), key=lambda path: path.stem.rpartition("_")[2]):
         with suppress(ImgclsError):
             record = _Recorded.from_bytes(path.read_bytes(), where=str(path))
-            found += [rate for run in record.runs for rate in rates_of(run, took_s=_took_s(run), source="record")]
+            for run in record.runs:  # without what Tune takes before and after it
+                found += rates_of(run, took_s=run.seconds["start"] + run.seconds["fit"], source="record")
     return found
-
-
-def _took_s(run: RunResult) -> float:
-    """Without what Tune takes before and after it."""
-    return run.seconds["start"] + run.seconds["fit"]

@@ -245,22 +245,20 @@ class RunFolder:
 
     def keep_audit(self, audit: Audit) -> None:
         url = storage.join(self.url, "audits")
-        number = 1 + max(self._numbers("audits"), default=0)
+        number = 1 + max(self.numbers("audits"), default=0)
         while not storage.create_bytes(storage.join(url, f"{number:05d}.json"), records.sealed(audit)):
             number += 1  # another auditor was there at the same time
 
     def lease_url(self, number: int) -> str:
         return storage.join(self.url, "leases", f"{number:05d}.json")
 
-    def lease_numbers(self) -> list[int]:
-        return self._numbers("leases")
-
-    def _numbers(self, folder: str) -> list[int]:
+    def numbers(self, folder: str) -> list[int]:
+        """Of the records in this folder of the run."""
         names = [name.removesuffix(".json") for name in storage.files(storage.join(self.url, folder))]
         return [int(name) for name in names if name.isdigit()]
 
     def newest_lease(self) -> tuple[int, Lease] | None:
-        for number in reversed(self.lease_numbers()):
+        for number in reversed(self.numbers("leases")):
             lease = records.read_if_there(Lease, self.lease_url(number))
             if lease is not None:
                 return number, lease

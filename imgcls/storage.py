@@ -334,7 +334,8 @@ def _check_place(url: str, *, writes: bool) -> None:
             _check_writes(probe)
     except StorageError as error:
         message = str(error).replace(probe, url)
-        remedy = remedy_for(message.replace(url, ""), f"name a place that can be {'written' if writes else 'read'}")
+        remedy = f"name a place that can be {'written' if writes else 'read'}"
+        remedy = remedy if is_local(url) else remedy_for(message.replace(url, ""), remedy)
         raise StorageError(f"{message}\n  do: {remedy}") from None
 
 

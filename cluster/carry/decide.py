@@ -92,7 +92,7 @@ def next_start(state: SuiteState, *, room: int) -> tuple[SuiteState, Start | Wai
 def after_end(
     state: SuiteState, run: str, committed: RunState, *, command: str, max_failures: int
 ) -> tuple[SuiteState, Stop | None]:
-    """Nobody carries the run out for this command any more. Told late or again, it changes nothing."""
+    """Nobody carries the run out for this command any more. Told late or again, a run is what its result says."""
     if committed.result is not None:
         return _with(state, run, Status(committed.result)), None
     if state.statuses[run] is not Status.STARTED:

@@ -86,12 +86,12 @@ class Leases:
             if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(_lease(self.command, 0))):
                 raise LeaseError(_taken(run))
             self.numbers[name] = number
-            for older in run.lease_numbers():
+            for older in run.numbers("leases"):
                 if older < number:
                     storage.delete(run.lease_url(older))
 
     def _wait_for(self, before: Mapping[str, tuple[int, Lease] | None]) -> None:
-        """Returns when each of these has lapsed, was given back, or was renewed."""
+        """Returns when each of these has lapsed or was given back. Raises LeaseError as soon as one is renewed."""
         held = [name for name, lease in before.items() if lease is not None and not _is_over(lease[1])]
         if held:
             names = ", ".join(held)
@@ -99,7 +99,10 @@ class Leases:
         until = time.monotonic() + LAPSE_S
         while held and time.monotonic() < until:
             time.sleep(0.5)
-            held = [name for name in held if self.runs[name].newest_lease() == before[name]]
+            now = {name: self.runs[name].newest_lease() for name in held}
+            held = [name for name, lease in now.items() if lease is not None and not lease[1].released]
+            if renewed := [name for name in held if now[name] != before[name]]:
+                raise LeaseError(_taken(self.runs[renewed[0]]))
 
     def release(self) -> None:
         with storage.within(LAPSE_S / 2):

@@ -40,6 +40,10 @@ class Assignment(Record):
     environment: dict[str, str]
     """Of the workers: what they cannot find out by themselves."""
 
+    def __reduce__(self) -> Any:
+        """It travels as JSON: a pickle fills the fields of another version of our code by their places, without a word."""
+        return type(self).model_validate_json, (self.model_dump_json(),)
+
     @property
     def run(self) -> RunFolder:
         return RunFolder(self.run_url)

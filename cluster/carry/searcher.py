@@ -41,7 +41,7 @@ def outlive_lack_of_memory(say: Callable[[str], None]) -> None:
     def as_death(failed: Callable[..., None]) -> Callable[..., None]:
         def told(manager: RayActorManager, *, exception: Exception, **tracked: Any) -> None:
             if isinstance(exception, OutOfMemoryError):
-                say(f"{str(exception).splitlines()[0]}\n  do: fewer runs at once, as by --cpus-per-worker 2")
+                say(f"{str(exception).splitlines()[0]}\n  do: fewer runs at once, by a larger --cpus-per-worker")
                 exception = ActorDiedError()
             failed(manager, exception=exception, **tracked)
 

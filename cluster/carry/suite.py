@@ -107,7 +107,7 @@ def write_down(request: Request, plan: Plan) -> None:
             storage.delete(suite.run(name).config_url)
         raise
     for name, config in plan.configs.items():
-        if name not in created:
+        if name not in created and suite.run(name).config() != config:
             records.write(config, suite.run(name).config_url)  # its source's weights may lie elsewhere now
         if request.retry_failed:
             suite.run(name).forget_failure()

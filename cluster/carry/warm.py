@@ -7,6 +7,7 @@ variable that Ray sets for a `worker_process_setup_hook`, and the environment th
 
 import json
 import os
+import site
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,8 @@ def environment() -> dict[str, str]:
     """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
+    path = before if root in site.getsitepackages() else os.pathsep.join(filter(None, [root, before]))
     hook = f"{__name__}.{import_training.__name__}"
     return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook, "PYTHONPATH": path, "PL_DISABLE_FORK": "1"}
 

@@ -108,10 +108,8 @@ def costs(
             continue
         cpus_of_node = cpus.get(name, 1e9 if price.gpus else cpus[HERE]) if price.cpus is None else price.cpus
         node = Node(float(cpus_of_node), float(price.gpus), name)
-        try:
-            placement = choose(
-                [node] * request.options.num_workers, request.options
-            )  # a run's workers may need several nodes
+        try:  # a run's workers may need several nodes
+            placement = choose([node] * request.options.num_workers, request.options)
         except PlacementError:
             results.append(Cost(name, price))
             continue

@@ -67,6 +67,17 @@ def test_a_lease_that_is_renewed_is_refused(tmp_path: Path):
     assert said == ["another command was at run: waiting up to 2 s for it to answer or to lapse"]
 
 
+def test_a_command_that_is_refused_takes_no_other_run_first(tmp_path: Path):
+    left_behind(tmp_path / "a", pid=1)
+    with leases([RunFolder(str(tmp_path / "b"))], command="first", say=print):
+        began = time.monotonic()
+        both = [RunFolder(str(tmp_path / name)) for name in "ab"]
+        with pytest.raises(LeaseError), leases(both, command="second", say=print):
+            pass
+        assert time.monotonic() - began < lease.LAPSE_S
+        assert [run.numbers("leases") for run in both] == [[1], [1]]
+
+
 def test_a_lease_that_nobody_renews_lapses_and_is_taken_over(tmp_path: Path):
     left_behind(tmp_path, pid=1)
     with leases([RunFolder(str(tmp_path))], command="me", say=print):

@@ -153,7 +153,7 @@ def test_verify_names_the_damaged_set_and_passes_the_whole_one(enter_command: Co
     assert whole.stdout.count("whole") == 2
     shard = copy / "cifar10" / "test-00000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    refused(enter_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar has")
+    refused(enter_command, "pack", "--verify", copy, code=3, says="cifar10/test-00000.tar: SHA-256 is")
 
 
 def test_a_cluster_that_does_not_answer_is_named(run_command: Command, packed: Path, tmp_path: Path):

@@ -156,13 +156,14 @@ def test_the_workers_of_a_local_ray_have_begun_before_their_trial_and_none_is_le
 def test_workers_run_the_commands_own_code_whichever_checkout_is_installed(packed: Path, tmp_path: Path):
     for room in ("jobs", "cluster", "imgcls"):
         shutil.copytree(ROOT / room, tmp_path / room)
+    other = "def fit(*_, **__):\n    raise TrainingError('cannot train here')\n"
     with (tmp_path / "imgcls/training/fit.py").open("a") as file:
-        file.write("\n\ndef fit(*_, **__):\n    raise TrainingError('this checkout cannot train')\n")
+        file.write(f"\nfrom imgcls.errors import TrainingError\n{other}")
     command = [sys.executable, "-m", "jobs.train", "scratch", "--data", str(packed), *TINY]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RAY_ADDRESS": ""}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "this checkout cannot train" in done.stdout + done.stderr
+    assert "cannot train here" in done.stdout + done.stderr
 
 
 SPARE_BYTES = 5 << 30

@@ -92,12 +92,9 @@ def render_search(results: SuiteResults, histories: dict[str, bytes], timings: d
 
 
 def _drawn(template: str, *, results: SuiteResults, **values: Any) -> str:
+    loader = PackageLoader("imgcls.results.page", "")
     environment = Environment(
-        loader=PackageLoader("imgcls.results.page", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(template).render(results=results, **values)
 

@@ -469,13 +469,17 @@ def test_checkpoints_of_another_request_are_refused(packed: Path, tmp_path: Path
         run(derive(SMALL, {"optimizer.lr": 0.5}), packed, tmp_path)
 
 
-def test_early_stopping_waits_for_its_patience(packed: Path, tmp_path: Path):
+def test_early_stopping_waits_for_its_patience_and_stays_where_it_was_when_the_run_goes_on(packed: Path, tmp_path: Path):
     hopeless = replace(SMALL, optimizer=Adam(lr=0.05), length=Length(epochs=30, patience=2), schedule=quick.SCRATCH.schedule)
     result = run(hopeless, packed, tmp_path)
     losses = [float(row["val/loss"]) for row in rows(tmp_path)]
     assert result.best_epoch is not None
     assert result.epochs == min(30, result.best_epoch + 2) == len(losses)
     assert losses.index(min(losses)) + 1 == result.best_epoch
+    (tmp_path / "result.json").unlink()  # killed between its last checkpoint and its result
+    again = run(hopeless, packed, tmp_path)
+    digests = ("weights_sha256", "best_weights_sha256", "history_sha256", "predictions_sha256", "test")
+    assert [getattr(again, name) for name in digests] == [getattr(result, name) for name in digests]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(packed: Path, tmp_path: Path):
