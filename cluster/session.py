@@ -9,9 +9,10 @@ import secrets
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from cluster.local_ray import lean
 from imgcls import storage
@@ -73,12 +74,10 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-@contextmanager
-def client(mode: str) -> Iterator[None]:
+def client(mode: str) -> AbstractContextManager[Any]:
     """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
     preferred = {"RAY_ADDRESS": "", "RAY_API_SERVER_ADDRESS": ""}  # by the client, to the address that it is given
-    with _environment(NEEDED, {"RAY_AUTH_MODE": mode, **preferred}):
-        yield
+    return _environment(NEEDED, {"RAY_AUTH_MODE": mode, **preferred})
 
 
 @contextmanager
@@ -101,12 +100,10 @@ def _wants_no_token(address: str) -> bool:
         temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT[0]
         current = Path(temporary, "ray", "ray_current_cluster")
         address = current.read_text().strip() if current.exists() else address
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_TIMEOUT_S)
-        except grpc.RpcError:
-            return False
-    return True
+    with suppress(grpc.RpcError), grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_TIMEOUT_S)
+        return True
+    return False
 
 
 @contextmanager
@@ -167,17 +164,9 @@ def set_train_environment(*, hang_timeout_s: float) -> None:
     os.environ.update({**TRAIN, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s), **os.environ})
 
 
-@contextmanager
-def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> Iterator[None]:
+def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> AbstractContextManager[Any]:
     """Inside, the environment has `changes`, and `defaults` for what it leaves open; afterwards it is as it was."""
-    before = dict(os.environ)
-    os.environ.update({**defaults, **before, **(changes or {})})
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-        for name in os.environ.keys() - before:
-            del os.environ[name]
+    return patch.dict(os.environ, {**defaults, **os.environ, **(changes or {})})
 
 
 def _check_answers(address: str) -> None:
