@@ -91,11 +91,11 @@ def checks_by_job(address: str, questions: Questions, *, verbose: bool) -> list[
     with connected(address) as jobs:
         job = prepare(["doctor", *words, *["--verbose"] * verbose, "--json"])
         jobs.submit(job)
-        ended = jobs.follow(job.id, log.append, stderr)
-        client = _same_ray(jobs.ray_version())
+        _, message = jobs.follow(job.id, log.append, stderr)
+        client = _same_ray(jobs.ray_version)
     report = report_in("".join(log))
     if report is None:
-        refused = ClusterError(f"the job ended without a report: {ended.message}\n  do: its log: {''.join(log)[-1000:]}")
+        refused = ClusterError(f"the job ended without a report: {message}\n  do: its log: {''.join(log)[-1000:]}")
         return [client, Check.refused("cluster", "head", refused)]
     return [client, *report.checks]
 

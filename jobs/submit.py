@@ -2,19 +2,15 @@
 
 import json
 import sys
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from cluster.send.staging import prepare
+from cluster.send.submission import Jobs, connected
 from jobs._door import DONE, INTERRUPTED, enter
 from jobs._terminal import Lines, stderr
-
-if TYPE_CHECKING:
-    from cluster.send.staging import Job
-    from cluster.send.submission import Jobs
-
 
 Address = Annotated[str, tyro.conf.arg(metavar="URL")]
 JobId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ID")]
@@ -42,16 +38,14 @@ def run(
         python: The cluster's interpreter; that of its own workers unless said.
         dry_run: Print what would be asked of the cluster; nothing is sent.
     """
-    from cluster.send.staging import prepare
-
     job, lines = prepare(words, id=job_id, env=env, driver_resource=driver_resource), Lines()
     if dry_run:
         lines.say(json.dumps(job.request(python or "python") | {"files": len(job.files), "bytes": job.num_bytes}, indent=1))
         return DONE
-    with _connected(address) as jobs:
+    with connected(address) as jobs:
         jobs.submit(job, python=python)
         lines.say(f"{job.id}: submitted, {job.num_bytes:,} bytes")
-        _say_next(lines, address, job)
+        lines.say(_ways_back(job.id, address))
         return DONE if no_wait else _follow(jobs, job.id, address)
 
 
@@ -62,7 +56,7 @@ def follow(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    with _connected(address) as jobs:
+    with connected(address) as jobs:
         return _follow(jobs, job_id, address)
 
 
@@ -73,7 +67,7 @@ def status(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    with _connected(address) as jobs:
+    with connected(address) as jobs:
         info = jobs.known(job_id)
     Lines().say(f"{job_id}: {str(info.status).lower()}; {info.message}")
     return DONE
@@ -86,42 +80,26 @@ def stop(job_id: JobId, address: Address) -> int:
         job_id: Name of the job.
         address: URL of the cluster's dashboard.
     """
-    with _connected(address) as jobs:
+    with connected(address) as jobs:
         jobs.stop(job_id)
     Lines().say(f"{job_id}: asked to stop; the same command goes on where it stopped")
     return DONE
 
 
-def _connected(address: str) -> AbstractContextManager["Jobs"]:
-    from cluster.send.submission import connected
-
-    return connected(address)
-
-
-def _follow(jobs: "Jobs", job_id: str, address: str) -> int:
+def _follow(jobs: Jobs, job_id: str, address: str) -> int:
     try:
-        ended = jobs.follow(job_id, partial(print, end="", flush=True), stderr)
+        code, message = jobs.follow(job_id, partial(print, end="", flush=True), stderr)
     except KeyboardInterrupt:
         stderr(f"\ndetached: {job_id} goes on")
         stderr(_ways_back(job_id, address))
         return INTERRUPTED
-    stderr(ended.message)
-    return ended.code
+    stderr(message)
+    return code
 
 
 def _ways_back(job_id: str, address: str) -> str:
     here = "python -m jobs.submit"
     return f"  follow it: {here} follow {job_id} --address {address}\n  stop it:   {here} stop {job_id} --address {address}"
-
-
-def _say_next(lines: Lines, address: str, job: "Job") -> None:
-    from cluster.send.staging import value_of
-
-    lines.say(_ways_back(job.id, address))
-    storage = value_of("--storage", job.words)
-    if storage is not None and job.words[0] in ("suite", "train"):
-        suite = value_of("--id", job.words) or value_of("--catalogue", job.words) or "quick"
-        lines.say(f"  its page:  python -m jobs.report {suite} --storage {storage}")
 
 
 if __name__ == "__main__":

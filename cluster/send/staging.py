@@ -144,11 +144,6 @@ def _flags(words: Sequence[str], flags: Sequence[str]) -> Iterator[tuple[int, st
             yield index + 1, word, words[index + 1]
 
 
-def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """The flag's last value among the words."""
-    return {name: value for _, name, value in _flags(words, [flag])}.get(flag)
-
-
 def _refuse_relative_places(words: Sequence[str]) -> None:
     """In a job a relative path is in the working folder, which goes away with the job."""
     command, places = words[0], [(flag, value) for _, flag, value in _flags(words, PLACES[words[0]])]

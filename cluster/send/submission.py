@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ LOOK_S, LOG_PER_S = 1.0, 500_000
 INTERRUPTED, NEVER_BEGAN = 130, 3
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a job ended: the exit code of its command, and what to say of it."""
-
-    code: int
-    message: str
-
-
 class Jobs:
     """The jobs of the cluster whose dashboard is at `address`. Made by `connected`."""
 
@@ -49,6 +40,7 @@ class Jobs:
 
         self.address = address
         self.client = Client(address)
+        self.ray_version = str(self.client._server_ray_version)
         for handler in logging.getLogger("ray").handlers:  # some loggers below it have a level of their own
             handler.setLevel(logging.ERROR)
 
@@ -77,10 +69,6 @@ class Jobs:
             flag = "--python_worker_command="
             return next(word.removeprefix(flag).split()[0] for word in words if word.startswith(flag))
         return "python"
-
-    def ray_version(self) -> str:
-        with _named(self.address):
-            return self.client._do_request("GET", "/api/version").json()["ray_version"]
 
     def _check_resource(self, name: str) -> None:
         with _named(self.address):
@@ -113,8 +101,11 @@ class Jobs:
         with _named(self.address):
             self.client.stop_job(job_id)
 
-    def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Ended:
-        """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does."""
+    def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> tuple[int, str]:
+        """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does.
+
+        Returns `ended`.
+        """
         info = self.known(job_id)
         written, lost_s, over_s = 0, None, None
         while True:
@@ -146,20 +137,20 @@ class Jobs:
             time.sleep(LOOK_S + len(log) / LOG_PER_S)
 
 
-def ended(job_id: str, info: Any) -> Ended:
-    """What Ray's record of a job that is over says."""
+def ended(job_id: str, info: Any) -> tuple[int, str]:
+    """The exit code of the command of a job that is over, and what to say of it, from Ray's record."""
     status, code = str(info.status), info.driver_exit_code
     if status == "SUCCEEDED":
-        return Ended(0, f"{job_id}: succeeded")
+        return 0, f"{job_id}: succeeded"
     if status == "STOPPED":
-        return Ended(INTERRUPTED, f"{job_id}: was stopped; the same command goes on where it stopped")
+        return INTERRUPTED, f"{job_id}: was stopped; the same command goes on where it stopped"
     if code is None:
-        return Ended(NEVER_BEGAN, f"{job_id}: its command never began or was lost: {info.message}")
+        return NEVER_BEGAN, f"{job_id}: its command never began or was lost: {info.message}"
     number = -code if code < 0 else code - 128
     if code < 0 or number in set(signal.Signals):
-        return Ended(128 + number, f"{job_id}: was killed by signal {number} ({signal.Signals(number).name})")
+        return 128 + number, f"{job_id}: was killed by signal {number} ({signal.Signals(number).name})"
     hint = "; the cluster's head has no such interpreter: --python PATH" if code == 127 else ""
-    return Ended(code, f"{job_id}: failed, its command ended with exit code {code}{hint}")
+    return code, f"{job_id}: failed, its command ended with exit code {code}{hint}"
 
 
 @contextmanager
@@ -168,7 +159,7 @@ def connected(address: str) -> Iterator[Jobs]:
     if not address.startswith(("http://", "https://")):
         raise RecipeError(f"--address {address}: the URL of the cluster's dashboard, as http://127.0.0.1:8265")
     address = address.rstrip("/")
-    with _answered(address):
+    with _named(address):
         answer = requests.get(f"{address}/api/authentication_mode", timeout=(CONNECT_S, ANSWER_S))
         mode = answer.json()["authentication_mode"]
     with session.client(mode):
@@ -178,8 +169,8 @@ def connected(address: str) -> Iterator[Jobs]:
 
 
 @contextmanager
-def _answered(address: str) -> Iterator[None]:
-    """That nobody answers there, or another than a dashboard, is said in our words."""
+def _named(address: str) -> Iterator[None]:
+    """What goes wrong between here and the dashboard is said in our words, as is that another program answers."""
     try:
         yield
     except (requests.JSONDecodeError, KeyError, TypeError, ValidationError):  # it is no JSON, or has other fields
@@ -193,20 +184,14 @@ def _answered(address: str) -> Iterator[None]:
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
         ) from None
+    except Exception as error:
+        from ray.exceptions import AuthenticationError  # not earlier: `session.client` comes before Ray
 
-
-@contextmanager
-def _named(address: str) -> Iterator[None]:
-    """What goes wrong between Ray's client and the dashboard is said in our words."""
-    from ray.exceptions import AuthenticationError
-
-    with _answered(address):
-        try:
-            yield
-        except AuthenticationError:
+        if isinstance(error, AuthenticationError):
             raise ClusterError(
                 f"the cluster at {address} wants its token, and has not got it, or another\n"
                 "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `ray get-auth-token` on the head prints it"
             ) from None
-        except RuntimeError as error:  # an answer that is no success
+        if isinstance(error, RuntimeError):  # an answer that is no success
             raise ClusterError(f"the dashboard at {address} refuses: {str(error).splitlines()[0]}") from None
+        raise
