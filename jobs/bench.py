@@ -2,8 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,8 +54,9 @@ def record(id: Id, storage_url: Storage = "runs") -> int:
         id: Name of the suite, as `quick`.
         storage_url: Folder or URL where its runs left what they found.
     """
-    with _in_checkout("bench record"):
-        from tests.proof.measurement import measure_suite
+    _check_checkout("bench record")
+    from tests.proof.measurement import measure_suite
+
     storage.check_places(reads=[storage_url])
     measured, figure = measure_suite(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))))
     _write(measured)
@@ -74,8 +73,9 @@ def published(id: Id, storage_url: Storage = "runs", data: str = "data/packed") 
         storage_url: Folder or URL where its runs left what they found.
         data: Folder or URL of packed sets.
     """
-    with _in_checkout("bench published"):
-        from tests.proof.published import beside_published
+    _check_checkout("bench published")
+    from tests.proof.published import beside_published
+
     return _write(beside_published(SuiteFolder(storage.join(storage_url, checked_name(id, "ID"))), data, Lines().say))
 
 
@@ -86,8 +86,9 @@ def numerics(data: str = "data/packed", repeats: int = 3) -> int:
         data: Folder or URL of packed sets.
         repeats: Of each measurement.
     """
-    with _in_checkout("bench numerics", committed=True):
-        from tests.proof.numerics import compare_numerics
+    _check_checkout("bench numerics", committed=True)
+    from tests.proof.numerics import compare_numerics
+
     return _write(compare_numerics(data, repeats, Lines().say))
 
 
@@ -97,8 +98,9 @@ def faults(kills: int = 3) -> int:
     Args:
         kills: So many runs are killed.
     """
-    with _in_checkout("bench faults", committed=True):
-        from tests.proof.bench_faults import measure_faults
+    _check_checkout("bench faults", committed=True)
+    from tests.proof.bench_faults import measure_faults
+
     _write(measured := measure_faults(kills, f"python -m jobs.bench faults --kills {kills}", Lines(synthetic=True).say))
     return DONE if all(run.identical for run in measured.runs) else SOME_FAILED
 
@@ -111,8 +113,9 @@ def gpu(seconds: float = 540.0, to: Path = Path("runs/gpu"), small: bool = False
         to: Folder of records and runs.
         small: Few steps on synthetic images; so too where there is no GPU.
     """
-    with _in_checkout("bench gpu"):
-        from tests.proof.gpu import measure_gpu
+    _check_checkout("bench gpu")
+    from tests.proof.gpu import measure_gpu
+
     return measure_gpu(to, seconds, small=small, say=Lines().say)
 
 
@@ -128,8 +131,9 @@ def speed(
         data: Folder or URL of packed sets.
         repeats: Of each measurement; 5, of the suite 1.
     """
-    with _in_checkout("bench speed", committed=True):
-        from tests.speed.bench import measure_speed
+    _check_checkout("bench speed", committed=True)
+    from tests.speed.bench import measure_speed
+
     return _write(measure_speed(what, data, repeats, Lines().say))
 
 
@@ -143,25 +147,20 @@ def readme() -> int:
     return DONE
 
 
-@contextmanager
-def _in_checkout(command: str, *, committed: bool = False) -> Iterator[None]:
-    """What is measured to prove something stands beside the tests, and is not installed. Raises DataError.
+def _check_checkout(command: str, *, committed: bool = False) -> None:
+    """Raises DataError without a checkout, where what is measured to prove something stands beside the tests.
 
     committed: where code has changed that is not committed, too.
     """
     try:
-        if committed:
-            from tests.proof.measurement import check_commit
-
-            check_commit({environment.commit() or "unknown"}, command)
-        yield
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("tests"):
-            raise
+        from tests.proof.measurement import check_commit
+    except ModuleNotFoundError:
         raise DataError(
             f"{command} needs a checkout: what it runs stands beside the tests\n"
             "  do: the same command in the checkout's folder, or with PYTHONPATH naming it"
         ) from None
+    if committed:
+        check_commit({environment.commit() or "unknown"}, command)
 
 
 def _write(measured: "Measurement | Figures") -> int:
@@ -177,8 +176,8 @@ def with_tables(text: str, *, folder: Path) -> str:
 
     folder: of the paper that holds the text, from the root of the repository; links to records lead from there.
     """
-    with _in_checkout("bench readme"):
-        from tests.proof.records import table_of
+    _check_checkout("bench readme")
+    from tests.proof.records import table_of
 
     def table(match: re.Match[str]) -> str:
         content = table_of(match[1], ROOT / MEASUREMENTS)
