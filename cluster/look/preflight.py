@@ -232,9 +232,8 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
     import ray
 
     cpus = sum(node["Resources"].get("CPU", 0) for node in nodes.values())
-    count = at_least = max(2, len(nodes))
-    if questions.num_workers is not None:
-        count = min(questions.num_workers, max(at_least, int(cpus)))
+    at_least = max(2, len(nodes))
+    count = min(questions.num_workers or at_least, max(at_least, int(cpus)))
     if count < 2:
         return None
     gpus, ids = questions.gpus_per_worker or 0, list(nodes)
@@ -283,13 +282,10 @@ def marked(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The folder at the path, or nearest to it, and names in it: of a new file, or of all if none can be made."""
     folder = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))
     probe = folder / f".seen-{secrets.token_hex(8)}"
-    try:
+    with suppress(OSError):
         probe.touch()
-        names = [probe.name]
-    except OSError:
-        names = os.listdir(folder)
     try:
-        yield str(folder), names
+        yield str(folder), [probe.name] if os.path.exists(probe) else os.listdir(folder)
     finally:
         with suppress(OSError):
             probe.unlink()

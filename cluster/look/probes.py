@@ -165,11 +165,8 @@ def look_at(name: str, url: str) -> Place:
         found += f" at {re.sub('//.*@', '//', endpoint)}, credentials: {credentials.method if credentials else 'none'}"
     try:
         with storage.within(PLACE_S):
-            if name == "data":
-                storage.check_places(reads=[url])
-                found += f", {len(_sets_to_cache(url))} packed sets"
-            else:
-                storage.check_places(writes=[url])
+            storage.check_places(reads=[url], writes=[url] if name == "storage" else [])
+            found += f", {len(_sets_to_cache(url))} packed sets" if name == "data" else ""
     except (StorageError, DataError) as refused:
         error = str(refused)
     return Place(name=name, found=found, error=error)
