@@ -174,14 +174,12 @@ def _check_answers(address: str) -> None:
     from ray._private.services import get_ray_address_from_environment
 
     address = get_ray_address_from_environment(address, None)  # where `ray.init` finds "auto"
-    if address.startswith("http"):
-        raise ClusterError(
-            f"RAY_ADDRESS={address} is a dashboard's URL; a command joins by HOST:PORT of the head, as 10.0.0.1:6379\n"
-            f"  do: that, or send the command there: python -m jobs.submit run --address {address} -- ..."
-        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
-        raise ClusterError(f"RAY_ADDRESS={address}: HOST:PORT of a cluster's head, as 10.0.0.1:6379, or auto")
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is not HOST:PORT of a cluster's head, as 10.0.0.1:6379, or auto\n"
+            "  do: that; to a dashboard's URL send the command: python -m jobs.submit run --address URL -- ..."
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Literal
@@ -53,13 +53,14 @@ def doctor(
         verbose: Ray's own lines too, and tracebacks.
     """
     began = time.monotonic()
+    places = {name: url for name, url in (("data", data), ("storage", storage)) if url}
     sizes = {"num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
     try:
         if address is not None and address.startswith("http"):
-            checks = checks_by_job(address, Questions(data=data, storage=storage, **sizes), verbose=verbose)
+            checks = checks_by_job(address, places | sizes, verbose=verbose)
         else:
-            places = {"data": data and place(data, "--data"), "storage": storage and place(storage, "--storage")}
-            checks = checks_from_here(address, Questions(**places, **sizes), verbose=verbose)
+            places = {name: place(url, f"--{name}") for name, url in places.items()}
+            checks = checks_from_here(address, Questions(places=places, **sizes), verbose=verbose)
     except ClusterError as error:
         checks = [Check.refused("cluster", "client", error)]
     seconds = round(time.monotonic() - began, 1)
@@ -81,10 +82,10 @@ def checks_from_here(address: str | None, questions: Questions, *, verbose: bool
         return [mismatch(str(error))]
 
 
-def checks_by_job(address: str, questions: Questions, *, verbose: bool) -> list[Check]:
+def checks_by_job(address: str, flags: Mapping[str, object], *, verbose: bool) -> list[Check]:
     """Of a cluster that is reached by its dashboard alone: this command as a job of it, and how it was reached."""
-    options = questions.model_dump(exclude_defaults=True).items()
-    words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     log: list[str] = []
     with connected(address) as jobs:
         job = prepare(["doctor", *words, *["--verbose"] * verbose, "--json"])

@@ -36,14 +36,10 @@ AUTH_MODE = "RAY_AUTH_MODE"
 class Questions(Record):
     """What a person asks."""
 
-    data: str | None = None
-    storage: str | None = None
+    places: dict[str, str]
+    """`data`, `storage` or both -> a folder or a URL."""
     num_workers: int | None = None
     gpus_per_worker: float | None = None
-
-    @property
-    def places(self) -> dict[str, str]:
-        return {name: url for name, url in (("data", self.data), ("storage", self.storage)) if url}
 
 
 class Place(Record):
@@ -113,7 +109,7 @@ def facts_of_node(questions: Questions, ports: Mapping[str, str]) -> NodeFacts:
         closed = pool.map(_if_closed, ports, ports.values())
         status, gpus = pool.submit(_status_without_token, ports.get("dashboard", "")), pool.submit(_gpus_of_machine)
         with suppress(StorageError, DataError):  # `look_at` reports it
-            sets = _sets_to_cache(questions.data) if questions.data else []
+            sets = _sets_to_cache(questions.places["data"]) if "data" in questions.places else []
         try:
             storage.check_places(writes=[str(cache)])
             check_room(sets)
