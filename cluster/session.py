@@ -76,8 +76,8 @@ def in_job() -> bool:
 
 def client(mode: str) -> AbstractContextManager[Any]:
     """Inside, Ray's job client can reach a cluster of this authentication mode. Enter it before `ray` is imported."""
-    preferred = {"RAY_ADDRESS": "", "RAY_API_SERVER_ADDRESS": ""}  # by the client, to the address that it is given
-    return _environment(NEEDED, {"RAY_AUTH_MODE": mode, **preferred})
+    # The client would prefer these two to the address that it is given.
+    return _environment(NEEDED, {"RAY_AUTH_MODE": mode, "RAY_ADDRESS": "", "RAY_API_SERVER_ADDRESS": ""})
 
 
 @contextmanager

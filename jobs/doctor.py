@@ -102,9 +102,8 @@ def checks_by_job(address: str, flags: Mapping[str, object], *, verbose: bool) -
 def report_in(log: str) -> Report | None:
     """The report that a job printed, in its log."""
     for line in log.splitlines():
-        if line.startswith('{"kind":"imgcls-doctor"'):
-            with suppress(DataError):  # cut off
-                return Report.from_bytes(line.encode(), where="the job's report")
+        with suppress(DataError):  # another line, or one that is cut off
+            return Report.from_bytes(line.encode(errors="replace"), where="the job's report")
     return None
 
 

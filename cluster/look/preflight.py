@@ -132,14 +132,13 @@ def examine(questions: Questions) -> list[Check]:
         reducing = pool.submit(_all_reduced, questions, nodes)
         actors = {node: _on(node) for node in nodes}
         warm, silent = _answers({node: actor.do.remote(time.time) for node, actor in actors.items()}, NODE_S)
-        ahead_s = {node: _clock_ahead_s(actors[node]) for node in warm}
         calls = {node: actors[node].do.remote(probes.facts_of_node, questions, _ports_of(node, nodes)) for node in warm}
         client = probes.facts_of_node(questions, _ports_of(None, nodes))
         answers, late = _answers(calls, NODE_S)
         facts = []
         for node, answer in answers.items():
-            gpus = nodes[node]["Resources"].get("GPU", 0.0)
-            seen = {"node": node, "where": nodes[node]["where"], "num_ray_gpus": gpus, "clock_ahead_s": ahead_s[node]}
+            where, gpus = nodes[node]["where"], nodes[node]["Resources"].get("GPU", 0.0)
+            seen = {"node": node, "where": where, "num_ray_gpus": gpus, "clock_ahead_s": _clock_ahead_s(actors[node])}
             facts.append(answer.model_copy(update=seen))
         checks = judge(client, facts, reducing.result())
     for node, reason in (silent | late).items():
@@ -239,8 +238,7 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
     gpus, ids = questions.gpus_per_worker or 0, list(nodes)
     on_gpus = gpus >= 1 and ray.available_resources().get("GPU", 0) >= count * gpus
     actors = {rank: _on(None, gpus) if on_gpus else _on(ids[rank % len(ids)]) for rank in range(count)}
-    calls = {rank: actor.do.remote(probes.describe_worker) for rank, actor in actors.items()}
-    workers, silent = _answers(calls, NODE_S)
+    workers, silent = _answers({rank: actor.do.remote(probes.describe_worker) for rank, actor in actors.items()}, NODE_S)
     reduced = AllReduce(backend="nccl" if on_gpus else "gloo", num_workers=count, workers=tuple(workers.values()))
     answers = {}
     if not silent:
@@ -265,8 +263,7 @@ def check_seen_by_nodes(urls: Sequence[str]) -> None:
     actors = {node: _on(node) for node in others}
     for path in local:
         with marked(path) as (folder, names):
-            calls = {node: actor.do.remote(sees, folder, names) for node, actor in actors.items()}
-            answers, silent = _answers(calls, NODE_S)
+            answers, silent = _answers({node: on.do.remote(sees, folder, names) for node, on in actors.items()}, NODE_S)
         for node, reason in silent.items():
             raise ClusterError(f"{others[node]['where']} cannot say whether it sees {path}: {reason}\n  do: {ANSWER}")
         for node, is_same in answers.items():

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from imgcls import storage
 from imgcls.cpus import usable_cpus
@@ -177,10 +178,8 @@ def _if_closed(name: str, address: str) -> str:
 
 
 def _status_without_token(dashboard: str) -> int | None:
-    with suppress(OSError):
-        connection = HTTPConnection(dashboard, timeout=CONNECT_S)
-        connection.request("GET", "/api/version")
-        return connection.getresponse().status
+    with suppress(OSError):  # of which requests' own are; no proxy is asked
+        return requests.get(f"http://{dashboard}/api/version", timeout=CONNECT_S, proxies={"http": ""}).status_code
     return None
 
 

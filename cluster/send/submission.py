@@ -39,7 +39,8 @@ class Jobs:
                 return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
 
         self.address = address
-        self.client = Client(address)
+        with _named(address):
+            self.client = Client(address)
         self.ray_version = str(self.client._server_ray_version)
         for handler in logging.getLogger("ray").handlers:  # some loggers below it have a level of their own
             handler.setLevel(logging.ERROR)
@@ -163,9 +164,7 @@ def connected(address: str) -> Iterator[Jobs]:
         answer = requests.get(f"{address}/api/authentication_mode", timeout=(CONNECT_S, ANSWER_S))
         mode = answer.json()["authentication_mode"]
     with session.client(mode):
-        with _named(address):
-            jobs = Jobs(address)
-        yield jobs
+        yield Jobs(address)
 
 
 @contextmanager
