@@ -44,8 +44,7 @@ def run(
         return DONE
     with connected(address) as jobs:
         jobs.submit(job, python=python)
-        lines.say(f"{job.id}: submitted, {job.num_bytes:,} bytes")
-        lines.say(_ways_back(job.id, address))
+        lines.say(f"{job.id}: submitted, {job.num_bytes:,} bytes\n{_ways_back(job.id, address)}")
         return DONE if no_wait else _follow(jobs, job.id, address)
 
 
@@ -90,8 +89,7 @@ def _follow(jobs: Jobs, job_id: str, address: str) -> int:
     try:
         code, message = jobs.follow(job_id, partial(print, end="", flush=True), stderr)
     except KeyboardInterrupt:
-        stderr(f"\ndetached: {job_id} goes on")
-        stderr(_ways_back(job_id, address))
+        stderr(f"\ndetached: {job_id} goes on\n{_ways_back(job_id, address)}")
         return INTERRUPTED
     stderr(message)
     return code
