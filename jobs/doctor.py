@@ -84,8 +84,7 @@ def checks_from_here(address: str | None, questions: Questions, *, verbose: bool
 
 def checks_by_job(address: str, flags: Mapping[str, object], *, verbose: bool) -> list[Check]:
     """Of a cluster that is reached by its dashboard alone: this command as a job of it, and how it was reached."""
-    given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
     log: list[str] = []
     with connected(address) as jobs:
         job = prepare(["doctor", *words, *["--verbose"] * verbose, "--json"])

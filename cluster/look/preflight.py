@@ -230,9 +230,8 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
     """On GPUs only if enough of them are free: nothing here makes an autoscaler start a node. None for a single worker."""
     import ray
 
-    cpus = sum(node["Resources"].get("CPU", 0) for node in nodes.values())
     at_least = max(2, len(nodes))
-    count = min(questions.num_workers or at_least, max(at_least, int(cpus)))
+    count = min(questions.num_workers or at_least, max(at_least, int(ray.cluster_resources().get("CPU", 0))))
     if count < 2:
         return None
     gpus, ids = questions.gpus_per_worker or 0, list(nodes)
