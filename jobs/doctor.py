@@ -25,7 +25,7 @@ class Report(Record):
     """What `--json` prints."""
 
     kind: Literal["imgcls-doctor"] = "imgcls-doctor"
-    """By which it is known in a job's log."""
+    """By which other programs know it."""
     healthy: bool
     seconds: float
     checks: tuple[Check, ...]
