@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from cluster.local_ray import lean
 from imgcls import storage
@@ -164,9 +163,20 @@ def set_train_environment(*, hang_timeout_s: float) -> None:
     os.environ.update({**TRAIN, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence_s), **os.environ})
 
 
-def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> AbstractContextManager[Any]:
-    """Inside, the environment has `changes`, and `defaults` for what it leaves open; afterwards it is as it was."""
-    return patch.dict(os.environ, {**defaults, **os.environ, **(changes or {})})
+@contextmanager
+def _environment(defaults: Mapping[str, str], changes: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Inside, the environment has `changes`, and `defaults` for what it leaves open; afterwards it is as it was.
+
+    At no moment is it empty, as within `patch.dict`: other threads read it.
+    """
+    before = dict(os.environ)
+    os.environ.update({**defaults, **before, **(changes or {})})
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 def _check_answers(address: str) -> None:
