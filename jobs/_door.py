@@ -22,7 +22,7 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
 
     An ImgclsError is printed as it is; Ctrl-C and SIGTERM end with how to go on.
     """
-    arguments = _repeated(sys.argv[1:])
+    arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a locale may lack a class's letters
@@ -48,17 +48,3 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     sys.exit(code)
-
-
-def _repeated(arguments: list[str]) -> list[str]:
-    """`--set a=1 b=2` as `--set a=1 --set b=2`: a parser that took lists would let the last --set win in silence."""
-    repeated: list[str] = []
-    in_set = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            in_set = argument == "--set"
-        elif in_set and repeated[-1] != "--set":
-            in_set = "=" in argument
-            repeated += ["--set"] if in_set else []
-        repeated.append(argument)
-    return repeated
