@@ -51,14 +51,12 @@ class Leases:
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
             renewals = [pool.submit(self._renew, run) for run in mine]
         errors = [renewal.exception() for renewal in renewals]  # the thread that renews does not end with one of them
-        if errors and all(errors):
-            if not self._error:
-                self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
-            self._error = str(errors[0])
-            return
-        if self._error:
-            self.say("storage answers again")
-        self._answered_s, self._error = time.monotonic(), ""
+        before, self._error = self._error, str(errors[0]) if errors and all(errors) else ""
+        if not self._error:
+            self._answered_s = time.monotonic()
+        if bool(self._error) != bool(before):
+            trouble = f"storage: {self._error}; tried again for {GIVE_UP_S / 60:.0f} min"
+            self.say(trouble if self._error else "storage answers again")
 
     def _renew(self, run: RunFolder) -> None:
         with storage.within(LAPSE_S / 3):
@@ -119,25 +117,33 @@ def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None
     Raises LeaseError where another command is at one of them, StorageError where storage has not answered for too long.
     """
     held = Leases(runs, command, say)
-    stop = threading.Event()
-
-    def renewing() -> None:
-        while not stop.wait(RENEW_S):
-            held.renew()
-
-    thread = threading.Thread(target=renewing, name="leases", daemon=True)
     try:
         held.take()
-        thread.start()
-        yield held
+        with repeated(held.renew, every_s=RENEW_S):
+            yield held
     except Exception:
         held.check_answered()  # where storage answers no more it is that, and not what others made of it
         raise
     finally:
-        stop.set()
-        if thread.ident is not None:
-            thread.join()
         held.release()
+
+
+@contextmanager
+def repeated(call: Callable[[], None], *, every_s: float) -> Iterator[None]:
+    """Inside, another thread makes this call again and again."""
+    stop = threading.Event()
+
+    def calling() -> None:
+        while not stop.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=calling, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _taken(run: RunFolder) -> str:
