@@ -34,14 +34,12 @@ class _Clock(pl.Callback):
         self.until = time.perf_counter() + seconds
         self.ends: list[float] = []
 
-    def _end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         if len(self.ends) > 1 and self.ends[-1] > self.until:
             trainer.should_stop = True
-
-    on_train_batch_end = _end
 
     @property
     def step_s(self) -> float:
