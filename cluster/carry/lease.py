@@ -41,12 +41,12 @@ class Leases:
         self.lost: set[str] = set()
         self.numbers: dict[str, int] = {}
         """Of the leases that were taken, by run."""
-        self._renewals = 0
+        self._lease = Lease(command=command, host=_here(), pid=os.getpid(), renewals=0)
         self._answered_s, self._error = time.monotonic(), ""
 
     def renew(self) -> None:
         """Each lease by itself: one that cannot be read or written leaves the others alone."""
-        self._renewals += 1
+        self._lease = self._lease.model_copy(update={"renewals": self._lease.renewals + 1})
         mine = [run for name, run in self.runs.items() if name not in self.lost]
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
             renewals = [pool.submit(self._renew, run) for run in mine]
@@ -61,7 +61,7 @@ class Leases:
     def _renew(self, run: RunFolder) -> None:
         with storage.within(LAPSE_S / 3):
             if run.holder() == self.command:
-                records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
+                records.write(self._lease, run.lease_url(self.numbers[run.name]))
             else:
                 self.lost.add(run.name)
 
@@ -81,7 +81,7 @@ class Leases:
             now = run.newest_lease()
             number = 1 if now is None else now[0] + 1
             renewed = now is not None and now != before[name] and not now[1].released
-            if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(_lease(self.command, 0))):
+            if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(self._lease)):
                 raise LeaseError(_taken(run))
             self.numbers[name] = number
             for older in run.numbers("leases"):
@@ -103,11 +103,11 @@ class Leases:
                 raise LeaseError(_taken(self.runs[renewed[0]]))
 
     def release(self) -> None:
+        released = self._lease.model_copy(update={"released": True})
         with storage.within(LAPSE_S / 2):
             for name in self.numbers.keys() - self.lost:
                 with suppress(ImgclsError):  # then it lapses
-                    lease = _lease(self.command, self._renewals, released=True)
-                    records.write(lease, self.runs[name].lease_url(self.numbers[name]))
+                    records.write(released, self.runs[name].lease_url(self.numbers[name]))
 
 
 @contextmanager
@@ -161,10 +161,6 @@ def _is_over(lease: Lease) -> bool:
     except OSError as error:  # a process of another user may not be signalled, and is there
         return isinstance(error, ProcessLookupError)
     return False
-
-
-def _lease(command: str, renewals: int, *, released: bool = False) -> Lease:
-    return Lease(command=command, host=_here(), pid=os.getpid(), renewals=renewals, released=released)
 
 
 def _here() -> str:
