@@ -41,10 +41,6 @@ class _Clock(pl.Callback):
         if len(self.ends) > 1 and self.ends[-1] > self.until:
             trainer.should_stop = True
 
-    @property
-    def step_s(self) -> float:
-        return float(np.median(np.diff(self.ends)))
-
 
 def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: float) -> tuple[float, float]:
     """(images/s of training, of evaluation) of one worker with so many threads, in about `seconds`."""
@@ -63,9 +59,10 @@ def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: f
     world, total_steps = World(accelerator=accelerator), len(train) // recipe.global_batch_size
     module = Classifier(network, recipe, num_classes=NUM_CLASSES, world=world, total_steps=total_steps)
     make_trainer(world, precision=recipe.precision, callbacks=[clock]).fit(module, datamodule=data)
+    step_s = float(np.median(np.diff(clock.ends)))
     began = time.perf_counter()
     make_trainer(world, precision=recipe.precision).test(module, datamodule=data, verbose=False)
-    return recipe.global_batch_size / clock.step_s, len(few) / (time.perf_counter() - began)
+    return recipe.global_batch_size / step_s, len(few) / (time.perf_counter() - began)
 
 
 def decoding_rate(set_url: str, manifest: Manifest, *, px: int, channels: int, seconds: float) -> float:

@@ -131,7 +131,7 @@ def train_worker(given: Assignment, *, started_s: float) -> None:
     from imgcls.training.fit import fit
 
     end = partial(given.run.end, attempt, rank=rank)
-    watch = Watch(given.run, given.command, given.options.hang_timeout_s, rank=rank, end=end)
+    watch = Watch(given, rank, end)
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",

@@ -12,8 +12,9 @@ from contextlib import suppress
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.carry.lease import RENEW_S
+from cluster.carry.run import Assignment
 from imgcls import storage
-from imgcls.runs import End, Ending, RunFolder
+from imgcls.runs import End, Ending
 from imgcls.training.world import Heartbeat
 
 
@@ -24,11 +25,9 @@ class Watch:
     one that is gone.
     """
 
-    def __init__(
-        self, run: RunFolder, command: str, hang_timeout_s: float, *, rank: int, end: Callable[[Ending], None]
-    ) -> None:
+    def __init__(self, given: Assignment, rank: int, end: Callable[[Ending], None]) -> None:
         """end: puts on record how this rank's attempt ends."""
-        self.run, self.command, self.hang_timeout_s, self.rank, self.end = run, command, hang_timeout_s, rank, end
+        self.given, self.rank, self.end = given, rank, end
         self.heartbeat, self.watched = Heartbeat(), threading.get_ident()
         self.notice = get_train_context().preemption_context
         self.leaving = self.lost = False
@@ -42,11 +41,11 @@ class Watch:
         if self.rank == 0 and time.monotonic() - self._looked_s > RENEW_S:
             self._looked_s = time.monotonic()
             with suppress(Exception), storage.within(RENEW_S):
-                self.lost = self.run.holder() != self.command
+                self.lost = self.given.run.holder() != self.given.command
         # The rank that hangs is named before those that wait for it give up.
         waits, since_s = self.heartbeat.state or (False, math.inf)
         # What is waited for has limits of its own; where it has none, as a disk that hangs, this one holds.
-        limit_s = (3 if waits else 0.9) * self.hang_timeout_s
+        limit_s = (3 if waits else 0.9) * self.given.options.hang_timeout_s
         if time.monotonic() - since_s > limit_s:
             self._end_hung(f"hung: {'waited' if waits else 'busy with one batch'} for {limit_s:g} s")
 
