@@ -14,8 +14,7 @@ from cluster.placement import Node, workers_on
 from imgcls.data.order import num_steps
 from imgcls.data.splits import split_ids
 from imgcls.rates import Rates, decoding_of, hardware_name, overhead_of, work_of
-from imgcls.recipe import Recipe
-from imgcls.records import Manifest, Placement
+from imgcls.records import Placement
 from imgcls.runs import RunState
 from imgcls.training import environment
 
@@ -60,10 +59,24 @@ def runs_of(
 ) -> dict[str, RunForecast]:
     """What each open run will take. cached: decoded sets that lie on the nodes already, by `rates.decoding_of`."""
     decoded, runs = set(cached), dict[str, RunForecast]()
-    for name, status in state.statuses.items():
-        if status is Status.OPEN:
-            recipe = plan.configs[name].recipe
-            runs[name] = _of_run(recipe, plan.manifests[recipe.dataset], placement, rates, hardware, decoded)
+    for name in (run for run, status in state.statuses.items() if status is Status.OPEN):
+        recipe = plan.configs[name].recipe
+        manifest = plan.manifests[recipe.dataset]
+        splits = split_ids(recipe, manifest)
+        steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
+        trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
+        evaluated = len(splits.val) * recipe.length.epochs + len(splits.test)
+        work = work_of(recipe, placement)
+        parts = [
+            _over(trained, rates.get("train", work, hardware)),
+            _over(evaluated, rates.get("evaluate", work, hardware)),
+            rates.get("overhead", overhead_of(placement), hardware),
+        ]
+        decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
+        if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
+            decoded.add(decoding)
+            parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
+        runs[name] = RunForecast(steps * recipe.length.epochs, trained, evaluated, _sum(parts))
     return runs
 
 
@@ -77,27 +90,6 @@ def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> st
     if len(fitting) == 1:  # this machine, or the one node of the cluster: a command joins on a node
         return hardware_name(environment.hardware())
     return "nodes of several kinds" if len(gpus) > 1 else "this cluster's nodes"
-
-
-def _of_run(
-    recipe: Recipe, manifest: Manifest, placement: Placement, rates: Rates, hardware: str, decoded: set[str]
-) -> RunForecast:
-    """decoded: sets that lie on the nodes by then; this run's is added."""
-    splits = split_ids(recipe, manifest)
-    steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
-    trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
-    evaluated = len(splits.val) * recipe.length.epochs + len(splits.test)
-    work = work_of(recipe, placement)
-    parts = [
-        _over(trained, rates.get("train", work, hardware)),
-        _over(evaluated, rates.get("evaluate", work, hardware)),
-        rates.get("overhead", overhead_of(placement), hardware),
-    ]
-    decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
-    if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
-        decoded.add(decoding)
-        parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
-    return RunForecast(steps * recipe.length.epochs, trained, evaluated, _sum(parts))
 
 
 def _over(count: int, per_s: float | None) -> float | None:
