@@ -82,15 +82,12 @@ def defined_nodes(path: Path) -> list[Node]:
 
 def _launcher_config(definition: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray's autoscaler makes of it; None for a RayCluster without one."""
-    match definition.get("kind"):
-        case None:
-            return definition
-        case "RayCluster":
-            spec = definition["spec"]
-        case "RayJob":
-            spec = definition["spec"]["rayClusterSpec"]
-        case kind:
-            raise ValueError(f"a {kind}")
+    kind = definition.get("kind")
+    if kind is None:
+        return definition
+    if kind not in ("RayCluster", "RayJob"):
+        raise ValueError(f"a {kind}")
+    spec = definition["spec"] if kind == "RayCluster" else definition["spec"]["rayClusterSpec"]
     if not spec.get("enableInTreeAutoscaling"):
         return None
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr

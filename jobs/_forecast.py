@@ -43,8 +43,7 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
 
 
 def _say_runs(lines: Lines, plan: Plan, forecast: Forecast) -> None:
-    header = ("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")
-    rows: list[Sequence[str]] = [header]
+    rows: list[Sequence[str]] = [("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")]
     for name, run in forecast.runs.items():
         config, recipe = plan.configs[name], plan.configs[name].recipe
         counts = (f"{count:,}" for count in (run.steps, run.train_images, run.evaluated_images))
