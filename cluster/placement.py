@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.session import kuberay_cluster, names_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
@@ -64,8 +66,6 @@ def defined_nodes(path: Path) -> list[Node]:
 
     Raises PlacementError if the file is none of these, or its cluster cannot grow.
     """
-    import yaml
-
     try:
         config = _launcher_config(yaml.safe_load(path.read_text(encoding="utf-8")))
         if config is None:
@@ -144,8 +144,6 @@ def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
     On VMs the autoscaler's command line names the file; on Kubernetes it is in a container of its own and reads the
     RayCluster, as we do. Raises PlacementError where Kubernetes does not answer.
     """
-    import yaml
-
     if (cluster := kuberay_cluster()) is not None:
         definition = _ray_cluster(*cluster)
         return definition and _launcher_config(definition)

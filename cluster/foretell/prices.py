@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field
 
 from cluster.carry.plan import Plan, Request
@@ -53,8 +54,6 @@ class PriceTable(Record):
 
 def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
     """node_types: those of a cluster. Raises RecipeError if the file is no price table, or a type has no price."""
-    import yaml
-
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         table = PriceTable.from_bytes(json.dumps(value, default=str).encode(), where=str(path))
