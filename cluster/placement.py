@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.session import kuberay_cluster, names_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
@@ -64,8 +66,6 @@ def defined_nodes(path: Path) -> list[Node]:
 
     Raises PlacementError if the file is none of these, or its cluster cannot grow.
     """
-    import yaml
-
     try:
         config = _launcher_config(yaml.safe_load(path.read_text(encoding="utf-8")))
         if config is None:
@@ -82,15 +82,12 @@ def defined_nodes(path: Path) -> list[Node]:
 
 def _launcher_config(definition: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray's autoscaler makes of it; None for a RayCluster without one."""
-    match definition.get("kind"):
-        case None:
-            return definition
-        case "RayCluster":
-            spec = definition["spec"]
-        case "RayJob":
-            spec = definition["spec"]["rayClusterSpec"]
-        case kind:
-            raise ValueError(f"a {kind}")
+    kind = definition.get("kind")
+    if kind is None:
+        return definition
+    if kind not in ("RayCluster", "RayJob"):
+        raise ValueError(f"a {kind}")
+    spec = definition["spec"] if kind == "RayCluster" else definition["spec"]["rayClusterSpec"]
     if not spec.get("enableInTreeAutoscaling"):
         return None
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -147,8 +144,6 @@ def find_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
     On VMs the autoscaler's command line names the file; on Kubernetes it is in a container of its own and reads the
     RayCluster, as we do. Raises PlacementError where Kubernetes does not answer.
     """
-    import yaml
-
     if (cluster := kuberay_cluster()) is not None:
         definition = _ray_cluster(*cluster)
         return definition and _launcher_config(definition)

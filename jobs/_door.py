@@ -22,7 +22,6 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
 
     An ImgclsError is printed as it is; Ctrl-C and SIGTERM end with how to go on.
     """
-    arguments = _repeated(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a locale may lack a class's letters
@@ -32,13 +31,13 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prog, config = f"python -m jobs.{Path(sys.argv[0]).stem}", (tyro.conf.FlagCreatePairsOff,)
         if isinstance(command, Mapping):
-            words, about = [word for word in arguments if word != "--verbose"], "--verbose: tracebacks too."
+            words, about = [word for word in sys.argv[1:] if word != "--verbose"], "--verbose: tracebacks too."
             code = subcommand_cli_from_dict(dict(command), prog=prog, description=about, args=words, config=config)
         else:
-            code = tyro.cli(command, prog=prog, args=arguments, config=config)
+            code = tyro.cli(command, prog=prog, config=config)
     except ImgclsError as error:
         print(f"error: {error}", file=sys.stderr)
-        if "--verbose" in arguments:
+        if "--verbose" in sys.argv:
             traceback.print_exc()
         code = WRONG_COMMAND if isinstance(error, RecipeError | PlacementError) else MISSING_OR_BROKEN
     except KeyboardInterrupt:
@@ -48,17 +47,3 @@ def enter(command: Callable[..., int] | Mapping[str, Callable[..., int]]) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     sys.exit(code)
-
-
-def _repeated(arguments: list[str]) -> list[str]:
-    """`--set a=1 b=2` as `--set a=1 --set b=2`: a parser that took lists would let the last --set win in silence."""
-    repeated: list[str] = []
-    in_set = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            in_set = argument == "--set"
-        elif in_set and repeated[-1] != "--set":
-            in_set = "=" in argument
-            repeated += ["--set"] if in_set else []
-        repeated.append(argument)
-    return repeated

@@ -25,7 +25,7 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
     with session.session(verbose=request.options.verbose) if joins else nullcontext():
         nodes = placements.known_nodes(cluster)
     table = read_prices(prices, {node.type for node in nodes} - {placements.HERE}) if prices else None
-    p, known = placements.choose(nodes, request.options), rates.known()
+    p = placements.choose(nodes, request.options)
     forecast = forecast_of(plan, state, nodes, p, defined=cluster is not None)
     open_runs = len(forecast.runs)
     lines.say(f"{request.id}: {open_runs} runs to do, {len(plan.configs) - open_runs} are over; nothing is started")
@@ -35,16 +35,15 @@ def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cl
         f"{min(forecast.room, max(open_runs, 1))} at once on {placements.what_there_is(nodes)}"
     )
     _say_data(lines, request, plan)
-    _say_time(lines, forecast, known)
+    _say_time(lines, forecast)
     if table is not None:
         cpus = {node.type: node.cpus for node in (placements.local_node(), *nodes)}
-        _say_costs(lines, table, costs(table, request, plan, state, forecast, known, cpus=cpus), prices)
+        _say_costs(lines, table, costs(table, request, plan, forecast, cpus), prices)
     return DONE
 
 
 def _say_runs(lines: Lines, plan: Plan, forecast: Forecast) -> None:
-    header = ("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")
-    rows: list[Sequence[str]] = [header]
+    rows: list[Sequence[str]] = [("run", "after", "data set", "px", "steps", "images trained", "evaluated", "predicted")]
     for name, run in forecast.runs.items():
         config, recipe = plan.configs[name], plan.configs[name].recipe
         counts = (f"{count:,}" for count in (run.steps, run.train_images, run.evaluated_images))
@@ -63,13 +62,13 @@ def _say_data(lines: Lines, request: Request, plan: Plan) -> None:
             lines.say(f"{size}; to fetch: {len(missing)}, {sum(s.num_bytes for s in missing):,} bytes (not in the seconds)")
 
 
-def _say_time(lines: Lines, forecast: Forecast, known: rates.Rates) -> None:
+def _say_time(lines: Lines, forecast: Forecast) -> None:
     seconds, hours = _seconds(forecast.seconds), UNKNOWN if forecast.gpu_hours is None else f"{forecast.gpu_hours:.3f}"
     lines.say(f"predicted: {seconds} for the command, {hours} GPU-hours; rates of {forecast.hardware}")
     if forecast.seconds is None:
         lines.say("  a rate is unknown here; `python -m jobs.bench calibrate` measures it, and so does every finished run")
-    overhead = known.find("overhead", rates.overhead_of(forecast.placement), forecast.hardware)
-    session_rate = known.find("session", "", forecast.hardware)
+    overhead = forecast.rates.find("overhead", rates.overhead_of(forecast.placement), forecast.hardware)
+    session_rate = forecast.rates.find("session", "", forecast.hardware)
     for rate, where in ((overhead, "of each run beside its training"), (session_rate, "of the command beside its runs")):
         if rate is not None and rate.source == "guess":
             lines.say(f"  {rate.value:.0f} s {where} are a guess; the first finished run measures them")

@@ -80,6 +80,13 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
     return replace(flags, id=checked_name(flags.id, "--id") if flags.id is not None else id), recipes
 
 
+def chosen_one(flags: Flags, name: str | None) -> tuple[Flags, tuple[Recipe, ...]]:
+    """As `chosen`, where one recipe is wanted: the catalogue's of this name, or that of a file."""
+    if name is None and len(flags.recipe) != 1:
+        raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
+    return chosen(flags, None if name is None else (name,))
+
+
 def _from_file(path: str) -> Recipe:
     try:
         data = Path(path).read_bytes() if storage.is_local(path) else storage.read_bytes(path)
@@ -128,21 +135,21 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None =
         from jobs._forecast import say_plan
 
         return say_plan(lines, request, plan, flags.prices, flags.cluster)
-    view = SuiteView(lines, plan.sources)
+    view, command = SuiteView(lines, plan.sources), f"jobs.{Path(sys.argv[0]).stem}"
     with view.shown():
-        results = run_suite(request, plan, view=view, command=_command())
+        results = run_suite(request, plan, view=view, command=shlex.join(["python", "-m", command, *sys.argv[1:]]))
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
     if results.took:
         say_work(lines, results)
-    if search is not None and results.best is not None:
+    best = None if search is None else results.best
+    if best is not None:
         from imgcls.results.compare import command_of_best
 
-        lines.say(f"best: {results.best.name}; this trains and tests it:\n  {command_of_best(results)}")
+        lines.say(f"best: {best.name}; this trains and tests it:\n  {command_of_best(results)}")
     lines.say(f"page: {SuiteFolder(results.url).page_url}")
-    if search is not None and results.best is not None:  # trials may diverge
-        return DONE
-    return DONE if plan.configs.keys() <= {run.name for run in results.finished} else SOME_FAILED
+    # Other trials than the best may diverge.
+    return DONE if best or plan.configs.keys() <= {run.name for run in results.finished} else SOME_FAILED
 
 
 def checked_name(text: str, what: str) -> str:
@@ -150,8 +157,3 @@ def checked_name(text: str, what: str) -> str:
     if not text or text.startswith(".") or not text.isprintable() or set(text) & set(NO_NAME):
         raise RecipeError(f"{what} {text!r}: a plain name, without {NO_NAME} and not beginning with a dot")
     return text
-
-
-def _command() -> str:
-    module = Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", f"jobs.{module}", *sys.argv[1:]])

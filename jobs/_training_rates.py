@@ -34,18 +34,12 @@ class _Clock(pl.Callback):
         self.until = time.perf_counter() + seconds
         self.ends: list[float] = []
 
-    def _end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         if len(self.ends) > 1 and self.ends[-1] > self.until:
             trainer.should_stop = True
-
-    on_train_batch_end = _end
-
-    @property
-    def step_s(self) -> float:
-        return float(np.median(np.diff(self.ends)))
 
 
 def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: float) -> tuple[float, float]:
@@ -65,9 +59,10 @@ def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: f
     world, total_steps = World(accelerator=accelerator), len(train) // recipe.global_batch_size
     module = Classifier(network, recipe, num_classes=NUM_CLASSES, world=world, total_steps=total_steps)
     make_trainer(world, precision=recipe.precision, callbacks=[clock]).fit(module, datamodule=data)
+    step_s = float(np.median(np.diff(clock.ends)))
     began = time.perf_counter()
     make_trainer(world, precision=recipe.precision).test(module, datamodule=data, verbose=False)
-    return recipe.global_batch_size / clock.step_s, len(few) / (time.perf_counter() - began)
+    return recipe.global_batch_size / step_s, len(few) / (time.perf_counter() - began)
 
 
 def decoding_rate(set_url: str, manifest: Manifest, *, px: int, channels: int, seconds: float) -> float:

@@ -12,7 +12,7 @@ from imgcls.recipe import FromRun, derive, digest_of
 from imgcls.records import check_flags
 from imgcls.search import Search, Space, space_from, space_of
 from jobs._door import enter
-from jobs._request import Flags, carry_out, chosen
+from jobs._request import Flags, carry_out, chosen_one
 
 
 def search(
@@ -34,9 +34,7 @@ def search(
         space: What may change, as TOML; without it, what is worth trying around the recipe.
         flags: Shared with jobs.train.
     """
-    if recipe_name is None and len(flags.recipe) != 1:
-        raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
-    named, (recipe,) = chosen(flags, None if recipe_name is None else (recipe_name,))
+    named, (recipe,) = chosen_one(flags, recipe_name)
     if isinstance(recipe.init, FromRun) and flags.init_from is None:
         raise RecipeError(
             f"{recipe.name} starts from a run of {recipe.init.recipe}\n  do: name its weights with --init-from"

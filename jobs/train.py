@@ -4,9 +4,8 @@ from typing import Annotated
 
 import tyro
 
-from imgcls.errors import RecipeError
 from jobs._door import enter
-from jobs._request import Flags, carry_out, chosen
+from jobs._request import Flags, carry_out, chosen_one
 
 
 def train(
@@ -20,9 +19,7 @@ def train(
         recipe_name: basic-cnn, resnet18, regularized, scratch or finetuned; or give --recipe FILE.
         flags: Shared with jobs.suite.
     """
-    if recipe_name is None and len(flags.recipe) != 1:
-        raise RecipeError("give one RECIPE, as basic-cnn, or one --recipe FILE")
-    return carry_out(*chosen(flags, None if recipe_name is None else (recipe_name,)))
+    return carry_out(*chosen_one(flags, recipe_name))
 
 
 if __name__ == "__main__":

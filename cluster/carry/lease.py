@@ -41,29 +41,27 @@ class Leases:
         self.lost: set[str] = set()
         self.numbers: dict[str, int] = {}
         """Of the leases that were taken, by run."""
-        self._renewals = 0
+        self._lease = Lease(command=command, host=_here(), pid=os.getpid(), renewals=0)
         self._answered_s, self._error = time.monotonic(), ""
 
     def renew(self) -> None:
         """Each lease by itself: one that cannot be read or written leaves the others alone."""
-        self._renewals += 1
+        self._lease = self._lease.model_copy(update={"renewals": self._lease.renewals + 1})
         mine = [run for name, run in self.runs.items() if name not in self.lost]
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
             renewals = [pool.submit(self._renew, run) for run in mine]
         errors = [renewal.exception() for renewal in renewals]  # the thread that renews does not end with one of them
-        if errors and all(errors):
-            if not self._error:
-                self.say(f"storage: {errors[0]}; tried again for {GIVE_UP_S / 60:.0f} min")
-            self._error = str(errors[0])
-            return
-        if self._error:
-            self.say("storage answers again")
-        self._answered_s, self._error = time.monotonic(), ""
+        before, self._error = self._error, str(errors[0]) if errors and all(errors) else ""
+        if not self._error:
+            self._answered_s = time.monotonic()
+        if bool(self._error) != bool(before):
+            trouble = f"storage: {self._error}; tried again for {GIVE_UP_S / 60:.0f} min"
+            self.say(trouble if self._error else "storage answers again")
 
     def _renew(self, run: RunFolder) -> None:
         with storage.within(LAPSE_S / 3):
             if run.holder() == self.command:
-                records.write(_lease(self.command, self._renewals), run.lease_url(self.numbers[run.name]))
+                records.write(self._lease, run.lease_url(self.numbers[run.name]))
             else:
                 self.lost.add(run.name)
 
@@ -83,7 +81,7 @@ class Leases:
             now = run.newest_lease()
             number = 1 if now is None else now[0] + 1
             renewed = now is not None and now != before[name] and not now[1].released
-            if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(_lease(self.command, 0))):
+            if renewed or not storage.create_bytes(run.lease_url(number), records.sealed(self._lease)):
                 raise LeaseError(_taken(run))
             self.numbers[name] = number
             for older in run.numbers("leases"):
@@ -105,11 +103,11 @@ class Leases:
                 raise LeaseError(_taken(self.runs[renewed[0]]))
 
     def release(self) -> None:
+        released = self._lease.model_copy(update={"released": True})
         with storage.within(LAPSE_S / 2):
             for name in self.numbers.keys() - self.lost:
                 with suppress(ImgclsError):  # then it lapses
-                    lease = _lease(self.command, self._renewals, released=True)
-                    records.write(lease, self.runs[name].lease_url(self.numbers[name]))
+                    records.write(released, self.runs[name].lease_url(self.numbers[name]))
 
 
 @contextmanager
@@ -119,25 +117,33 @@ def leases(runs: Sequence[RunFolder], *, command: str, say: Callable[[str], None
     Raises LeaseError where another command is at one of them, StorageError where storage has not answered for too long.
     """
     held = Leases(runs, command, say)
-    stop = threading.Event()
-
-    def renewing() -> None:
-        while not stop.wait(RENEW_S):
-            held.renew()
-
-    thread = threading.Thread(target=renewing, name="leases", daemon=True)
     try:
         held.take()
-        thread.start()
-        yield held
+        with repeated(held.renew, every_s=RENEW_S):
+            yield held
     except Exception:
         held.check_answered()  # where storage answers no more it is that, and not what others made of it
         raise
     finally:
-        stop.set()
-        if thread.ident is not None:
-            thread.join()
         held.release()
+
+
+@contextmanager
+def repeated(call: Callable[[], None], *, every_s: float) -> Iterator[None]:
+    """Inside, another thread makes this call again and again."""
+    stop = threading.Event()
+
+    def calling() -> None:
+        while not stop.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=calling, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _taken(run: RunFolder) -> str:
@@ -155,10 +161,6 @@ def _is_over(lease: Lease) -> bool:
     except OSError as error:  # a process of another user may not be signalled, and is there
         return isinstance(error, ProcessLookupError)
     return False
-
-
-def _lease(command: str, renewals: int, *, released: bool = False) -> Lease:
-    return Lease(command=command, host=_here(), pid=os.getpid(), renewals=renewals, released=released)
 
 
 def _here() -> str:

@@ -74,15 +74,19 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """Raises RecipeError, DataError or CheckpointError for all that can be known to be wrong before training."""
     recipes, notes = _with_sources(request)
-    manifests = {dataset: _checked_set(request, dataset) for dataset in dict.fromkeys(r.dataset for r in recipes)}
+    urls = {recipe.dataset: storage.join(request.data_url, recipe.dataset) for recipe in recipes}
+    manifests = {dataset: read_manifest(url) for dataset, url in urls.items()}
+    for dataset, url in urls.items():
+        check_shards(url, manifests[dataset])
     for recipe in recipes:
         splits = split_ids(recipe, manifests[recipe.dataset])
         check_parts(recipe, len(splits.train), world_size=request.options.num_workers)
         notes += filter(None, [fraction_note(recipe, splits)])
     given = _find_model(request.init_from) if request.init_from else None
     configs: dict[str, RunConfig] = {}
+    ordered = _sources_first(recipes)
     for seed in request.seeds:
-        for recipe in _sources_first(recipes):
+        for recipe in ordered:
             init, synthetic_start = _start(recipe, seed, configs, given)
             config = RunConfig(
                 catalogue=request.catalogue,
@@ -93,7 +97,7 @@ def make_plan(request: Request) -> Plan:
                 synthetic=manifests[recipe.dataset].synthetic or synthetic_start,
             )
             configs[config.name] = config
-    _check_lineage(request, recipes, manifests, given)
+    _check_lineage(ordered, urls, manifests, given)
     wanted = [f"{recipe.name}-seed{seed}" for seed in request.seeds for recipe in recipes]
     return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes))
 
@@ -139,13 +143,6 @@ def _sources_first(recipes: Sequence[Recipe]) -> list[Recipe]:
         raise RecipeError(f"recipes start from each other in a circle: {' -> '.join(reversed(error.args[1]))}") from None
 
 
-def _checked_set(request: Request, dataset: str) -> Manifest:
-    set_url = storage.join(request.data_url, dataset)
-    manifest = read_manifest(set_url)
-    check_shards(set_url, manifest)
-    return manifest
-
-
 def _find_model(checkpoint: str) -> "FoundModel":
     from imgcls.training.weights import find_model  # torch: only where weights are named
 
@@ -165,28 +162,24 @@ def _start(
 
 
 def _check_lineage(
-    request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest], given: "FoundModel | None"
+    recipes: Sequence[Recipe], urls: dict[str, str], manifests: dict[str, Manifest], given: "FoundModel | None"
 ) -> None:
-    """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target."""
-    pixels = {name: read_pixel_digests(storage.join(request.data_url, name), m) for name, m in manifests.items()}
-    by_name = {recipe.name: recipe for recipe in recipes}
+    """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target.
 
-    def seen_by(recipe: Recipe) -> tuple[Seen, ...]:
-        entry = LineageEntry(dataset=recipe.dataset, digest=manifests[recipe.dataset].digest, run=recipe.name)
-        own = Seen(entry, np.sort(pixels[recipe.dataset]))
-        above = seen_by(by_name[recipe.init.recipe]) if isinstance(recipe.init, FromRun) else ()
-        return (*above, own)
-
+    recipes: sources first.
+    """
+    pixels = {dataset: np.sort(read_pixel_digests(url, manifests[dataset])) for dataset, url in urls.items()}
+    starts = dict[str, tuple[Recipe, tuple[Seen, ...]]]()
+    """By a source's name its recipe, and what it and its ancestors have seen."""
     for recipe in recipes:
-        if not isinstance(recipe.init, FromRun):
-            continue
-        if given is not None:
-            lineage, source, start = given.model.lineage, given.url, given.model.recipe
-        else:
-            start = by_name[recipe.init.recipe]
-            lineage, source = seen_by(start), start.name
-        _check_start(recipe, start, source=source)
-        refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
+        lineage: tuple[Seen, ...] = ()
+        if isinstance(recipe.init, FromRun):
+            source = recipe.init.recipe if given is None else given.url
+            start, lineage = starts[source] if given is None else (given.model.recipe, given.model.lineage)
+            _check_start(recipe, start, source=source)
+            refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
+        entry = LineageEntry(dataset=recipe.dataset, digest=manifests[recipe.dataset].digest, run=recipe.name)
+        starts[recipe.name] = recipe, (*lineage, Seen(entry, pixels[recipe.dataset]))
 
 
 def _check_start(recipe: Recipe, start: Recipe, *, source: str) -> None:

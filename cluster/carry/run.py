@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.carry.decide import GoOn, Leave, Stop, verdict
-from cluster.carry.lease import when_answered
+from cluster.carry.lease import repeated, when_answered
 from cluster.session import set_train_environment
 from imgcls import storage
 from imgcls.errors import DataError, ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
@@ -131,7 +131,7 @@ def train_worker(given: Assignment, *, started_s: float) -> None:
     from imgcls.training.fit import fit
 
     end = partial(given.run.end, attempt, rank=rank)
-    watch = Watch(given.run, given.command, given.options.hang_timeout_s, rank=rank, end=end)
+    watch = Watch(given, rank, end)
     world = world_of(
         given.placement,
         elastic=given.config.recipe.numerics == "elastic",
@@ -146,7 +146,7 @@ def train_worker(given: Assignment, *, started_s: float) -> None:
         heartbeat=watch.heartbeat,
     )
     try:
-        with watch:
+        with repeated(watch.look, every_s=0.5):
             places = {"data_url": given.data_url, "run_url": given.run_url}
             fit(given.config, **places, world=world, options=given.options, tested=given.tested)
     except NumericsError as error:  # on every rank

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ray.air.execution._internal.actor_manager import RayActorManager
@@ -120,11 +120,6 @@ class PlanSearcher(NotKept, Searcher):
                 self.view.say(text)
                 self._troubles_s[text] = math.inf
 
-    def lose(self, runs: Collection[str]) -> None:
-        """Other commands hold the leases of these runs."""
-        for run in tuple(runs):  # another thread adds to them
-            self.state = after_loss(self.state, run)
-
     def save(self, checkpoint_path: str) -> None:
         """Tune asks for it; the state of a suite is its storage, and a fresh Tuner runs what is left."""
 
@@ -137,7 +132,8 @@ class SuiteCallback(NotKept, Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Raises StorageError where storage answers no more. A run under way that is lost ends itself: its workers look."""
-        self.searcher.lose(self.held.lost)
+        for run in tuple(self.held.lost):  # another thread adds to them
+            self.searcher.state = after_loss(self.searcher.state, run)
         self.searcher.say_what_lasts()
         self.held.check_answered()
 

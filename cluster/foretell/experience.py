@@ -1,12 +1,11 @@
 """What earlier runs have shown, for the forecast of a request; what a request's own runs show is kept for the next."""
 
 from contextlib import suppress
-from dataclasses import replace
 
 from cluster import placement as placements
 from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
-from cluster.foretell.forecast import Forecast, forecast, hardware_of
+from cluster.foretell.forecast import Forecast, hardware_of, runs_of
 from imgcls import rates
 from imgcls.data.cache import is_cached
 from imgcls.errors import StorageError
@@ -29,16 +28,9 @@ def forecast_of(
     known, at_hand = rates.known(), placement
     if defined and not placements.local_node().gpus:
         at_hand = placement.model_copy(update={"gpus_per_worker": 0.0})
-    forecast_at_hand = forecast(
-        plan,
-        state,
-        placement=at_hand,
-        room=placements.how_many_fit(nodes, placement),
-        rates=known,
-        hardware=hardware_of([placements.local_node()] if defined else nodes, at_hand, known),
-        cached=() if defined else cached_sets(plan),
-    )
-    return replace(forecast_at_hand, placement=placement)
+    hardware = hardware_of([placements.local_node()] if defined else nodes, at_hand, known)
+    runs = runs_of(plan, state, at_hand, known, hardware, () if defined else cached_sets(plan))
+    return Forecast(state, placement, known, hardware, placements.how_many_fit(nodes, placement), runs)
 
 
 def keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:

@@ -14,7 +14,7 @@ from cluster.placement import Node, workers_on
 from imgcls.data.order import num_steps
 from imgcls.data.splits import split_ids
 from imgcls.rates import Rates, decoding_of, hardware_name, overhead_of, work_of
-from imgcls.records import Manifest, Placement, RunConfig
+from imgcls.records import Placement
 from imgcls.runs import RunState
 from imgcls.training import environment
 
@@ -30,15 +30,22 @@ class RunForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
+    state: SuiteState
     placement: Placement
+    rates: Rates
     hardware: str
     """Whose rates these are."""
     room: int
     """Runs at the same time."""
     runs: dict[str, RunForecast]
     """The open runs, in the order in which they start."""
-    seconds: float | None
-    """Of the command."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the command."""
+        spans = schedule(self.state, {name: run.seconds for name, run in self.runs.items()}, self.room)
+        runs_s = None if spans is None else max((span.end for span in spans.values()), default=0.0)
+        return _sum([runs_s, self.rates.get("session", "", self.hardware)])
 
     @property
     def gpu_hours(self) -> float | None:
@@ -47,25 +54,30 @@ class Forecast:
         return None if seconds is None else seconds * gpus / 3600
 
 
-def forecast(
-    plan: Plan,
-    state: SuiteState,
-    *,
-    placement: Placement,
-    room: int,
-    rates: Rates,
-    hardware: str,
-    cached: Collection[str] = (),
-) -> Forecast:
-    """cached: decoded sets that lie on the nodes already, by `rates.decoding_of`."""
+def runs_of(
+    plan: Plan, state: SuiteState, placement: Placement, rates: Rates, hardware: str, cached: Collection[str] = ()
+) -> dict[str, RunForecast]:
+    """What each open run will take. cached: decoded sets that lie on the nodes already, by `rates.decoding_of`."""
     decoded, runs = set(cached), dict[str, RunForecast]()
-    for name, status in state.statuses.items():
-        if status is Status.OPEN:
-            config = plan.configs[name]
-            runs[name] = _of_run(config, plan.manifests[config.recipe.dataset], placement, rates, hardware, decoded)
-    spans = schedule(state, {name: run.seconds for name, run in runs.items()}, room)
-    runs_s = None if spans is None else max((span.end for span in spans.values()), default=0.0)
-    return Forecast(placement, hardware, room, runs, _sum([runs_s, rates.get("session", "", hardware)]))
+    for name in (run for run, status in state.statuses.items() if status is Status.OPEN):
+        recipe = plan.configs[name].recipe
+        manifest = plan.manifests[recipe.dataset]
+        splits = split_ids(recipe, manifest)
+        steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
+        trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
+        evaluated = len(splits.val) * recipe.length.epochs + len(splits.test)
+        work = work_of(recipe, placement)
+        parts = [
+            _over(trained, rates.get("train", work, hardware)),
+            _over(evaluated, rates.get("evaluate", work, hardware)),
+            rates.get("overhead", overhead_of(placement), hardware),
+        ]
+        decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
+        if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
+            decoded.add(decoding)
+            parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
+        runs[name] = RunForecast(steps * recipe.length.epochs, trained, evaluated, _sum(parts))
+    return runs
 
 
 def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> str:
@@ -78,27 +90,6 @@ def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> st
     if len(fitting) == 1:  # this machine, or the one node of the cluster: a command joins on a node
         return hardware_name(environment.hardware())
     return "nodes of several kinds" if len(gpus) > 1 else "this cluster's nodes"
-
-
-def _of_run(
-    config: RunConfig, manifest: Manifest, placement: Placement, rates: Rates, hardware: str, decoded: set[str]
-) -> RunForecast:
-    """decoded: sets that lie on the nodes by then; this run's is added."""
-    recipe, splits = config.recipe, split_ids(config.recipe, manifest)
-    steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
-    trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
-    evaluated = len(splits.val) * recipe.length.epochs + len(splits.test)
-    work = work_of(recipe, placement)
-    parts = [
-        _over(trained, rates.get("train", work, hardware)),
-        _over(evaluated, rates.get("evaluate", work, hardware)),
-        rates.get("overhead", overhead_of(placement), hardware),
-    ]
-    decoding = decoding_of(manifest, px=recipe.input.stored_px, channels=recipe.input.channels)
-    if decoding not in decoded:  # the first run on a set decodes it, the others wait or come later
-        decoded.add(decoding)
-        parts.append(_over(manifest.num_samples, rates.get("decode", decoding, hardware)))
-    return RunForecast(steps * recipe.length.epochs, trained, evaluated, _sum(parts))
 
 
 def _over(count: int, per_s: float | None) -> float | None:

@@ -9,14 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field
 
-from cluster.carry.decide import SuiteState
 from cluster.carry.plan import Plan, Request
-from cluster.foretell.forecast import Forecast, Span, forecast, schedule
+from cluster.foretell.forecast import Forecast, Span, runs_of, schedule
 from cluster.placement import HERE, Node, choose, workers_on
 from imgcls.errors import DataError, PlacementError, RecipeError
-from imgcls.rates import Rates
 from imgcls.records import Placement, Record
 
 HEAD = "head"
@@ -55,8 +54,6 @@ class PriceTable(Record):
 
 def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
     """node_types: those of a cluster. Raises RecipeError if the file is no price table, or a type has no price."""
-    import yaml
-
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         table = PriceTable.from_bytes(json.dumps(value, default=str).encode(), where=str(path))
@@ -87,16 +84,7 @@ class Cost:
         return None if self.node_hours is None else Decimal(str(self.node_hours)) * self.price.per_hour
 
 
-def costs(
-    table: PriceTable,
-    request: Request,
-    plan: Plan,
-    state: SuiteState,
-    found: Forecast,
-    rates: Rates,
-    *,
-    cpus: Mapping[str, float],
-) -> list[Cost]:
+def costs(table: PriceTable, request: Request, plan: Plan, found: Forecast, cpus: Mapping[str, float]) -> list[Cost]:
     """By node type. First the head, where the table has one, for the seconds of `found`, the forecast for this hardware.
 
     cpus: of nodes, by their types. A type of the table that is not among them has this machine's, or any number beside GPUs.
@@ -115,8 +103,8 @@ def costs(
             continue
         runs, room = found.runs, max(1, len(found.runs))
         if price.hardware is not None:
-            runs = forecast(plan, state, placement=placement, room=room, rates=rates, hardware=price.hardware).runs
-        spans = schedule(state, {run: predicted.seconds for run, predicted in runs.items()}, room)
+            runs = runs_of(plan, found.state, placement, found.rates, price.hardware)
+        spans = schedule(found.state, {run: predicted.seconds for run, predicted in runs.items()}, room)
         results.append(_cost(node, price, table, placement, spans))
     return results
 
