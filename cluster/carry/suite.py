@@ -148,7 +148,7 @@ def _carry_out(
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
     with storage.temporary_folder("tune") as folder:
         tune.Tuner(
-            tune.with_resources(carried, {"CPU": 0, "node:__internal_head__": 0.001}),
+            tune.with_resources(carried, {"CPU": 0, placements.HEAD: 0.001}),
             tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, scheduler=_halving(request, plan, state, held)),
             run_config=tune.RunConfig(
                 name=storage.name_of(folder),
