@@ -384,5 +384,9 @@ def cache_root() -> Path:
     return local_path(os.environ.get("IMGCLS_CACHE") or "~/.cache/imgcls")
 
 
+def cache_error(what: str, remedy: str = "make room") -> StorageError:
+    return StorageError(f"{what}\n  do: {remedy}, or name another place with IMGCLS_CACHE")
+
+
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()

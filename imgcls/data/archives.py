@@ -28,7 +28,7 @@ import numpy as np
 
 from imgcls import storage
 from imgcls.data.images import encode_png
-from imgcls.errors import DataError, ImgclsError, NoSourceError, StorageError
+from imgcls.errors import DataError, ImgclsError, NoSourceError
 from imgcls.records import Split
 
 TIMEOUT_S = 20
@@ -198,10 +198,8 @@ def _uncompressed(path: Path) -> Path:
         except OSError as error:
             if error.errno is None:  # the packed bytes, not the disk
                 raise
-            raise StorageError(
-                f"{printable(path)} cannot be unpacked to {folder}: {error.strerror}\n"
-                "  do: make room there, or name another place with IMGCLS_CACHE"
-            ) from None
+            what = f"{printable(path)} cannot be unpacked to {folder}: {error.strerror}"
+            raise storage.cache_error(what, "make room there") from None
     return whole
 
 

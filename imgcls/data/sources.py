@@ -91,9 +91,8 @@ def find_source(dataset: str) -> Path | None:
 
 
 def _fits(path: Path, dataset: str) -> bool:
-    official = OFFICIAL.get(dataset)
-    fits = path.name.startswith(dataset) or (official is not None and path.name == storage.name_of(official.url))
-    return fits and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
+    names = (dataset, storage.name_of(OFFICIAL[dataset].url)) if dataset in OFFICIAL else (dataset,)
+    return path.name.startswith(names) and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
