@@ -74,14 +74,11 @@ class S3(S3FileSystem):
             if stays or not isinstance(reason, ANSWERS):
                 raise
             raise OSError(errno.EINVAL, str(error)) from error
-        except (ValueError, KeyError, TypeError) as error:  # of botocore's parser: a number or date of a damaged answer
-            if not any(place.filename.endswith("botocore/parsers.py") for place in extract_tb(error.__traceback__)):
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # botocore has no kinds of its own for them
+            damaged = any(place.filename.endswith("botocore/parsers.py") for place in extract_tb(error.__traceback__))
+            if not damaged and "refreshed credentials are still expired" not in str(error):
                 raise
-            raise TransientError(f"the answer is damaged: {error}") from error
-        except RuntimeError as error:
-            if "refreshed credentials are still expired" not in str(error):  # botocore's words
-                raise
-            raise TransientError(str(error)) from error
+            raise TransientError(f"{'the answer is damaged: ' * damaged}{error}") from error
 
     async def set_session(self, *arguments: Any, **options: Any) -> Any:
         try:
@@ -106,6 +103,8 @@ class S3(S3FileSystem):
         except OSError as error:
             # s3fs raises EINVAL for a 412 without a `Condition`, and for much else.
             answer = getattr(error.__cause__, "response", {})
+            if error.errno == errno.ENOSYS and mode == "create":
+                raise OSError(errno.ENOSYS, f"{error.strerror}: two commands could work on one run at once") from None
             if error.errno == errno.EINVAL and answer.get("Error", {}).get("Code") == "PreconditionFailed":
                 raise FileExistsError(errno.EEXIST, "exists already", path) from None
             raise

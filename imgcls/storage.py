@@ -107,10 +107,9 @@ def _storage_errors(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError) and verb == "read":
-            raise MissingError(f"{url} does not exist") from None
-        if isinstance(error, IsADirectoryError) and verb == "read":
-            raise MissingError(f"{url} is a folder") from None
+        if verb == "read" and isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            why = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+            raise MissingError(f"{url} {why}") from None
         raise StorageError(f"{url} cannot be {verb}: {error.strerror or error}") from None
 
 
@@ -343,27 +342,15 @@ def _check_writes(probe: str) -> None:
     """The unconditional write comes first: if it fails, the fault is not the store's lack of conditional writes."""
     write_bytes(probe, b"one")
     try:
-        _check_conditional_writes(probe)
+        if create_bytes(probe, b"two"):
+            lack = "the store replaces an object although told not to"
+            raise StorageError(f"{probe}: {lack}: two commands could work on one run at once")
     except StorageError:
         with suppress(OSError):
             _do("rm_file", probe)
         raise
     with _storage_errors("deleted", probe):
         _do("rm_file", probe)
-
-
-def _check_conditional_writes(existing: str) -> None:
-    lack = f"{existing}: the store replaces an object although told not to"
-    with _storage_errors("written", existing):
-        try:
-            _put(existing, b"two", new=True, durable=True)
-        except FileExistsError:
-            return
-        except OSError as error:
-            if error.errno != errno.ENOSYS:  # a failure of another kind, not the store's lack of conditional writes
-                raise
-            lack = f"{existing} cannot be written: {error.strerror}"
-    raise StorageError(f"{lack}: two commands could work on one run at once")
 
 
 @contextmanager
@@ -395,6 +382,10 @@ def _remove(lock: Path) -> None:
 def cache_root() -> Path:
     """The folder of data that this node can rebuild: `IMGCLS_CACHE`, else `~/.cache/imgcls`."""
     return local_path(os.environ.get("IMGCLS_CACHE") or "~/.cache/imgcls")
+
+
+def cache_error(what: str, remedy: str = "make room") -> StorageError:
+    return StorageError(f"{what}\n  do: {remedy}, or name another place with IMGCLS_CACHE")
 
 
 def sha256(data: bytes | memoryview) -> str:

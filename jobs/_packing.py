@@ -5,12 +5,10 @@ from pathlib import Path
 
 from imgcls import storage
 from imgcls.data import archives, shards
-from imgcls.data.archives import printable
 from imgcls.data.sources import Source, find_source, open_source
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import NoSourceError
 from imgcls.recipe import Recipe
-from imgcls.records import Manifest
 from jobs._request import Flags
 from jobs._terminal import Lines, bar
 
@@ -22,36 +20,32 @@ def source_of(dataset: str, lines: Lines) -> Source:
 
     Raises NoSourceError where there is none within reach, DataError where there is one that cannot be used.
     """
-    place = find_source(dataset)
-    if place is None and dataset in archives.OFFICIAL:
-        archive = archives.OFFICIAL[dataset]
-        with bar(lines, f"fetching {archive.url}") as progress:
-            try:
-                place = archives.download(archive, DOWNLOADS, progress=progress)
-            except NoSourceError as error:
-                raise NoSourceError(f"{error}\n{_remedies(dataset)}") from None
-    if place is None:
-        raise NoSourceError(f"no source for {dataset}\n{_remedies(dataset)}")
-    lines.say(f"{dataset}: from {printable(place)}")
+    try:
+        place = find_source(dataset) or _fetched(dataset, lines)
+    except NoSourceError as error:
+        raise NoSourceError(
+            f"{error}\n"
+            f"  do: name a folder, tar or zip with --source PATH; or put {dataset}* into data/sources/ or the folder that\n"
+            f"      IMGCLS_SOURCES names; or try without data: --source synthetic"
+        ) from None
+    lines.say(f"{dataset}: from {archives.printable(place)}")
     return open_source(place)
 
 
-def _remedies(dataset: str) -> str:
-    return (
-        f"  do: name a folder, tar or zip with --source PATH; or put {dataset}* into data/sources/ or the folder that\n"
-        f"      IMGCLS_SOURCES names; or try without data: --source synthetic"
-    )
+def _fetched(dataset: str, lines: Lines) -> Path:
+    """The official archive of DATASET, if it has one."""
+    if dataset not in archives.OFFICIAL:
+        raise NoSourceError(f"no source for {dataset}")
+    archive = archives.OFFICIAL[dataset]
+    with bar(lines, f"fetching {archive.url}") as progress:
+        return archives.download(archive, DOWNLOADS, progress=progress)
 
 
-def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Manifest:
-    """The packed set, with what was noticed on the way said."""
+def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> None:
+    """The set is packed, and what was noticed on the way is said."""
     lines = Lines(synthetic=source.synthetic)
-    set_url = storage.join(to, dataset)
-    replaces = storage.exists(shards.manifest_url(set_url))
     with bar(lines, f"packing {dataset}") as progress:
-        manifest = shards.pack(source, set_url, name=dataset, max_bad=max_bad, progress=progress)
-    if replaces:
-        lines.say(f"{dataset}: takes the place of the set that was there")
+        manifest = shards.pack(source, storage.join(to, dataset), name=dataset, max_bad=max_bad, progress=progress)
     for note in manifest.notes:
         lines.say(f"{dataset}: {note}")
     splits = {split: len(labels) for split in ("train", "val", "test") if (labels := manifest.labels(split))}
@@ -60,15 +54,13 @@ def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> Mani
         f"{dataset}: packed {counts}; {len(manifest.class_names)} classes, {len(manifest.shards)} shards, "
         f"digest {manifest.digest[:12]}"
     )
-    return manifest
 
 
 def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
     """All sets of the recipes are packed. Without data and network they are synthetic ones, at a place of their own."""
-    missing = _not_packed(flags.data, recipes)
     lines = Lines()
     try:
-        sources = {dataset: source_of(dataset, lines) for dataset in missing}
+        sources = {dataset: source_of(dataset, lines) for dataset in _not_packed(flags.data, recipes)}
     except NoSourceError as error:
         lines = Lines(synthetic=True)
         lines.say(f"no data: {str(error).splitlines()[0]}")

@@ -56,9 +56,8 @@ def pack(
 
 def _verify(url: str) -> int:
     storage.check_places(reads=[url])
-    is_set = storage.exists(shards.manifest_url(url))
-    folders = [url] if is_set else [storage.join(url, name) for name in storage.folders(url)]
-    sets = [folder for folder in folders if storage.exists(shards.manifest_url(folder))]
+    places = [url, *(storage.join(url, name) for name in storage.folders(url))]
+    sets = [place for place in places if storage.exists(shards.manifest_url(place))]
     if not sets:
         raise DataError(f"{url} holds no packed set")
     code, lines = DONE, Lines()
@@ -70,9 +69,8 @@ def _verify(url: str) -> int:
             code = MISSING_OR_BROKEN
             stderr(f"error: {error}")
             continue
-        count, digest = sum(shard.num_samples for shard in manifest.shards), manifest.digest[:12]
-        whole = f"{set_url}: whole, {count:,} samples in {len(manifest.shards)} shards, digest {digest}"
-        Lines(synthetic=manifest.synthetic).say(whole)
+        count, digest = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards", manifest.digest[:12]
+        Lines(synthetic=manifest.synthetic).say(f"{set_url}: whole, {count}, digest {digest}")
     return code
 
 

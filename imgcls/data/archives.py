@@ -11,14 +11,12 @@ import lzma
 import pickle
 import shutil
 import stat
-import struct
 import tarfile
 import tempfile
 import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,17 +27,13 @@ from typing import Any
 import numpy as np
 
 from imgcls import storage
-from imgcls.errors import DataError, NoSourceError, StorageError
+from imgcls.data.images import encode_png
+from imgcls.errors import DataError, ImgclsError, NoSourceError
 from imgcls.records import Split
 
 TIMEOUT_S = 20
 IMAGE_BYTES, NAME_BYTES = 1 << 30, 255
 """No image file is larger; no name in a folder is longer."""
-DAMAGE = (
-    *(EOFError, OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, AttributeError, MemoryError),
-    *(struct.error, zlib.error, lzma.LZMAError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile),
-)
-"""What the libraries raise on damaged bytes."""
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """By the first bytes of a file."""
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -64,21 +58,24 @@ def printable(name: object) -> str:
     return "".join(map(shown, str(name)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Bytes:
-    """Bytes that are read later: a file's, or those of a member of an archive."""
+    """Bytes that are read later: a file's, those of a member of an archive, or of an image that is no file yet."""
 
-    file: str
     size: int
-    changed_ns: int
+    file: str = ""
+    """Where they lie, or their archive does."""
+    changed_ns: int = 0
     """When the file, or the archive, was changed last."""
     member: Any = None
-    """A TarInfo or ZipInfo."""
+    """A TarInfo or ZipInfo; of an image that is no file yet its pixels: uint8, (h, w, 3)."""
 
     def read(self) -> bytes:
-        """Raises DataError, or one of DAMAGE."""
+        """Raises DataError, or on damaged bytes whatever the libraries raise."""
         if self.size > IMAGE_BYTES:
             raise DataError(f"it has {self.size:,} bytes, more than an image file has")
+        if isinstance(self.member, np.ndarray):
+            return encode_png(self.member)
         if self.member is None:
             return Path(self.file).read_bytes()
         archive = _opened(self.file, self.changed_ns)
@@ -109,9 +106,11 @@ def _head(file: str | Path) -> bytes:
 def damage_named(path: Path) -> Iterator[None]:
     try:
         yield
+    except ImgclsError:
+        raise
     except PermissionError as error:
         raise DataError(f"{printable(path)} may not be read: {error.strerror}\n  do: mend its rights (chmod)") from None
-    except DAMAGE as error:
+    except Exception as error:  # the libraries raise many kinds on damaged bytes
         raise DataError(
             f"{printable(path)} is damaged, or no archive that can be read: {printable(error) or type(error).__name__}\n"
             "  do: fetch it again; if it is another kind of archive, unpack it and give the folder by --source"
@@ -144,7 +143,7 @@ def members(path: Path) -> tuple[dict[str, Bytes], set[str]]:
             if kind == "folder":
                 folders.add(str(place))
             else:
-                files[str(place)] = Bytes(str(whole), size, changed_ns, member)
+                files[str(place)] = Bytes(size, str(whole), changed_ns, member)
     return files, folders
 
 
@@ -199,10 +198,8 @@ def _uncompressed(path: Path) -> Path:
         except OSError as error:
             if error.errno is None:  # the packed bytes, not the disk
                 raise
-            raise StorageError(
-                f"{printable(path)} cannot be unpacked to {folder}: {error.strerror}\n"
-                "  do: make room there, or name another place with IMGCLS_CACHE"
-            ) from None
+            what = f"{printable(path)} cannot be unpacked to {folder}: {error.strerror}"
+            raise storage.cache_error(what, "make room there") from None
     return whole
 
 
@@ -298,8 +295,8 @@ class _ArraysAndStrings(pickle.Unpickler):
         return _Array
 
 
-def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, np.ndarray]]]:
-    """Class names, and (path, label, split, pixels) of every image; pixels are uint8, (32, 32, 3).
+def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple[str, int, Split, Bytes]]]:
+    """Class names, and (path, label, split, content) of every image.
 
     by_name: the parts of CIFAR-10's own archive, `batches.meta` among them.
     """
@@ -311,7 +308,8 @@ def cifar_images(by_name: dict[str, Bytes]) -> tuple[tuple[str, ...], list[tuple
         rows = np.frombuffer(values.encode("latin1"), dtype=np.uint8).reshape(shape, order="F" if by_column else "C")
         arrays = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for file, label, pixels in zip(batch["filenames"], batch["labels"], arrays, strict=True):
-            images.append((f"{split}/{class_names[label]}/{printable(file)}", int(label), split, pixels))
+            content = Bytes(pixels.nbytes, member=pixels)
+            images.append((f"{split}/{class_names[label]}/{printable(file)}", int(label), split, content))
     return class_names, images
 
 

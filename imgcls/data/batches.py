@@ -46,7 +46,6 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.recipe, self.cache, self.splits = recipe, cache, splits
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.keep_last = recipe.last_batch == "keep"
 
     def train_dataloader(self) -> "Batches":
         return Batches(len(self.planned_batches(epoch=0)), self._training_batches)
@@ -70,8 +69,8 @@ class ImageData(pl.LightningDataModule):
 
     def planned_batches(self, epoch: int) -> list[Ids]:
         """The sample ids of every step of an epoch, over all ranks."""
-        size, train = self.recipe.global_batch_size, self.splits.train
-        return order.global_batches(train, seed=self.seed, epoch=epoch, size=size, keep_last=self.keep_last)
+        size, keep_last = self.recipe.global_batch_size, self.recipe.last_batch == "keep"
+        return order.global_batches(self.splits.train, seed=self.seed, epoch=epoch, size=size, keep_last=keep_last)
 
     def _training_batches(self) -> Iterator[Batch]:
         assert self.trainer is not None

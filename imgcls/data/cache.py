@@ -74,10 +74,7 @@ def open_cache(
         remedy = f"make room ({np.prod(shape) / 1e6:,.0f} MB)"
         if isinstance(error, PermissionError):
             remedy = f"let both users write {root}: one group, chmod g+ws, umask 002 for both"
-        raise StorageError(
-            f"the cache {folder} cannot be built: {error.strerror or error}\n"
-            f"  do: {remedy}, or name another place with IMGCLS_CACHE"
-        ) from None
+        raise storage.cache_error(f"the cache {folder} cannot be built: {error.strerror or error}", remedy) from None
     images = np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape)
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
 
@@ -107,12 +104,10 @@ def check_room(caches: Iterable[tuple[str, Manifest, int, int]]) -> None:
     if not missing:
         return
     storage.check_places(writes=[str(root)])
-    free = shutil.disk_usage(nearest(root)).free
-    if sum(missing.values()) > free:
-        raise StorageError(
-            f"the cache {root} has {free / 1e6:,.1f} MB of room, {sum(missing.values()) / 1e6:,.1f} MB are needed\n"
-            "  do: make room, or name another place with IMGCLS_CACHE"
-        )
+    free, needed = shutil.disk_usage(nearest(root)).free, sum(missing.values())
+    if needed > free:
+        has = f"the cache {root} has {free / 1e6:,.1f} MB of room"
+        raise storage.cache_error(f"{has}, {needed / 1e6:,.1f} MB are needed")
 
 
 def _folder(manifest: Manifest, px: int, channels: int) -> Path:

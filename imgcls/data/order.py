@@ -55,8 +55,7 @@ def num_steps(num_samples: int, *, size: int, keep_last: bool) -> int:
 
 def rank_part(batch: Ids, *, rank: int, world_size: int) -> Ids:
     """This rank's part of a global batch; parts differ by at most one sample and together are the batch."""
-    begin, end = rank_bounds(len(batch), rank=rank, world_size=world_size)
-    return batch[begin:end]
+    return batch[slice(*rank_bounds(len(batch), rank=rank, world_size=world_size))]
 
 
 def rank_bounds(size: int, *, rank: int, world_size: int) -> tuple[int, int]:

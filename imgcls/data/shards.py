@@ -115,11 +115,9 @@ def _plan(source: Source) -> list[tuple[str, list[Sample]]]:
 
 def _packed_before(set_url: str, shard_name: str, identity: str) -> PackedShard | None:
     with suppress(DataError, StorageError):
-        packed = records.read_if_there(PackedShard, storage.join(set_url, _UNDER_WAY, f"{shard_name}.json"))
+        url = storage.join(set_url, _UNDER_WAY, shard_name)
+        packed = records.read_if_there(PackedShard, f"{url}.json")
         if packed is not None and packed.identity == identity:
-            url = storage.join(set_url, _UNDER_WAY, shard_name)
-            if not storage.exists(url):  # moved already, by a pack that ended there
-                url = storage.join(set_url, shard_name)
             storage.read_checked(url, num_bytes=packed.shard.num_bytes, digest=packed.shard.sha256)
             return packed
     return None

@@ -14,9 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from imgcls import storage
-from imgcls.data import archives
-from imgcls.data.archives import Bytes, printable
-from imgcls.data.images import EXTENSIONS, encode_png
+from imgcls.data.archives import OFFICIAL, Bytes, cifar_images, damage_named, members, printable
+from imgcls.data.images import EXTENSIONS
 from imgcls.data.order import stratified_cut
 from imgcls.disk import local_path
 from imgcls.errors import DataError
@@ -48,27 +47,13 @@ IMAGENETTE_CLASSES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pixels:
-    """An image that is no file yet: uint8, (h, w, 3)."""
-
-    pixels: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return self.pixels.nbytes
-
-    def read(self) -> bytes:
-        return encode_png(self.pixels)
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     path: str
     """In the source, with its extension."""
     label: int
     split: Split
-    content: Bytes | Pixels
+    content: Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +91,8 @@ def find_source(dataset: str) -> Path | None:
 
 
 def _fits(path: Path, dataset: str) -> bool:
-    official = archives.OFFICIAL.get(dataset)
-    fits = path.name.startswith(dataset) or (official is not None and path.name == storage.name_of(official.url))
-    return fits and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
+    names = (dataset, storage.name_of(OFFICIAL[dataset].url)) if dataset in OFFICIAL else (dataset,)
+    return path.name.startswith(names) and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
@@ -124,13 +108,13 @@ def open_source(path: Path) -> Source:
         return _from_files(printable(path.absolute().name), files, folders)
     if not os.path.isfile(path):
         raise DataError(f"--source {printable(path)}: there is no such folder, tar or zip")
-    files, folders = archives.members(path)
+    files, folders = members(path)
     name, by_name = printable(path.name), {PurePosixPath(member).name: content for member, content in files.items()}
     if "batches.meta" not in by_name:
         return _from_files(name, files, folders)
-    with archives.damage_named(path):
-        class_names, images = archives.cifar_images(by_name)
-    samples = tuple(Sample(image, label, split, Pixels(pixels)) for image, label, split, pixels in images)
+    with damage_named(path):
+        class_names, images = cifar_images(by_name)
+    samples = tuple(Sample(*image) for image in images)
     return Source(name, class_names, samples, ("CIFAR-10's arrays are packed as PNG",), _identity(files))
 
 
@@ -155,12 +139,12 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
         for name in names:
             file, path = Path(folder, name), (place / name).as_posix()
             if not _is_image(path):
-                files[path] = Bytes(str(file), 0, 0)
+                files[path] = Bytes(0)
                 continue
             info = file.stat()
             if not stat.S_ISREG(info.st_mode):
                 raise DataError(f"{printable(file)} is a device or pipe; only plain files are read\n  do: remove it")
-            files[path] = Bytes(str(file), info.st_size, info.st_mtime_ns)
+            files[path] = Bytes(info.st_size, str(file), info.st_mtime_ns)
     return files, folders
 
 

@@ -43,7 +43,8 @@ def split_ids(recipe: Recipe, manifest: Manifest) -> Splits:
         train = train[used]
     if len(train) < recipe.global_batch_size:
         flags = ["--set train_fraction=1.0"] * (recipe.train_fraction < 1)
-        flags += [f"--set global_batch_size={_power_of_two_below(whole)}"] * (whole < recipe.global_batch_size)
+        half = 1 << max(1, whole.bit_length() - 2)  # the power of two that is at most half of them, and two at least
+        flags += [f"--set global_batch_size={half}"] * (whole < recipe.global_batch_size)
         part = f"train_fraction {recipe.train_fraction} leaves {len(train):,} of {recipe.dataset}'s"
         owner = part if recipe.train_fraction < 1 else f"{recipe.dataset} has"
         raise RecipeError(
@@ -82,7 +83,3 @@ def check_parts(recipe: Recipe, num_train: int, *, world_size: int) -> None:
             f"each of {num_ranks} {ranks}; {recipe.model.kind} needs {needed}\n"
             f"  do: fewer {ranks}, a larger --set global_batch_size=, or --set last_batch=drop"
         )
-
-
-def _power_of_two_below(n: int) -> int:
-    return max(2, 1 << (n // 2).bit_length() - 1) if n >= 2 else 2

@@ -7,8 +7,9 @@ labelled SYNTHETIC.
 
 import numpy as np
 
+from imgcls.data.archives import Bytes
 from imgcls.data.order import hash64, uniforms
-from imgcls.data.sources import Pixels, Sample, Source
+from imgcls.data.sources import Sample, Source
 from imgcls.records import Split
 
 CLASS_NAMES = ("disc", "ring", "square", "cross", "triangle", "rows", "columns", "diagonal", "checks", "dots")
@@ -26,8 +27,9 @@ def synthetic_source(dataset: str, num_samples: int = DEFAULT_NUM_SAMPLES) -> So
     for number, (split, count) in enumerate(counts.items()):
         for i in range(count):
             label = i % len(names)
-            pixels = Pixels(_draw(names[label], key=key, px=px, number=number, i=i))
-            samples.append(Sample(f"{split}/{names[label]}/{i:06d}.png", label, split, pixels))
+            pixels = _draw(names[label], key=key, px=px, number=number, i=i)
+            content = Bytes(pixels.nbytes, member=pixels)
+            samples.append(Sample(f"{split}/{names[label]}/{i:06d}.png", label, split, content))
     note = f"{num_samples:,} procedural training images, no photograph among them"
     return Source("synthetic", names, tuple(samples), (note,), f"synthetic-{dataset}-{num_samples}", synthetic=True)
 
