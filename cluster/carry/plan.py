@@ -24,7 +24,7 @@ from imgcls.training.lineage import Seen, refuse_seen_images
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
 
 if TYPE_CHECKING:
-    from imgcls.training.weights import FoundModel
+    from imgcls.training.weights import Model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,26 +146,26 @@ def _checked_set(request: Request, dataset: str) -> Manifest:
     return manifest
 
 
-def _find_model(checkpoint: str) -> "FoundModel":
+def _find_model(checkpoint: str) -> "Model":
     from imgcls.training.weights import find_model  # torch: only where weights are named
 
     return find_model(storage.absolute(checkpoint))
 
 
 def _start(
-    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "FoundModel | None"
+    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "Model | None"
 ) -> tuple[InitSource | None, bool]:
     """Where the first weights come from, None for scratch; and whether they were trained on no photographs."""
     if not isinstance(recipe.init, FromRun):
         return None, False
     if given is not None:
-        return InitSource(run=given.url, identity=given.model.weights_sha256), given.model.synthetic
+        return InitSource(run=given.url, identity=given.weights_sha256), given.synthetic
     source = configs[f"{recipe.init.recipe}-seed{seed}"]
     return InitSource(run=source.name, identity=source.digest()), source.synthetic
 
 
 def _check_lineage(
-    request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest], given: "FoundModel | None"
+    request: Request, recipes: Sequence[Recipe], manifests: dict[str, Manifest], given: "Model | None"
 ) -> None:
     """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target."""
     pixels = {name: read_pixel_digests(storage.join(request.data_url, name), m) for name, m in manifests.items()}
@@ -181,7 +181,7 @@ def _check_lineage(
         if not isinstance(recipe.init, FromRun):
             continue
         if given is not None:
-            lineage, source, start = given.model.lineage, given.url, given.model.recipe
+            lineage, source, start = given.lineage, given.url, given.recipe
         else:
             start = by_name[recipe.init.recipe]
             lineage, source = seen_by(start), start.name

@@ -21,6 +21,7 @@ from imgcls.training.history import History
 from imgcls.training.ledger import planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
+from imgcls.training.weights import Model, about
 
 REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
@@ -100,8 +101,8 @@ class Recorder(Checkpoint):
     history: History
     commits: Commits
     files: RunFiles
-    about: dict[str, Any]
-    """Goes into every checkpoint."""
+    model: Model
+    """What it is of goes into every checkpoint."""
     data: ImageData
     module: Classifier
     run_log: RunLog
@@ -137,7 +138,7 @@ class Recorder(Checkpoint):
         self.files.write(self.history)  # cut back to where it goes on
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.about)
+        checkpoint.update(about(self.model))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning begins no epoch again in whose middle it goes on.
