@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 
 from imgcls import storage
 from imgcls.data import order
@@ -90,7 +89,8 @@ def _fit(
     model, data, module = _prepare(config, set_url, run, world, log, clock)
     if world.rank == 0:
         store.clean()
-    numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
+    mine = environment.numerics(recipe, world_size=world.size, accelerator=world.accelerator)
+    numerics = environment.numerics_of_all(world.gather(mine))
     recorder = Recorder(
         History(recipe.length.epochs, recipe.length.patience),
         Commits(store, options, config.digest(), numerics, failures=world.attempt - 1),
@@ -194,10 +194,11 @@ def _finish(config: RunConfig, run: RunFolder, trainer: pl.Trainer, recorder: Re
     predictions = _test(trainer, recorder) if tested else None
     model = replace(recorder.model, weights=module.evaluated.state_dict())
     # Before rank 0 is alone with storage: others would wait for it in a collective.
-    others = _traffic_of_others(trainer, recorder.traffic)
+    traffic = world.gather(recorder.traffic.amounts)
     if world.rank == 0 and predictions:
         storage.write_bytes(run.predictions_url, predictions)
     model_sha256 = weights.save_model(model) if world.rank == 0 else None
+    traffic[world.rank] = recorder.traffic.amounts
     seconds = clock.seconds
     return RunResult.of(
         config,
@@ -212,7 +213,7 @@ def _finish(config: RunConfig, run: RunFolder, trainer: pl.Trainer, recorder: Re
         examples=_examples(recorder) if tested and world.rank == 0 else (),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
         images_per_s=round(sum(int(row["samples"]) for row in history.rows) / seconds["train"], 1),
-        storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
+        storage={name: round(sum(amounts[name] for amounts in traffic), 3) for name in traffic[0]},
         numerics_changes=tuple(recorder.numerics_changes),
         checkpoint=best.removeprefix(f"{run.url.rstrip('/')}/"),
         weights_sha256=last_sha256,
@@ -237,14 +238,6 @@ def _test(trainer: pl.Trainer, recorder: Recorder) -> bytes:
     check_counted(test, len(data.splits.test))
     recorder.run_log.line(f"tested once, on the best checkpoint (epoch {epoch}): accuracy {test.accuracy:.4f}")
     return as_npy(module.predicted)
-
-
-def _traffic_of_others(trainer: pl.Trainer, traffic: TrafficMeter) -> dict[str, float]:
-    """Of the other ranks together."""
-    mine = traffic.amounts
-    values = torch.tensor(list(mine.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-    summed = trainer.strategy.reduce(values.clone(), reduce_op="sum").tolist()
-    return {name: total - value for (name, value), total in zip(mine.items(), summed, strict=True)}
 
 
 def _examples(recorder: Recorder) -> tuple[PredictedSample, ...]:

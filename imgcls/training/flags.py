@@ -63,10 +63,7 @@ class StepFlags:
         if lost:
             raise LeaseError(f"another command has taken this run over at step {step}: it goes on there")
         if not_finite:
-            mine = [] if finite else ids[:8].tolist()
-            everyones: list[list[int]] = [mine] * self.world.size
-            if self.world.size > 1:
-                torch.distributed.all_gather_object(everyones, mine)
+            everyones = self.world.gather([] if finite else ids[:8].tolist())
             raise TrainingError(
                 f"the loss is not finite in epoch {epoch}, step {step}, "
                 f"samples {list(chain(*everyones))[:8]}..\n  do: a lower --set optimizer.lr="

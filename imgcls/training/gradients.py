@@ -8,7 +8,7 @@ on which ranks share a node. From three ranks on the bits then differ between a 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
+from torch._C._distributed_c10d import GradBucket, _broadcast_coalesced
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -41,4 +41,4 @@ def share_buffers(network: nn.Module) -> None:
     """Every rank has rank 0's running statistics. What DDP calls for them, but after the step."""
     buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     if buffers:
-        dist._broadcast_coalesced(_get_default_group(), buffers, BROADCAST_BYTES, 0)
+        _broadcast_coalesced(_get_default_group(), buffers, BROADCAST_BYTES, 0)

@@ -141,10 +141,10 @@ class Classifier(pl.LightningModule):
 
     def _check_alike(self) -> None:
         """Under elastic numerics no rank hands its weights to another: unlike hardware would let them drift apart."""
-        mine = int(weights_sha256(self.network.state_dict())[:15], 16)
+        mine = weights_sha256(self.network.state_dict())
         with self.world.heartbeat.waiting():
-            most = self.trainer.strategy.reduce(torch.tensor([mine, -mine], device=self.device), reduce_op="max").tolist()
-        if most[0] != -most[1]:
+            everyones = self.world.gather(mine)
+        if len(set(everyones)) > 1:
             raise TrainingError(
                 f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently\n"
                 "  do: nodes of one kind, or --set numerics=ddp"
@@ -188,7 +188,6 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, parameters = self.recipe.optimizer, self.network.parameters()
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
-        built: torch.optim.Optimizer
         match optimizer:
             case Adam(lr=lr):
                 built = torch.optim.Adam(parameters, lr=lr, fused=True)
