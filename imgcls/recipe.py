@@ -41,7 +41,7 @@ class Input(Strict):
     mean: float = 0.5
     std: Annotated[float, Field(gt=0)] = 0.25
     """Inputs are (pixel / 255 - mean) / std. One number for all channels: only so does a gray network, inflated to
-    RGB, compute exactly what it computed (see `imgcls.models.resnet18.inflate_gray_to_rgb`)."""
+    RGB, compute exactly what it computed (see `imgcls.models.resnet18.transferred`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

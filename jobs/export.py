@@ -32,10 +32,10 @@ def export(
     storage.check_places(reads=[checkpoint, data], writes=[to.rpartition("/")[0]])
     silence_libraries(verbose)
     source = find_model(checkpoint)
-    made = export_model(source, to=to, data_url=data)
-    lines = Lines(synthetic=source.model.synthetic)
-    lines.say(f"{to}: images, uint8, (batch, {', '.join(map(str, made.shape))}) -> logits, float32")
-    lines.say(f"on {made.num_compared:,} test images a logit differs from {source.url} by {made.difference:.1e} at most")
+    (num_compared, *shape), difference = export_model(source, to=to, data_url=data)
+    lines = Lines(synthetic=source.synthetic)
+    lines.say(f"{to}: images, uint8, (batch, {', '.join(map(str, shape))}) -> logits, float32")
+    lines.say(f"on {num_compared:,} test images a logit differs from {source.url} by {difference:.1e} at most")
     return DONE
 
 

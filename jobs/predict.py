@@ -2,7 +2,7 @@
 
 import json as json_module
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,25 +43,20 @@ def predict(
         raise RecipeError("name an IMAGE, or several")
     storage.check_places(reads=[storage.absolute(checkpoint)])
     found = find_model(storage.absolute(checkpoint))
-    predictor, lines = Predictor(found.model), Lines(synthetic=found.model.synthetic)
+    predictor, lines = Predictor(found), Lines(synthetic=found.synthetic)
     failed, files = False, _files(images)
     batches = iter(lambda: [*islice(files, AT_ONCE)], [])
     for answer in (answer for batch in batches for answer in _answers(predictor, batch)):
         failed |= "error" in answer
         if json:
-            print(json_module.dumps(answer | {"synthetic": found.model.synthetic}, ensure_ascii=False), flush=True)
-        else:
-            _say_top(lines, answer)
+            print(json_module.dumps(answer | {"synthetic": found.synthetic}, ensure_ascii=False), flush=True)
+        elif "top" in answer:
+            lines.say(answer["image"])
+            for line in answer["top"]:
+                lines.say(f"  {line['probability']:7.2%}  {line['class']}")
         if "error" in answer:
             stderr(f"error: {answer['image']} cannot be used: {answer['error']}")
     return SOME_FAILED if failed else DONE
-
-
-def _say_top(lines: Lines, answer: Mapping[str, Any]) -> None:
-    if "top" in answer:
-        lines.say(answer["image"])
-    for line in answer.get("top", ()):
-        lines.say(f"  {line['probability']:7.2%}  {line['class']}")
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -24,7 +24,7 @@ from imgcls.training.lineage import Seen, refuse_seen_images
 FROM_RUN = '{"kind": "from-run", "recipe": "resnet18"}'
 
 if TYPE_CHECKING:
-    from imgcls.training.weights import FoundModel
+    from imgcls.training.weights import Model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,26 +143,26 @@ def _sources_first(recipes: Sequence[Recipe]) -> list[Recipe]:
         raise RecipeError(f"recipes start from each other in a circle: {' -> '.join(reversed(error.args[1]))}") from None
 
 
-def _find_model(checkpoint: str) -> "FoundModel":
+def _find_model(checkpoint: str) -> "Model":
     from imgcls.training.weights import find_model  # torch: only where weights are named
 
     return find_model(storage.absolute(checkpoint))
 
 
 def _start(
-    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "FoundModel | None"
+    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "Model | None"
 ) -> tuple[InitSource | None, bool]:
     """Where the first weights come from, None for scratch; and whether they were trained on no photographs."""
     if not isinstance(recipe.init, FromRun):
         return None, False
     if given is not None:
-        return InitSource(run=given.url, identity=given.model.weights_sha256), given.model.synthetic
+        return InitSource(run=given.url, identity=given.weights_sha256), given.synthetic
     source = configs[f"{recipe.init.recipe}-seed{seed}"]
     return InitSource(run=source.name, identity=source.digest()), source.synthetic
 
 
 def _check_lineage(
-    recipes: Sequence[Recipe], urls: dict[str, str], manifests: dict[str, Manifest], given: "FoundModel | None"
+    recipes: Sequence[Recipe], urls: dict[str, str], manifests: dict[str, Manifest], given: "Model | None"
 ) -> None:
     """What `fit` will ask of the source's weights, asked now: no ancestor shares a name or an image with the target.
 
@@ -175,7 +175,7 @@ def _check_lineage(
         lineage: tuple[Seen, ...] = ()
         if isinstance(recipe.init, FromRun):
             source = recipe.init.recipe if given is None else given.url
-            start, lineage = starts[source] if given is None else (given.model.recipe, given.model.lineage)
+            start, lineage = starts[source] if given is None else (given.recipe, given.lineage)
             _check_start(recipe, start, source=source)
             refuse_seen_images(lineage, source=source, dataset=recipe.dataset, pixels=pixels[recipe.dataset])
         entry = LineageEntry(dataset=recipe.dataset, digest=manifests[recipe.dataset].digest, run=recipe.name)

@@ -25,7 +25,6 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
-from ray.util.placement_group import PlacementGroup
 
 from imgcls.errors import ClusterError
 from imgcls.records import Placement
@@ -96,12 +95,8 @@ def remove_workers(run: str) -> None:
 def waits_for_nodes(run: str) -> bool:
     """Whether the workers of this run have no place in the cluster yet."""
     with suppress(ValueError, RayError):  # its trial has not asked for one yet
-        return _state_of(get_placement_group(run)) in ("PENDING", "RESCHEDULING")
+        return placement_group_table(get_placement_group(run)).get("state") in ("PENDING", "RESCHEDULING")
     return False
-
-
-def _state_of(group: PlacementGroup) -> str:
-    return placement_group_table(group).get("state", "REMOVED")
 
 
 class _Devices(Backend):
@@ -142,7 +137,7 @@ class _Awaited(DefaultPlacementGroupHandle):
         """
         until = time.monotonic() + NODES_S
         while not super().wait(timeout_seconds):
-            if _state_of(self.placement_group) == "REMOVED":
+            if placement_group_table(self.placement_group).get("state", "REMOVED") == "REMOVED":
                 return False
             if time.monotonic() > until:
                 raise ClusterError(f"no nodes for its workers in {NODES_S / 3600:g} h; `ray status` on the head may say why")

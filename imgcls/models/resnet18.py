@@ -18,11 +18,6 @@ def resnet18(*, channels: int, num_classes: int, dropout: float) -> nn.Module:
     return network
 
 
-def inflate_gray_to_rgb(kernel: Tensor) -> Tensor:
-    """(out, 1, k, k) -> (out, 3, k, k): on an RGB image what `kernel` computes on its gray version."""
-    return kernel * kernel.new_tensor(LUMINANCE).view(1, 3, 1, 1)
-
-
 def transferred(source: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
     """`into` with the source's features; the classifier stays new, a gray `conv1` is inflated where `into` is RGB.
 
@@ -31,5 +26,6 @@ def transferred(source: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str,
     features = {name: weight for name, weight in source.items() if not name.startswith("fc.")}
     first = "conv1.weight"
     if features[first].shape[1] == 1 and into[first].shape[1] == 3:
-        features[first] = inflate_gray_to_rgb(features[first])
+        # (out, 1, k, k) -> (out, 3, k, k): on an RGB image what the gray kernel computes on its gray version.
+        features[first] = features[first] * features[first].new_tensor(LUMINANCE).view(1, 3, 1, 1)
     return into | features

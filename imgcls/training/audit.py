@@ -100,7 +100,7 @@ def _as_then(numerics: dict[str, str]) -> Iterator[World]:
 
 def _tested_again(run: RunFolder, result: RunResult, numerics: dict[str, str], data_url: str) -> str:
     model = weights.find_model(run.model_url)
-    if model.model.weights_sha256 != result.best_weights_sha256:
+    if model.weights_sha256 != result.best_weights_sha256:
         return f"{run.MODEL} holds other weights than {run.RESULT} says"
     if result.test is None:
         return ""  # a trial of a search

@@ -26,7 +26,7 @@ class CheckpointStore(CheckpointIO):
     def __init__(self, url: str, *, say: Callable[[str], None] = lambda text: None) -> None:
         """say: hears of what is damaged."""
         self.url, self.say = url, say
-        self._uploads = None if storage.is_local(url) else ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
 
     def place(self, step: int) -> str:
@@ -94,14 +94,11 @@ class CheckpointStore(CheckpointIO):
         storage_options: the CheckpointFacts.
         """
         assert isinstance(storage_options, CheckpointFacts)
-        file = io.BytesIO()
-        torch.save(checkpoint, file)
-        data = file.getvalue()
+        torch.save(checkpoint, file := io.BytesIO())
         self.wait()
-        if self._uploads is None:
-            _put(CheckpointFolder(str(path)), data, storage_options)
-        else:
-            self._under_way = self._uploads.submit(_put, CheckpointFolder(str(path)), data, storage_options)
+        self._under_way = self._writer.submit(_put, CheckpointFolder(str(path)), file.getvalue(), storage_options)
+        if storage.is_local(self.url):
+            self.wait()
 
     def wait(self) -> None:
         """Raises StorageError where the last write failed."""

@@ -85,14 +85,8 @@ def numerics(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, 
     return facts
 
 
-def numerics_of_all(recipe: Recipe, *, world_size: int, accelerator: str) -> dict[str, str]:
-    """The same of all ranks, in their order where they are not alike. Every rank calls it."""
-    import torch
-
-    mine = numerics(recipe, world_size=world_size, accelerator=accelerator)
-    ranks = [mine] * world_size
-    if world_size > 1:
-        torch.distributed.all_gather_object(ranks, mine)
+def numerics_of_all(ranks: list[dict[str, str]]) -> dict[str, str]:
+    """One for all ranks, with what each has where they are not alike."""
     facts = {name: [one.get(name, "") for one in ranks] for one in ranks for name in one}
     return {name: values[0] if len(set(values)) == 1 else " | ".join(values) for name, values in facts.items()}
 

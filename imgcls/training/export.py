@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,14 +12,12 @@ from torch.export import ExportedProgram
 
 from imgcls import storage
 from imgcls.data.augment import inputs
-from imgcls.data.cache import open_cache
 from imgcls.data.order import permutation
-from imgcls.data.splits import split_ids
 from imgcls.errors import CheckpointError, RecipeError
 from imgcls.recipe import Input
-from imgcls.training.evaluate import manifest_for
+from imgcls.training.evaluate import opened
 from imgcls.training.predict import load_network
-from imgcls.training.weights import FoundModel, preprocessing
+from imgcls.training.weights import Model, preprocessing
 
 OPSET = 20
 DYNAMIC = {"images": {0: torch.export.Dim("batch")}}
@@ -29,15 +26,6 @@ LARGEST = 1e-4
 """Of a logit's difference from the checkpoint's."""
 FACTS = "imgcls.json"
 """In the file: class names, what makes pixels of an image, whose weights these are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    shape: tuple[int, ...]
-    """Of an input: height, width, channels."""
-    num_compared: int
-    difference: float
-    """The largest of any logit."""
 
 
 class _WithInputs(nn.Module):
@@ -50,9 +38,10 @@ class _WithInputs(nn.Module):
         return self.network(inputs(images, self.into))
 
 
-def export(source: FoundModel, *, to: str, data_url: str) -> Export:
+def export(source: Model, *, to: str, data_url: str) -> tuple[torch.Size, float]:
     """The model lies at `to`, a .onnx or .pt2; on test images it answers as the checkpoint does.
 
+    Returns the shape of the images that were compared, (n, height, width, channels), and a logit's largest difference.
     Raises RecipeError for another ending, or without the packages for ONNX; DataError where the data do not fit;
     CheckpointError, before anything is written, where the answers differ.
     """
@@ -62,16 +51,15 @@ def export(source: FoundModel, *, to: str, data_url: str) -> Export:
     if write is _write_onnx and not (find_spec("onnxscript") and find_spec("onnxruntime")):
         raise RecipeError(f"--to {to} needs onnxscript and onnxruntime\n  do: make setup, or end in .pt2")
     images = _test_images(source, data_url)
-    model = source.model
-    module = _WithInputs(load_network(model), model.recipe.input).eval()
+    module = _WithInputs(load_network(source), source.recipe.input).eval()
     facts = {
-        "class_names": model.class_names,
-        "preprocessing": preprocessing(model.recipe) | {"resize": "bilinear, by Pillow; then gray if there is one channel"},
+        "class_names": source.class_names,
+        "preprocessing": preprocessing(source.recipe) | {"resize": "bilinear, by Pillow; then gray if there is one channel"},
         "input": "images: uint8, (batch, height, width, channels), as Pillow resizes the central square; the rest is inside",
         "output": "logits: float32, (batch, classes)",
-        "weights_sha256": model.weights_sha256,
-        "trained_on": [seen.entry.dataset for seen in model.lineage],
-        "synthetic": model.synthetic,
+        "weights_sha256": source.weights_sha256,
+        "trained_on": [seen.entry.dataset for seen in source.lineage],
+        "synthetic": source.synthetic,
     }
     with storage.temporary_folder("export") as folder, torch.no_grad():
         file = Path(folder) / f"model{Path(to).suffix}"
@@ -85,16 +73,13 @@ def export(source: FoundModel, *, to: str, data_url: str) -> Export:
                 "  do: export it in the other format, and report this"
             )
         storage.write_bytes(to, file.read_bytes())
-    return Export(tuple(images.shape[1:]), len(images), difference)
+    return images.shape, difference
 
 
-def _test_images(source: FoundModel, data_url: str) -> Tensor:
+def _test_images(source: Model, data_url: str) -> Tensor:
     """Some of the set that it was trained on, as the cache keeps them: uint8, (n, h, w, c)."""
-    recipe, manifest = source.model.recipe, manifest_for(source, data_url=data_url, split="test")
-    px, channels = recipe.input.stored_px, recipe.input.channels
-    cache = open_cache(storage.join(data_url, recipe.dataset), manifest, px=px, channels=channels)
-    ids = split_ids(recipe, manifest).test
-    drawn = np.sort(ids[permutation(0, 0, len(ids))[:NUM_COMPARED]])
+    cache, splits = opened(source, data_url=data_url, split="test")
+    drawn = np.sort(splits.test[permutation(0, 0, len(splits.test))[:NUM_COMPARED]])
     return torch.from_numpy(np.array(cache.images[drawn]))
 
 

@@ -56,29 +56,28 @@ class TrafficMeter:
     """What this rank has sent and received since it began, and in its earlier attempts up to their last commit."""
 
     def __init__(self) -> None:
-        self.before: dict[str, float] = {}
-        """In earlier attempts."""
         self._at_start = asdict(storage.traffic)
-        self._last, self._last_checkpoint_s = dict[str, float](), 0.0
+        """Less what earlier attempts have."""
+        self._last = dict[str, float]()
 
     @property
     def amounts(self) -> dict[str, float]:
         now = asdict(storage.traffic)
-        return {name: now[name] - at_start + self.before.get(name, 0) for name, at_start in self._at_start.items()}
+        return {name: now[name] - at_start for name, at_start in self._at_start.items()}
 
     def go_on(self, before: dict[str, float], *, checkpoint_s: float) -> None:
         """From what earlier attempts have sent and received, and spent on checkpoints."""
-        self.before = self._last = before
-        self._last_checkpoint_s = checkpoint_s
+        self._at_start = {name: at_start - before.get(name, 0) for name, at_start in self._at_start.items()}
+        self._last = before | {"checkpoint_s": checkpoint_s}
 
     def complaint(self, *, epoch_s: float, checkpoint_s: float) -> str:
         """Where, since the last call, requests failed or the training waited for them; else nothing.
 
         checkpoint_s: seconds spent on checkpoints so far.
         """
-        now, last, waited_s = self.amounts, self._last, checkpoint_s - self._last_checkpoint_s
-        self._last, self._last_checkpoint_s = now, checkpoint_s
-        requests, retries = (now[name] - last.get(name, 0) for name in ("requests", "retries"))
+        now, last = self.amounts | {"checkpoint_s": checkpoint_s}, self._last
+        self._last = now
+        requests, retries, waited_s = (now[name] - last.get(name, 0) for name in ("requests", "retries", "checkpoint_s"))
         if retries > requests / 10 or waited_s > max(SLOW_S, epoch_s / 2):
             return f"storage is slow: {retries:.0f} of {requests:.0f} requests were made again; {waited_s:.1f} s waited"
         return ""

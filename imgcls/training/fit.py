@@ -8,11 +8,10 @@ import base64
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 
 from imgcls import storage
 from imgcls.data import order
@@ -24,7 +23,7 @@ from imgcls.data.splits import check_parts, split_ids
 from imgcls.errors import STORAGE_FAILED, CheckpointError, DataError, ImgclsError, LeaseError, NumericsError, StorageError
 from imgcls.models.build import build_model, start_from
 from imgcls.recipe import differing_fields
-from imgcls.records import LineageEntry, Manifest, PredictedSample, RunConfig, RunOptions, RunResult, Scores
+from imgcls.records import LineageEntry, PredictedSample, RunConfig, RunOptions, RunResult, Scores
 from imgcls.runs import Committed, RunFolder
 from imgcls.training import environment, weights
 from imgcls.training.checkpoints import CheckpointStore
@@ -81,33 +80,24 @@ def fit(
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a run trains on, and from where."""
-
-    manifest: Manifest
-    data: ImageData
-    module: Classifier
-    lineage: tuple[Seen, ...]
-
-
 def _fit(
     config: RunConfig, set_url: str, run: RunFolder, world: World, log: RunLog, options: RunOptions, tested: bool
 ) -> RunResult:
     traffic, clock, start_s = TrafficMeter(), Stopwatch(), max(0.0, time.time() - world.started_s)
-    recipe, history = config.recipe, History(config.recipe.length.epochs, config.recipe.length.patience)
+    recipe = config.recipe
     store = CheckpointStore(run.checkpoints_url, say=log.line)
-    prepared = _prepare(config, set_url, run, world, log, clock)
+    model, data, module = _prepare(config, set_url, run, world, log, clock)
     if world.rank == 0:
         store.clean()
-    numerics = environment.numerics_of_all(recipe, world_size=world.size, accelerator=world.accelerator)
+    mine = environment.numerics(recipe, world_size=world.size, accelerator=world.accelerator)
+    numerics = environment.numerics_of_all(world.gather(mine))
     recorder = Recorder(
-        history,
+        History(recipe.length.epochs, recipe.length.patience),
         Commits(store, options, config.digest(), numerics, failures=world.attempt - 1),
         RunFiles(run, writes=world.rank == 0),
-        about=weights.about(recipe, prepared.manifest.class_names, prepared.lineage, synthetic=config.synthetic),
-        data=prepared.data,
-        module=prepared.module,
+        model=model,
+        data=data,
+        module=module,
         run_log=log,
         clock=clock,
         traffic=traffic,
@@ -118,20 +108,23 @@ def _fit(
     last = world.broadcast(store.newest_whole() if world.rank == 0 else None)
     if last is None:
         clock.add("start", start_s)
-        log.line(f"{config.name}: {_plan(prepared, world)}")
+        log.line(f"{config.name}: {_plan(recorder)}")
     else:
         _go_on(config, last, recorder)
     resume = store.place(last.step) if last else None
-    trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
-    result = _finish(config, run, prepared, trainer, recorder, tested=tested)
+    result = _finish(config, run, trainer, recorder, tested=tested)
     if world.rank == 0:
         run.finish(result)
     return result
 
 
-def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log: RunLog, clock: Stopwatch) -> Prepared:
+def _prepare(
+    config: RunConfig, set_url: str, run: RunFolder, world: World, log: RunLog, clock: Stopwatch
+) -> tuple[weights.Model, ImageData, Classifier]:
+    """What the run will leave, still without weights; what it trains on, and what it trains."""
     recipe, manifest = config.recipe, read_manifest(set_url)
     if manifest.digest != config.data_digest:
         raise DataError(
@@ -150,23 +143,24 @@ def _prepare(config: RunConfig, set_url: str, run: RunFolder, world: World, log:
     ancestors: tuple[Seen, ...] = ()
     if config.init is not None:
         source = weights.source_model(config, run)
-        refuse_seen_images(source.model.lineage, source=source.url, dataset=recipe.dataset, pixels=pixels)
-        start_from(network, source.model.weights, source=source.url)
-        ancestors = source.model.lineage
+        refuse_seen_images(source.lineage, source=source.url, dataset=recipe.dataset, pixels=pixels)
+        start_from(network, source.weights, source=source.url)
+        ancestors = source.lineage
     own = Seen(LineageEntry(dataset=recipe.dataset, digest=manifest.digest, run=config.name), np.sort(pixels))
     steps = order.num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
     num_classes, total_steps = len(manifest.class_names), steps * recipe.length.epochs
     module = Classifier(network, recipe, num_classes=num_classes, total_steps=total_steps, seed=config.seed, world=world)
     # Reports wait for all ranks without a deadline: no rank meets a collective's while another one still prepares.
     world.report(Progress(phase="start"))
-    return Prepared(manifest, data, module, (*ancestors, own))
+    model = weights.Model(run.model_url, recipe, manifest.class_names, {}, (*ancestors, own), config.synthetic)
+    return model, data, module
 
 
-def _plan(prepared: Prepared, world: World) -> str:
-    splits, steps = prepared.data.splits, len(prepared.data.train_dataloader())
+def _plan(recorder: Recorder) -> str:
+    splits, steps = recorder.data.splits, len(recorder.data.train_dataloader())
     return (
         f"{len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test samples of "
-        f"{prepared.manifest.name}, {steps} steps an epoch, {world.size} workers"
+        f"{recorder.model.recipe.dataset}, {steps} steps an epoch, {recorder.module.world.size} workers"
     )
 
 
@@ -191,35 +185,35 @@ def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:
     log.line(f"{config.name}: goes on after epoch {last.epoch}, step {last.step}")
 
 
-def _finish(
-    config: RunConfig, run: RunFolder, prepared: Prepared, trainer: pl.Trainer, recorder: Recorder, *, tested: bool
-) -> RunResult:
+def _finish(config: RunConfig, run: RunFolder, trainer: pl.Trainer, recorder: Recorder, *, tested: bool) -> RunResult:
     """The best checkpoint becomes the run's model, and is tested, once."""
     history, module, world, clock = recorder.history, recorder.module, recorder.module.world, recorder.clock
     last_sha256, store = weights.weights_sha256(module.network.state_dict()), recorder.commits.store
     best = store.place(int(history.best_row["step"]))
     module.evaluated.load_state_dict(weights.network_weights(store.load_checkpoint(best)))
-    predictions = _test(prepared, trainer, recorder) if tested else None
-    class_names, network = prepared.manifest.class_names, module.evaluated.state_dict()
-    model = weights.Model(config.recipe, class_names, network, prepared.lineage, config.synthetic)
+    predictions = _test(trainer, recorder) if tested else None
+    model = replace(recorder.model, weights=module.evaluated.state_dict())
     # Before rank 0 is alone with storage: others would wait for it in a collective.
-    others = _traffic_of_others(trainer, recorder.traffic)
-    model_sha256 = _keep(model, predictions, run) if world.rank == 0 else None
+    traffic = world.gather(recorder.traffic.amounts)
+    if world.rank == 0 and predictions:
+        storage.write_bytes(run.predictions_url, predictions)
+    model_sha256 = weights.save_model(model) if world.rank == 0 else None
+    traffic[world.rank] = recorder.traffic.amounts
     seconds = clock.seconds
     return RunResult.of(
         config,
         status="finished",
-        class_names=class_names,
+        class_names=model.class_names,
         epochs=len(history.rows),
         steps=int(history.rows[-1]["step"]),
         best_epoch=int(history.best_row["epoch"]),
-        num_train=len(prepared.data.splits.train),
+        num_train=len(recorder.data.splits.train),
         val=history.best,
         test=module.scores["test"] if tested else None,
-        examples=_examples(prepared) if tested and world.rank == 0 else (),
+        examples=_examples(recorder) if tested and world.rank == 0 else (),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
         images_per_s=round(sum(int(row["samples"]) for row in history.rows) / seconds["train"], 1),
-        storage={name: round(value + others[name], 3) for name, value in recorder.traffic.amounts.items()},
+        storage={name: round(sum(amounts[name] for amounts in traffic), 3) for name in traffic[0]},
         numerics_changes=tuple(recorder.numerics_changes),
         checkpoint=best.removeprefix(f"{run.url.rstrip('/')}/"),
         weights_sha256=last_sha256,
@@ -228,42 +222,27 @@ def _finish(
         predictions_sha256=storage.sha256(predictions) if predictions else None,
         history_sha256=storage.sha256(history.as_csv()),
         num_parameters=sum(p.numel() for p in module.network.parameters()),
-        lineage=tuple(seen.entry for seen in prepared.lineage),
+        lineage=tuple(seen.entry for seen in model.lineage),
         placement=world.placement,
         **environment.origin(),
     )
 
 
-def _test(prepared: Prepared, trainer: pl.Trainer, recorder: Recorder) -> bytes:
+def _test(trainer: pl.Trainer, recorder: Recorder) -> bytes:
     """The best checkpoint on the test set. Returns what was predicted, as a file."""
-    history, module = recorder.history, prepared.module
+    history, module, data = recorder.history, recorder.module, recorder.data
     module.world.report(Progress(phase="test", epoch=len(history.rows), epochs=history.epochs))
     with recorder.clock.of("test"):
-        trainer.test(module, datamodule=prepared.data, verbose=False)
+        trainer.test(module, datamodule=data, verbose=False)
     test, epoch = module.scores["test"], history.best_row["epoch"]
-    check_counted(test, len(prepared.data.splits.test))
+    check_counted(test, len(data.splits.test))
     recorder.run_log.line(f"tested once, on the best checkpoint (epoch {epoch}): accuracy {test.accuracy:.4f}")
     return as_npy(module.predicted)
 
 
-def _keep(model: weights.Model, predictions: bytes | None, run: RunFolder) -> str:
-    """Both lie in the run's folder. Returns the SHA-256 of the model's file."""
-    if predictions:
-        storage.write_bytes(run.predictions_url, predictions)
-    return weights.save_model(model, run.model_url)
-
-
-def _traffic_of_others(trainer: pl.Trainer, traffic: TrafficMeter) -> dict[str, float]:
-    """Of the other ranks together."""
-    mine = traffic.amounts
-    values = torch.tensor(list(mine.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-    summed = trainer.strategy.reduce(values.clone(), reduce_op="sum").tolist()
-    return {name: total - value for (name, value), total in zip(mine.items(), summed, strict=True)}
-
-
-def _examples(prepared: Prepared) -> tuple[PredictedSample, ...]:
+def _examples(recorder: Recorder) -> tuple[PredictedSample, ...]:
     """Some right predictions, drawn once for all runs, and the most confident mistakes."""
-    table, images = prepared.module.predicted, prepared.data.cache.images
+    table, images = recorder.module.predicted, recorder.data.cache.images
     drawn = table[order.permutation(0, 0, len(table))]
     mistakes = table[np.argsort(-table["probability"], kind="stable")]
     right, wrong = drawn[drawn["label"] == drawn["prediction"]], mistakes[mistakes["label"] != mistakes["prediction"]]

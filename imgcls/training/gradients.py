@@ -8,9 +8,13 @@ on which ranks share a node. From three ranks on the bits then differ between a 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
+from torch._C._distributed_c10d import GradBucket, _broadcast_coalesced
+from torch.distributed.distributed_c10d import _get_default_group
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+
+BROADCAST_BYTES = 1 << 28
+"""At most, in one request."""
 
 
 def make_repeatable(model: DistributedDataParallel) -> None:
@@ -33,13 +37,8 @@ def _add_in_rank_order(state: None, bucket: GradBucket) -> Future[Tensor]:
     return gathered.get_future().then(lambda done: (done.value(), padded[:size])[1])  # value() raises what failed
 
 
-@torch.no_grad()
 def share_buffers(network: nn.Module) -> None:
-    """Every rank has rank 0's running statistics."""
+    """Every rank has rank 0's running statistics. What DDP calls for them, but after the step."""
     buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-    dist.broadcast(flat, src=0)
-    for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(values.view_as(buffer))
+    if buffers:
+        _broadcast_coalesced(_get_default_group(), buffers, BROADCAST_BYTES, 0)

@@ -40,6 +40,8 @@ class Classifier(pl.LightningModule):
         self.network = network
         self.average = deepcopy(network).requires_grad_(False) if recipe.averaging else None
         self.recipe, self.total_steps = recipe, total_steps
+        self.lr_factor = partial(lr_factor, recipe.schedule, total_steps=total_steps)
+        """Of the recipe's learning rate, by the step that is taken."""
         self.seed, self.world, self.rank, self.world_size = seed, world, world.rank, world.size
         self.flags = StepFlags(world)
         self.automatic_optimization = recipe.numerics != "elastic"
@@ -59,21 +61,15 @@ class Classifier(pl.LightningModule):
         """What is validated, tested and kept."""
         return self.network if self.average is None else self.average
 
-    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        step = self.global_step
-        super().optimizer_step(*arguments, **named)
-        self._update_average(step)
-
     @torch.no_grad()
-    def _update_average(self, step: int) -> None:
-        """Of weights and running statistics, from those after the first step on.
+    def _update_average(self, *_: Any) -> None:
+        """Of weights and running statistics, from those after the first step on. `global_step` does not count it yet.
 
         torch's AveragedModel reads a counter from the device in every step.
         """
-        if self.average is None:
-            return
-        for average, newest in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
-            if step == 0 or not average.is_floating_point():
+        is_first, newest_weights = self.global_step == 0, self.network.state_dict()
+        for average, newest in zip(self.evaluated.state_dict().values(), newest_weights.values(), strict=True):
+            if is_first or not average.is_floating_point():
                 average.copy_(newest)
             else:
                 average.lerp_(newest, 1 - self.recipe.averaging)
@@ -125,11 +121,9 @@ class Classifier(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
-        step = self.global_step
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        self._update_average(step)
 
     def _share(self, finite: Tensor, batch: Batch) -> None:
         self.flags.share(finite, batch.ids, epoch=self.current_epoch, step=self.global_step)
@@ -147,10 +141,10 @@ class Classifier(pl.LightningModule):
 
     def _check_alike(self) -> None:
         """Under elastic numerics no rank hands its weights to another: unlike hardware would let them drift apart."""
-        mine = int(weights_sha256(self.network.state_dict())[:15], 16)
+        mine = weights_sha256(self.network.state_dict())
         with self.world.heartbeat.waiting():
-            most = self.trainer.strategy.reduce(torch.tensor([mine, -mine], device=self.device), reduce_op="max").tolist()
-        if most[0] != -most[1]:
+            everyones = self.world.gather(mine)
+        if len(set(everyones)) > 1:
             raise TrainingError(
                 f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently\n"
                 "  do: nodes of one kind, or --set numerics=ddp"
@@ -194,7 +188,6 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, parameters = self.recipe.optimizer, self.network.parameters()
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
-        built: torch.optim.Optimizer
         match optimizer:
             case Adam(lr=lr):
                 built = torch.optim.Adam(parameters, lr=lr, fused=True)
@@ -202,12 +195,10 @@ class Classifier(pl.LightningModule):
                 built = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
             case _:
                 assert_never(optimizer)
+        if self.average is not None:
+            built.register_step_post_hook(self._update_average)
         scheduler = LambdaLR(built, self.lr_factor)
         return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def lr_factor(self, step: int) -> float:
-        """Of the recipe's learning rate, when this step is taken."""
-        return lr_factor(self.recipe.schedule, step=step, total_steps=self.total_steps)
 
 
 def _summed(metric: Metric) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from imgcls.training.history import History
 from imgcls.training.ledger import planned
 from imgcls.training.module import Classifier
 from imgcls.training.progress import Progress, Row
+from imgcls.training.weights import Model, about
 
 REPORTS_AN_EPOCH = 8
 CALM_S = 3600.0
@@ -44,11 +45,10 @@ class Commits:
     costs_s: list[float] = field(default_factory=list)
     """Of the run's checkpoints, as far as this attempt knows."""
     _last_s: float = field(default_factory=time.perf_counter)
-    _asked: bool = False
     _said_over_budget: bool = False
 
     def asks(self, trained_s: float) -> bool:
-        """Whether rank 0 asks for one now, once, where no number of steps is given.
+        """Whether rank 0 asks for one now, where no number of steps is given.
 
         The interval by which checkpoints, and what a failure loses without them, cost the least in sum, to first order:
         J. W. Young, CACM 17 (1974), 530.
@@ -57,9 +57,7 @@ class Commits:
         # Two: to a bucket, a checkpoint that comes too soon waits for the upload of the one before.
         cost_s = max(self.costs_s[-2:], default=FIRST_COST_S)
         is_due = time.perf_counter() - self._last_s > math.sqrt(2 * cost_s * between_failures_s)
-        asks = is_due and not self._asked and self.options.checkpoint_every_n_steps is None
-        self._asked |= asks
-        return asks
+        return is_due and self.options.checkpoint_every_n_steps is None
 
     def commit(self, trainer: pl.Trainer, history: History, *, at_once: bool) -> None:
         """Everything up to this step is in the store, or on its way there; in the middle of an epoch too.
@@ -80,7 +78,7 @@ class Commits:
             self.store.wait()
         if trainer.is_global_zero:
             self._prune()
-        self.gone_on_from, self._asked, self._last_s = None, False, time.perf_counter()
+        self.gone_on_from, self._last_s = None, time.perf_counter()
         self.costs_s.append(self._last_s - began_s)
 
     def _prune(self) -> None:
@@ -100,8 +98,8 @@ class Recorder(Checkpoint):
     history: History
     commits: Commits
     files: RunFiles
-    about: dict[str, Any]
-    """Goes into every checkpoint."""
+    model: Model
+    """What it is of goes into every checkpoint."""
     data: ImageData
     module: Classifier
     run_log: RunLog
@@ -137,7 +135,7 @@ class Recorder(Checkpoint):
         self.files.write(self.history)  # cut back to where it goes on
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.about)
+        checkpoint.update(about(self.model))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning begins no epoch again in whose middle it goes on.
@@ -153,8 +151,11 @@ class Recorder(Checkpoint):
 
     # Each hook writes and reports: while it does so this rank is not busy, but waits.
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        flags = self.module.flags
         with self.module.world.heartbeat.waiting():
-            self.module.flags.asks_for_checkpoint = trainer.is_global_zero and self.commits.asks(self.clock.seconds["fit"])
+            # Once: a checkpoint that was asked for in the step before is made after this one.
+            may_ask = trainer.is_global_zero and not flags.asks_for_checkpoint
+            flags.asks_for_checkpoint = may_ask and self.commits.asks(self.clock.seconds["fit"])
             if self.commits.gone_on_from == trainer.global_step:
                 self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 

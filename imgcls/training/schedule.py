@@ -5,7 +5,7 @@ from typing import assert_never
 from imgcls.recipe import Constant, OneCycle
 
 
-def lr_factor(schedule: Constant | OneCycle, *, step: int, total_steps: int) -> float:
+def lr_factor(schedule: Constant | OneCycle, step: int, *, total_steps: int) -> float:
     """The factor at which step `step` of 0 .. total_steps - 1 is taken."""
     match schedule:
         case Constant():

@@ -26,6 +26,7 @@ FORMAT = 1
 class Model:
     """What a model file holds: enough to predict, and to know where it comes from."""
 
+    url: str
     recipe: Recipe
     class_names: tuple[str, ...]
     weights: dict[str, Tensor]
@@ -52,18 +53,16 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest_of(facts)
 
 
-def save_model(model: Model, url: str) -> str:
-    """`model` lies at `url` and was read back; returns the file's SHA-256."""
-    content = about(model.recipe, model.class_names, model.lineage, synthetic=model.synthetic)
+def save_model(model: Model) -> str:
+    """`model` lies at its URL and was read back; returns the file's SHA-256."""
+    content = about(model)
     content["weights"] = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}
-    content["weights_sha256"] = model.weights_sha256
-    content["about_sha256"] = _about_sha256(content)
-    file = io.BytesIO()
-    torch.save(content, file)
+    content |= _digests(content)
+    torch.save(content, file := io.BytesIO())
     data = file.getvalue()
-    storage.write_bytes(url, data)
+    storage.write_bytes(model.url, data)
     digest = storage.sha256(data)
-    storage.read_checked(url, num_bytes=len(data), digest=digest)
+    storage.read_checked(model.url, num_bytes=len(data), digest=digest)
     return digest
 
 
@@ -73,10 +72,7 @@ def load_model(url: str) -> Model:
     data = storage.read_bytes(url, num_bytes=0 if storage.is_local(url) else storage.num_bytes_of(url))
     content = load_tensors(data, where=url)
     model = model_of(content, content.get("weights"), where=url)
-    digests = [
-        (model.weights_sha256, content.get("weights_sha256"), "it"),
-        (_about_sha256(content), content.get("about_sha256"), "it"),
-    ]
+    digests = [(actual, content.get(name), "it") for name, actual in _digests(content).items()]
     result = RunFolder(url.rpartition("/")[0]).result()
     if result is not None and result.model_sha256:
         digests.append((storage.sha256(data), result.model_sha256, f"the {RunFolder.RESULT} beside it"))
@@ -86,22 +82,24 @@ def load_model(url: str) -> Model:
     return model
 
 
-def _about_sha256(content: dict[str, Any]) -> str:
+def _digests(content: dict[str, Any]) -> dict[str, str]:
+    """Of a model file's content, as it holds them."""
     pixels = [storage.sha256(one.numpy().tobytes()) for one in content["lineage_pixels"]]
-    return digest_of([content["about"], pixels])
+    about_sha256 = digest_of([content["about"], pixels])
+    return {"weights_sha256": weights_sha256(content["weights"]), "about_sha256": about_sha256}
 
 
-def about(recipe: Recipe, class_names: tuple[str, ...], lineage: tuple[Seen, ...], *, synthetic: bool) -> dict[str, Any]:
+def about(model: Model) -> dict[str, Any]:
     """All of a model but its weights: what a model file and every checkpoint carry."""
     facts = {
         "format": FORMAT,
-        "recipe": recipe.to_json(),
-        "class_names": list(class_names),
-        "preprocessing": preprocessing(recipe),
-        "synthetic": synthetic,
-        "lineage": [seen.entry.model_dump() for seen in lineage],
+        "recipe": model.recipe.to_json(),
+        "class_names": list(model.class_names),
+        "preprocessing": preprocessing(model.recipe),
+        "synthetic": model.synthetic,
+        "lineage": [seen.entry.model_dump() for seen in model.lineage],
     }
-    pixels = [torch.from_numpy(seen.pixels.view(np.int64).copy()) for seen in lineage]
+    pixels = [torch.from_numpy(seen.pixels.view(np.int64).copy()) for seen in model.lineage]
     return {"about": json.dumps(facts), "lineage_pixels": pixels}
 
 
@@ -116,7 +114,7 @@ def model_of(content: dict[str, Any], weights: Any, *, where: str) -> Model:
             for entry, pixels in zip(facts["lineage"], content["lineage_pixels"], strict=True)
         )
         recipe = recipe_from_json(facts["recipe"], where=where)
-        return Model(recipe, tuple(facts["class_names"]), dict(weights), lineage, facts["synthetic"])
+        return Model(where, recipe, tuple(facts["class_names"]), dict(weights), lineage, facts["synthetic"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is not a model of this system: {error}") from None
 
@@ -171,13 +169,7 @@ def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-@dataclass(frozen=True, slots=True)
-class FoundModel:
-    url: str
-    model: Model
-
-
-def find_model(checkpoint: str) -> FoundModel:
+def find_model(checkpoint: str) -> Model:
     """The model that CHECKPOINT names: a run's folder, a committed checkpoint's folder, or a model file; a path or a URL.
 
     Raises CheckpointError where it names none, or its bytes are not those that were written.
@@ -185,7 +177,7 @@ def find_model(checkpoint: str) -> FoundModel:
     url = checkpoint.rstrip("/").removesuffix(f"/{CheckpointFolder.DATA}")
     if CheckpointFolder(url).marker() is not None:
         content = read_checkpoint(url)
-        return FoundModel(url, model_of(content, network_weights(content), where=url))
+        return model_of(content, network_weights(content), where=url)
     run = RunFolder(url)
     if storage.exists(run.model_url):
         url = run.model_url
@@ -196,18 +188,18 @@ def find_model(checkpoint: str) -> FoundModel:
     elif not storage.exists(url):
         raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or {run.MODEL}")
     try:
-        return FoundModel(url, load_model(url))
+        return load_model(url)
     except MissingError:
         raise CheckpointError(f"{checkpoint} is a folder without a {run.MODEL} or a committed checkpoint") from None
 
 
-def source_model(config: RunConfig, run: RunFolder) -> FoundModel:
+def source_model(config: RunConfig, run: RunFolder) -> Model:
     """The weights that this run starts from. Raises CheckpointError where they are not those that were named."""
     assert config.init is not None
     if config.source_run is not None:
         return find_model(run.suite.run(config.source_run).url)
     source = find_model(config.init.run)
-    if source.model.weights_sha256 != config.init.identity:
+    if source.weights_sha256 != config.init.identity:
         raise CheckpointError(
             f"{source.url} has other weights than when {config.name} was asked for\n"
             "  do: bring them back, or take another --id"

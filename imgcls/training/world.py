@@ -82,6 +82,13 @@ class World:
     started_s: float = field(default_factory=time.time)
     """When the run was asked for, seconds since 1970: what came before `fit` counts as the phase `start`."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """Of all ranks, in their order. Every rank calls it."""
+        values = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
 
 def lost_a_rank(error: Exception) -> bool:
     """A collective failed since another rank has gone: a consequence, and no error of this rank's own."""

@@ -20,7 +20,7 @@ from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.training import environment
 from imgcls.training.checkpoints import CheckpointStore
 from imgcls.training.evaluate import evaluated
-from imgcls.training.weights import FoundModel, find_model
+from imgcls.training.weights import Model, find_model
 from imgcls.training.world import World
 from tests.proof.measurement import check_commit, measure
 from tests.proof.records import BesidePublished, PublishedRecord
@@ -90,6 +90,6 @@ def _tested(folder: RunFolder, run: RunResult, table: np.ndarray, data_url: str)
     return best, of_last
 
 
-def _predictions(source: FoundModel, data_url: str) -> np.ndarray:
+def _predictions(source: Model, data_url: str) -> np.ndarray:
     with environment.threads(1):  # as a worker has
         return evaluated(source, data_url=data_url, split="test", world=World(accelerator="auto")).predicted

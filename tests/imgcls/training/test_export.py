@@ -69,7 +69,7 @@ def test_the_example_in_the_guide_answers_as_predict_does(trained: Path, as_onnx
     photo.getexif()[ExifTags.Base.Orientation] = 6
     photo.save(as_onnx.with_name("photo.jpg"), exif=photo.getexif())
     done = subprocess.run([sys.executable, "-c", example], cwd=as_onnx.parent, check=True, capture_output=True, text=True)
-    predictor = Predictor(find_model(str(trained)).model)
+    predictor = Predictor(find_model(str(trained)))
     (top,) = predictor.top([predictor.pixels(as_onnx.with_name("photo.jpg").read_bytes())], 1)
     assert done.stdout.strip() == top[0][0]
 
@@ -81,7 +81,7 @@ def test_an_exported_model_answers_alike_where_this_project_is_not(
     done = enter_command("export", trained, "--to", tmp_path / f"model.{ending}", "--data", packed)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC on 60 test images a logit differs" in done.stdout
-    predictor = Predictor(find_model(str(trained)).model)
+    predictor = Predictor(find_model(str(trained)))
     images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     words = [sys.executable, "-I", "-c", ELSEWHERE, f"model.{ending}"]

@@ -571,7 +571,7 @@ def test_what_is_no_checkpoint_is_named(small, tmp_path: Path):
 
 def test_predictions_are_the_evaluations(small, packed: Path):
     found = find_model(str(small[0]))
-    predictor, manifest = Predictor(found.model), read_manifest(str(packed / "cifar10"))
+    predictor, manifest = Predictor(found), read_manifest(str(packed / "cifar10"))
     shard = next(one for one in manifest.shards if one.split == "test")
     data = shards.fetch_shard(str(packed / "cifar10"), shard)
     images = list(shards.read_samples(shard, data))
