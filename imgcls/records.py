@@ -7,7 +7,7 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from imgcls import storage
 from imgcls.errors import DamagedError, DataError, RecipeError
@@ -17,9 +17,7 @@ from imgcls.search import Search
 Split = Literal["train", "val", "test"]
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class Record(BaseModel, extra="forbid", strict=True, frozen=True):
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Self:
         try:
@@ -321,10 +319,9 @@ class Lease(Record):
     """Nobody holds the run; the file stays, so that its number is not used again."""
 
 
-class SuiteRecord(Record):
+class SuiteRecord(Record, extra="ignore"):  # earlier versions said more
     """What the last command under an id said; which runs there are, their own folders say."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)  # earlier versions said more
     id: str
     data: str
     search: Search | None = None

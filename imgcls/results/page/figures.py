@@ -192,10 +192,9 @@ def _svg(figure: Figure, alternative: str) -> str:
     text = io.StringIO()
     with warnings.catch_warnings():  # letters stay text; the reader's browser draws them with its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     # HTML needs no XML head, and the page decides the width.
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     about = f'class="figure" role="img" aria-label="{escape(alternative)}"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: about, svg, count=1)
