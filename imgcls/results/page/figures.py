@@ -1,15 +1,12 @@
 """The page's figures, as SVG text that stands inside HTML."""
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
 from matplotlib import rc_context
