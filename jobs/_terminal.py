@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -59,12 +59,10 @@ class SuiteView:
         self.rows: dict[str, dict[str, Any]] = {run: {"state": "Ray starts"} for run in runs}
         self.sources = runs
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
+    def shown(self) -> AbstractContextManager[object]:
         console = self.lines.console
         live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
-        with live if console.is_terminal else nullcontext():
-            yield
+        return live if console.is_terminal else nullcontext()
 
     def already(self, run: str, status: "Status") -> None:
         self.rows[run]["state"] = f"{status.value} before"
@@ -90,8 +88,7 @@ class SuiteView:
         if progress["phase"] == "train":
             # Since then, not since the start: imports, cache and what an earlier attempt did do not count.
             self.rows[run].setdefault("since", (time.monotonic(), progress["step"]))
-        row = progress.get("row")
-        if row:
+        if row := progress.get("row"):
             left = _left(self.rows[run])
             self.lines.say(
                 f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train/loss']:.4f}  "
