@@ -4,10 +4,10 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.carry.suite`; read by whoever needs a fact that another process found.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from imgcls import storage
 from imgcls.errors import DamagedError, DataError, RecipeError
@@ -17,7 +17,9 @@ from imgcls.search import Search
 Split = Literal["train", "val", "test"]
 
 
-class Record(BaseModel, extra="forbid", strict=True, frozen=True):
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Self:
         try:
@@ -195,7 +197,6 @@ class Placement(Record):
     gpus_per_worker: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions(Strict):
     """How a run is carried out: flags of `train` and `suite` that change no bit of its result."""
 
