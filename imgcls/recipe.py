@@ -8,7 +8,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Literal, dataclass_transform, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -28,9 +28,7 @@ class Strict:
     """
 
     # Instances too, so that a recipe is the same value from Python and from JSON: 10 and 10.0 would have two digests.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, revalidate_instances="always"
-    )
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, revalidate_instances="always")
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)

@@ -31,9 +31,7 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
     estimated: by `compare.estimates`.
     """
     recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
-    names = [
-        runs[0].name if recipes.count(recipe) > 1 else recipe for recipe, (runs, _) in zip(recipes, estimated, strict=True)
-    ]
+    names = [runs[0].name if recipes.count(runs[0].recipe.name) > 1 else runs[0].recipe.name for runs, _ in estimated]
     places = range(len(estimated))
     figure, axes = _one(7.2, 0.6 + 0.42 * len(estimated), xlabel="test accuracy")
     ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
