@@ -241,8 +241,6 @@ def _explain(loc: tuple[int | str, ...], message: str) -> str:
 
 def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
     """Fields of the part in which a location ends, by the types of Recipe."""
-    known: Any = Recipe
-    if len(loc) > 1:
-        part = get_type_hints(Recipe)[str(loc[0])]
-        known = next((kind for kind in get_args(part) if fields(kind)[0].default == loc[1]), part)
+    part = get_type_hints(Recipe).get(str(loc[0]), Recipe)
+    known = next((kind for kind in get_args(part) if fields(kind)[0].default == loc[1]), part)
     return [field.name for field in fields(known)]
