@@ -126,11 +126,8 @@ def _tail(q: float, share: float, df: int) -> float:
     """The probability of an error of more than `q` scales, at least 0, by both distributions, mixed. Student's: Abramowitz
     and Stegun 26.7.1.
     """
-    normal = NormalDist().cdf(-q)
-    if not df:
-        return normal
-    students = float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2
-    return share * students + (1 - share) * normal
+    students = float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2 if share else 0.0
+    return share * students + (1 - share) * NormalDist().cdf(-q)
 
 
 @lru_cache(100_000)
