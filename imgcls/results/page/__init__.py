@@ -74,10 +74,8 @@ def render_search(results: SuiteResults, histories: dict[str, bytes], timings: d
     shown = [trial for trial in trials if trial["rows"]]
     return TEMPLATES.get_template("search.html").render(
         results=results,
-        begun=len(shown),
         command=best and compare.command_of_best(results),
         counts=Counter(run.status for run in results.runs),
-        fields=sorted(search.space),
         trials=trials,
         curves=figures.trials(shown, search.metric) if shown else "",
         progress=figures.best_so_far(shown, search) if shown else "",
