@@ -177,8 +177,7 @@ class RunFolder(Folder):
         self.finish(RunResult.of(config, status="stopped", error=reason))
 
     def forget_failure(self) -> None:
-        result = self.result()
-        if result is not None and result.status == "failed":
+        if (result := self.result()) and result.status == "failed":
             storage.delete(self.result_url)
 
     def history(self, result: RunResult) -> bytes | None:
