@@ -9,8 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from imgcls import records, storage
 from imgcls.disk import shared_lock
 from imgcls.errors import ImgclsError
@@ -125,10 +123,9 @@ def _newest(rates: Iterable[Rate]) -> tuple[Rate, ...]:
     return tuple({rate.key: rate for rate in guesses_first}.values())
 
 
-class _Recorded(Record):
+class _Recorded(Record, extra="ignore"):
     """What a record of a suite has for rates."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
     runs: tuple[RunResult, ...]
 
 

@@ -4,7 +4,7 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.carry.suite`; read by whoever needs a fact that another process found.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -197,7 +197,6 @@ class Placement(Record):
     gpus_per_worker: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions(Strict):
     """How a run is carried out: flags of `train` and `suite` that change no bit of its result."""
 
@@ -321,10 +320,9 @@ class Lease(Record):
     """Nobody holds the run; the file stays, so that its number is not used again."""
 
 
-class SuiteRecord(Record):
+class SuiteRecord(Record, extra="ignore"):  # earlier versions said more
     """What the last command under an id said; which runs there are, their own folders say."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)  # earlier versions said more
     id: str
     data: str
     search: Search | None = None

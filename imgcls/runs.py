@@ -103,20 +103,19 @@ class RunState:
     """The command that holds the run's lease."""
 
 
-class Place:
-    """The URL of what has this name in a folder."""
+class Place(str):
+    """A name in a folder; asked of the folder, it is the URL of what has that name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, folder: Any, kind: type) -> str:
-        return storage.join(folder.url, self.name)
+    def __get__(self, folder: "Folder", kind: type) -> str:
+        return storage.join(folder.url, self)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointFolder:
+@dataclass(frozen=True)
+class Folder:
     url: str
 
+
+class CheckpointFolder(Folder):
     DATA = "checkpoint.ckpt"
     data_url = Place(DATA)
     _marker_url = Place("committed.json")
@@ -133,10 +132,7 @@ class CheckpointFolder:
         storage.delete(self.url)
 
 
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    url: str
-
+class RunFolder(Folder):
     CONFIG, RESULT, MODEL = "config.json", "result.json", "model.pt"
     EVENTS = "events.out.tfevents."
     config_url = Place(CONFIG)
@@ -181,8 +177,7 @@ class RunFolder:
         self.finish(RunResult.of(config, status="stopped", error=reason))
 
     def forget_failure(self) -> None:
-        result = self.result()
-        if result is not None and result.status == "failed":
+        if (result := self.result()) and result.status == "failed":
             storage.delete(self.result_url)
 
     def history(self, result: RunResult) -> bytes | None:
@@ -259,8 +254,7 @@ class RunFolder:
 
     def newest_lease(self) -> tuple[int, Lease] | None:
         for number in reversed(self.numbers("leases")):
-            lease = records.read_if_there(Lease, self.lease_url(number))
-            if lease is not None:
+            if lease := records.read_if_there(Lease, self.lease_url(number)):
                 return number, lease
         return None
 
@@ -270,10 +264,7 @@ class RunFolder:
         return newest[1].command if newest and not newest[1].released else None
 
 
-@dataclass(frozen=True, slots=True)
-class SuiteFolder:
-    url: str
-
+class SuiteFolder(Folder):
     page_url = Place("report.html")
     recipe_url = Place("recipe.json")
     record_url = Place("suite.json")
@@ -349,23 +340,21 @@ class SuiteFolder:
         """
         if not work and (before := records.read_if_there(SuiteResults, self.results_url)):
             work = before.model_dump(include=set(WORK))
-        results = self.results(**work)
-        while True:
+        written, results = None, self.results(**work)
+        while results != written:
             records.write(results, self.results_url)
             storage.write_bytes(self.page_url, self.page(results).encode())
             if results.search is not None and results.best is not None:
                 recipe = replace(results.best.recipe, name=results.search.recipe.name).to_json()
                 storage.write_bytes(self.recipe_url, json.dumps({"recipe": recipe}, indent=1).encode())
             written, results = results, self.results(**work)
-            if results == written:
-                return results
+        return results
 
 
 def held_up(sources: Mapping[str, str | None], by: set[str]) -> dict[str, str]:
     """Runs that wait, near or far, for a run in `by`, with that run."""
     waiting = {}
-    for run in sources:
-        source = sources[run]
+    for run, source in sources.items():
         while source is not None and source not in by:
             source = sources.get(source)
         if source is not None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,7 +11,6 @@ from imgcls.errors import RecipeError
 from imgcls.recipe import AdamW, Count, Recipe, Strict, derive, leaves
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Range(Strict):
     kind: Literal["uniform", "log-uniform"]
     low: float
@@ -34,7 +32,6 @@ class Range(Strict):
         return math.log(value / self.low) / math.log(self.high / self.low) if value else math.nan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Choice(Strict):
     kind: Literal["choice"] = "choice"
     values: Annotated[tuple[int | float | str | bool | None, ...], Field(min_length=1)]
@@ -53,7 +50,6 @@ FIXED = ("name", "dataset", "init", "length", "validation", "train_fraction")
 """Parts of a recipe that all trials of a search share."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Search(Strict):
     recipe: Recipe
     """What the trials are changes of; its length is theirs."""

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,21 +33,19 @@ class Lines:
 @contextmanager
 def bar(lines: Lines, what: str) -> Iterator[Any]:
     """A function (done, total) that shows how far `what` is: a bar on a terminal, else a line every ten seconds."""
-    if lines.console.is_terminal:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=lines.console, transient=True) as progress:
-            task = progress.add_task(f"{lines.mark}{what}")
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
+    on_terminal, last = lines.console.is_terminal, time.monotonic()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=lines.console, transient=True, disable=not on_terminal) as progress:
+        task = progress.add_task(f"{lines.mark}{what}")
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            lines.say(f"{what}: {done:,} of {total:,}")
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            progress.update(task, completed=done, total=total)
+            if not on_terminal and time.monotonic() - last > 10:
+                last = time.monotonic()
+                lines.say(f"{what}: {done:,} of {total:,}")
 
-    yield tell
+        yield tell
 
 
 class SuiteView:
@@ -59,12 +57,9 @@ class SuiteView:
         self.rows: dict[str, dict[str, Any]] = {run: {"state": "Ray starts"} for run in runs}
         self.sources = runs
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        console = self.lines.console
-        live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
-        with live if console.is_terminal else nullcontext():
-            yield
+    def shown(self) -> Live:
+        """Inside it. What is no terminal is shown nothing: a live view that is transient leaves no trace there."""
+        return Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True)
 
     def already(self, run: str, status: "Status") -> None:
         self.rows[run]["state"] = f"{status.value} before"
@@ -90,8 +85,7 @@ class SuiteView:
         if progress["phase"] == "train":
             # Since then, not since the start: imports, cache and what an earlier attempt did do not count.
             self.rows[run].setdefault("since", (time.monotonic(), progress["step"]))
-        row = progress.get("row")
-        if row:
+        if row := progress.get("row"):
             left = _left(self.rows[run])
             self.lines.say(
                 f"{run}: epoch {row['epoch']}/{progress['epochs']}  train/loss {row['train/loss']:.4f}  "

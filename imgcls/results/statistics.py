@@ -113,10 +113,8 @@ def _error(values: NDArray, *, least: float = 0.0) -> _Error:
     """
     seeds, images = values.shape
     mean, by_image, by_seed = values.mean(), values.mean(axis=0), values.mean(axis=1)
-    of_seeds, rest = 0.0, 0.0
-    if seeds > 1:
-        of_seeds = float(by_seed.var(ddof=1)) / seeds
-        rest = float(((values - by_image - by_seed[:, None] + mean) ** 2).sum()) / ((seeds - 1) * images)
+    of_seeds = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    rest = float(((values - by_image - by_seed[:, None] + mean) ** 2).sum()) / (max(1, seeds - 1) * images)
     of_images = max(0.0, float(by_image.var()) - rest / seeds) / images
     total, bound = of_seeds + of_images + least**2 * seeds, math.sqrt(float(values.var()) / values.size / 3)
     error = _Error(math.sqrt(total), of_seeds / total if total else 0.0, seeds - 1)
@@ -128,11 +126,8 @@ def _tail(q: float, share: float, df: int) -> float:
     """The probability of an error of more than `q` scales, at least 0, by both distributions, mixed. Student's: Abramowitz
     and Stegun 26.7.1.
     """
-    normal = NormalDist().cdf(-q)
-    if not df:
-        return normal
-    students = float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2
-    return share * students + (1 - share) * normal
+    students = float(betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)) / 2 if share else 0.0
+    return share * students + (1 - share) * NormalDist().cdf(-q)
 
 
 @lru_cache(100_000)

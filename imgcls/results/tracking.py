@@ -7,6 +7,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from imgcls.errors import RecipeError, StorageError
+from imgcls.recipe import leaves
 from imgcls.records import RunResult, SuiteResults
 from imgcls.training.history import METRICS, read_csv
 
@@ -65,8 +66,7 @@ def _log(client: "MlflowClient", experiment_id: str, run: RunResult, rows: Rows,
     run_id, done = tracked.info.run_id, int(tracked.data.tags.get(EPOCHS, 0))
     if not tracked.data.params:
         facts = {"seed": run.seed, "data_digest": run.data_digest, "synthetic": run.synthetic}
-        for name, part in run.recipe.to_json().items():
-            facts |= {f"{name}.{leaf}": value for leaf, value in part.items()} if isinstance(part, dict) else {name: part}
+        facts |= leaves(run.recipe.to_json())
         client.log_batch(run_id, params=[Param(name, str(value)) for name, value in facts.items()])
     for row, at_ms in [*zip(rows, ended_ms, strict=False)][done:]:
         metrics = [Metric(name, row[name], at_ms, int(row["step"])) for name in METRICS]

@@ -17,29 +17,29 @@ from imgcls.results.page import figures
 from imgcls.runs import SuiteFolder
 from imgcls.training.history import read_csv
 
+TEMPLATES = Environment(
+    loader=PackageLoader(__name__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
 
 @figures.styled
 def render(
     results: SuiteResults, histories: dict[str, bytes], predictions: dict[str, bytes], audits: dict[str, list[str]]
 ) -> str:
     """histories, predictions: of each run that has them, as `RunFolder` reads them. audits: what each found, by run."""
-    done, tables = results.finished, compare.read_predictions(predictions)
+    tables = compare.read_predictions(predictions)
     estimated = compare.estimates(results, tables)
     published = {run.recipe.name: figure for run in results.runs if (figure := compare.published_beside(run))}
-    return _drawn(
-        "suite.html",
+    return TEMPLATES.get_template("suite.html").render(
         results=results,
         answers=compare.answers(results, tables),
         published=published,
         intervals={run.name: estimate for runs, estimate in estimated for run in runs},
-        statuses={run.name: run.status for run in results.runs},
-        accuracy_figure=figures.accuracies(estimated, published) if done else "",
+        accuracy_figure=figures.accuracies(estimated, published) if results.finished else "",
         labels_figure=figures.labels(estimated, compare.transfers(results.runs)),
         sections=[_section([*group.values()], histories, tables) for group in compare.groups(results)],
-        done=done,
-        problems=[run for run in results.runs if run.status != "finished"],
         audits=audits,
-        commands={run.name: _command(results, run) for run in done},
+        commands={run.name: _command(results, run) for run in results.finished},
     )
 
 
@@ -67,36 +67,20 @@ def render_search(results: SuiteResults, histories: dict[str, bytes], timings: d
     for run in results.runs:
         rows = read_csv(histories.get(run.name, b""))
         kept = min(rows, key=lambda row: row["val/loss"], default=None)
-        value = kept and kept[search.metric]
         values = leaves(asdict(run.recipe))
         fields = [values.get(path) for path in sorted(search.space)]
-        facts = {"name": run.name, "status": run.status, "error": run.error, "epochs": len(rows), "rows": rows}
-        trials.append(facts | {"value": value, "fields": fields, "timing": read_csv(timings.get(run.name, b""))})
-    shown = [trial for trial in trials if trial["epochs"]]
-    name = best and best.name
-    return _drawn(
-        "search.html",
+        trial = {"run": run, "best": run is best, "value": kept and kept[search.metric], "fields": fields}
+        trials.append(trial | {"rows": rows, "timing": read_csv(timings.get(run.name, b""))})
+    shown = [trial for trial in trials if trial["rows"]]
+    return TEMPLATES.get_template("search.html").render(
         results=results,
-        search=search,
-        best=best,
-        best_value=next((trial["value"] for trial in trials if trial["name"] == name), None),
-        begun=len(shown),
         command=best and compare.command_of_best(results),
         counts=Counter(run.status for run in results.runs),
-        fields=sorted(search.space),
         trials=trials,
-        curves=figures.trials(shown, search.metric, best=name) if shown else "",
+        curves=figures.trials(shown, search.metric) if shown else "",
         progress=figures.best_so_far(shown, search) if shown else "",
-        parallel=figures.parallel(shown, search, best=name) if shown else "",
+        parallel=figures.parallel(shown, search) if shown else "",
     )
-
-
-def _drawn(template: str, *, results: SuiteResults, **values: Any) -> str:
-    loader = PackageLoader("imgcls.results.page", "")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(results=results, **values)
 
 
 def _command(results: SuiteResults, run: RunResult) -> str:

@@ -1,15 +1,12 @@
 """The page's figures, as SVG text that stands inside HTML."""
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
 from matplotlib import rc_context
@@ -34,9 +31,7 @@ def accuracies(estimated: Sequence[tuple[list[RunResult], Estimate]], published:
     estimated: by `compare.estimates`.
     """
     recipes, intervals = [runs[0].recipe.name for runs, _ in estimated], [estimate for _, estimate in estimated]
-    names = [
-        runs[0].name if recipes.count(recipe) > 1 else recipe for recipe, (runs, _) in zip(recipes, estimated, strict=True)
-    ]
+    names = [runs[0].name if recipes.count(runs[0].recipe.name) > 1 else runs[0].recipe.name for runs, _ in estimated]
     places = range(len(estimated))
     figure, axes = _one(7.2, 0.6 + 0.42 * len(estimated), xlabel="test accuracy")
     ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
@@ -78,20 +73,20 @@ def labels(estimated: Sequence[tuple[list[RunResult], Estimate]], pairs: Mapping
     return _svg(figure, "test accuracy against the number of labels, from scratch and transferred, with 95% intervals")
 
 
-def trials(trials: Sequence[Mapping[str, Any]], metric: str, *, best: str | None) -> str:
+def trials(trials: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The metric of each trial of a search over epochs. trials: as `page.render_search` makes them."""
     figure, axes = _one(6.4, 2.8, xlabel="epoch", ylabel=metric)
-    for trial, style in _styled(trials, best):
+    for trial, style in _styled(trials):
         axes.plot([row["epoch"] for row in trial["rows"]], [row[metric] for row in trial["rows"]], "o-", **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure, f"{metric} of each trial by epoch; the table below has the figures")
 
 
-def _styled(trials: Sequence[Mapping[str, Any]], best: str | None) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
+def _styled(trials: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
     """The best one last, so that its line lies above the others."""
     styles = {False: {"color": INK, "linewidth": 0.7}, True: {"color": FIRST, "linewidth": 2}}
-    ordered = sorted(trials, key=lambda one: one["name"] == best)
-    return [(trial, styles[trial["name"] == best] | {"markersize": 3}) for trial in ordered]
+    ordered = sorted(trials, key=lambda trial: trial["best"])
+    return [(trial, styles[trial["best"]] | {"markersize": 3}) for trial in ordered]
 
 
 def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
@@ -107,11 +102,11 @@ def best_so_far(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     return _svg(figure, f"best {search.metric} so far against seconds; it ends at {best[-1]:.4f}")
 
 
-def parallel(trials: Sequence[Mapping[str, Any]], search: Search, *, best: str | None) -> str:
+def parallel(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     """Each trial as a line through the places of its values in the search space, to its metric."""
     paths, values = sorted(search.space), [trial["value"] for trial in trials]
     figure, axes = _one(7.2, 3.2)
-    for trial, style in _styled(trials, best):
+    for trial, style in _styled(trials):
         share = (trial["value"] - min(values)) / max(1e-9, max(values) - min(values))
         places = [search.space[path].place(value) for path, value in zip(paths, trial["fields"], strict=True)]
         axes.plot([*places, share], "o-", **style)
@@ -192,10 +187,9 @@ def _svg(figure: Figure, alternative: str) -> str:
     text = io.StringIO()
     with warnings.catch_warnings():  # letters stay text; the reader's browser draws them with its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     # HTML needs no XML head, and the page decides the width.
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     about = f'class="figure" role="img" aria-label="{escape(alternative)}"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: about, svg, count=1)
