@@ -8,7 +8,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -20,20 +20,15 @@ Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
 class Strict:
-    """A class of this base is a frozen dataclass with keywords only.
+    """Fields are checked strictly where a value comes in from outside (flags, `--set`, TOML, JSON)."""
 
-    Its fields are checked strictly where a value comes in from outside (flags, `--set`, TOML, JSON).
-    """
-
+    __slots__ = ()
     # Instances too, so that a recipe is the same value from Python and from JSON: 10 and 10.0 would have two digests.
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, revalidate_instances="always")
 
-    def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, kw_only=True)(cls)
 
-
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Input(Strict):
     px: Count
     """Side of the network's square input, pixels."""
@@ -47,21 +42,25 @@ class Input(Strict):
     RGB, compute exactly what it computed (see `imgcls.models.resnet18.transferred`)."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BasicCNN(Strict):
     kind: Literal["basic-cnn"] = "basic-cnn"
     dropout: Probability = 0.3
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResNet18(Strict):
     kind: Literal["resnet18"] = "resnet18"
     dropout: Probability = 0.0
     """Before the classifier."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scratch(Strict):
     kind: Literal["scratch"] = "scratch"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FromRun(Strict):
     """Weights of the best checkpoint of the source recipe's run with the same seed, under the same id."""
 
@@ -69,6 +68,7 @@ class FromRun(Strict):
     recipe: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Augment(Strict):
     """How a training sample is changed; every number is drawn from (seed, epoch, sample), see `data.augment`."""
 
@@ -86,21 +86,25 @@ class Augment(Strict):
     """Turns of the colour circle, drawn from plus or minus this."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Adam(Strict):
     kind: Literal["adam"] = "adam"
     lr: Annotated[float, Field(gt=0)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW(Strict):
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Amount = 0.01
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Constant(Strict):
     kind: Literal["constant"] = "constant"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OneCycle(Strict):
     """Linear from 0 to the optimizer's rate over `warmup`, then linear to 0 at the last planned step."""
 
@@ -109,6 +113,7 @@ class OneCycle(Strict):
     """Fraction of all planned steps."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Length(Strict):
     epochs: Count
     """At most this many."""
@@ -116,6 +121,7 @@ class Length(Strict):
     """Stop after this many epochs without a lower val/loss; None never stops early."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cut(Strict):
     """Validation where the data set brings none beside its test set: cut from the training split, stratified."""
 
@@ -123,6 +129,7 @@ class Cut(Strict):
     seed: int = 42
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     dataset: Annotated[str, Field(pattern=r"^[^/.][^/]*$")]

@@ -4,7 +4,7 @@ Strict and closed: a field that is missing, unknown or of another type is an err
 `data.shards`, `training.fit` and `cluster.carry.suite`; read by whoever needs a fact that another process found.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -197,6 +197,7 @@ class Placement(Record):
     gpus_per_worker: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions(Strict):
     """How a run is carried out: flags of `train` and `suite` that change no bit of its result."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from imgcls.errors import RecipeError
 from imgcls.recipe import AdamW, Count, Recipe, Strict, derive, leaves
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Range(Strict):
     kind: Literal["uniform", "log-uniform"]
     low: float
@@ -32,6 +34,7 @@ class Range(Strict):
         return math.log(value / self.low) / math.log(self.high / self.low) if value else math.nan
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Choice(Strict):
     kind: Literal["choice"] = "choice"
     values: Annotated[tuple[int | float | str | bool | None, ...], Field(min_length=1)]
@@ -50,6 +53,7 @@ FIXED = ("name", "dataset", "init", "length", "validation", "train_fraction")
 """Parts of a recipe that all trials of a search share."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Search(Strict):
     recipe: Recipe
     """What the trials are changes of; its length is theirs."""

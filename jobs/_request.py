@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +28,7 @@ NO_NAME = r'/\:*?"<>|[]{}%#'
 """What URLs, patterns and file systems read as more than a letter."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Flags(Strict):
     catalogue: str = "quick"
     """quick, paper, tuned or transfer."""
@@ -46,7 +47,7 @@ class Flags(Strict):
     num_seeds: tyro.conf.Suppress[Annotated[int, Field(ge=1)]] = 1
     init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Start from these weights: a run's folder, a checkpoint or a model file."""
-    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions()
+    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions()  # noqa: RUF009
     retry_failed: bool = False
     """Try runs again that failed."""
     dry_run: bool = False

@@ -59,7 +59,9 @@ class SuiteView:
 
     def shown(self) -> Live:
         """Inside it. What is no terminal is shown nothing: a live view that is transient leaves no trace there."""
-        return Live(get_renderable=self._table, console=self.lines.console, refresh_per_second=2, transient=True)
+        console = self.lines.console
+        refresh = {"refresh_per_second": 2, "auto_refresh": console.is_terminal}
+        return Live(get_renderable=self._table, console=console, transient=True, **refresh)
 
     def already(self, run: str, status: "Status") -> None:
         self.rows[run]["state"] = f"{status.value} before"
