@@ -328,6 +328,13 @@ def test_a_run_that_fails_often_makes_checkpoints_in_mid_epoch_by_itself_and_the
 
 
 @pytest.mark.parametrize("model", ["basic-cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_a_run_in_bf16_ends_with_the_same_bits_each_time(packed: Path, tmp_path: Path, model: str):
+    changes = {"precision": "bf16", "model": {"kind": model, "dropout": 0.3}, "input.px": 17, "length.epochs": 1}
+    recipe = derive(SMALL, changes)
+    assert len({run(recipe, packed, tmp_path / str(i)).weights_sha256 for i in range(3)}) == 1
+
+
+@pytest.mark.parametrize("model", ["basic-cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_the_average_of_the_weights_is_what_is_kept_and_tested_and_outlives_a_kill_in_mid_epoch(
     small, packed: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ):
