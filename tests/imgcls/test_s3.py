@@ -328,6 +328,7 @@ def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, sile
         storage.check_places(reads=["s3://runs/x"])
 
 
+@pytest.mark.slow
 def test_a_place_where_one_request_in_five_stalls_is_not_refused(url: str, proxied: Proxy):
     proxied.faults, proxied.fail, proxied.most = ("stall",), 0.2, None
     for _ in range(3):

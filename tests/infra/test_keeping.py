@@ -48,6 +48,7 @@ def vm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Vm]:
                 os.kill(one, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_is_shut_down_when_its_file_is_old_and_not_before(vm: Vm):
     vm.start(RAY_HEAD_IP="10.0.0.1")
     for _ in range(36):  # 7.2 s

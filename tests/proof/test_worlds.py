@@ -54,7 +54,8 @@ def test_an_elastic_run_begins_with_four_goes_on_with_one_and_ends_with_two(
     proved("elastic numerics, without Ray", "4, then 1, then 2 workers, killed in mid-epoch")
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ddp_ranks_killed_in_mid_epoch_end_with_the_bits_of_those_that_were_not(
     world_size: int, full: bool, packed: Path, tmp_path: Path, proved
 ):

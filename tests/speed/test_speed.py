@@ -72,6 +72,7 @@ def assert_every_image_comes_once(given: prepared.Prepared, contenders: tuple[Co
             assert theirs == pixels_of(ALWAYS[0], given), one.name
 
 
+@pytest.mark.slow
 def test_every_loader_gives_every_image_once(noise: Path, tmp_path: Path):
     given = prepared.prepare(paper.BASIC_CNN, str(noise), tmp_path, num_train=140, num_test=20)
     assert_every_image_comes_once(given, (*ALWAYS, *data.OURS))

@@ -125,6 +125,7 @@ def test_the_time_of_a_source_is_charged_to_what_starts_from_it():
     assert "finetuned 0.2 (without a source that is not here)" in answer.detail
 
 
+@pytest.mark.slow
 def test_transfer_is_asked_for_at_each_number_of_labels_and_has_a_figure():
     labels = {0.01: 450, 0.1: 4500, 1.0: 45000}
     runs = [
