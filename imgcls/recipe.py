@@ -164,9 +164,6 @@ class Recipe(Strict):
             raise ValueError(f"virtual_ranks is {self.virtual_ranks}: a power of two, as 2, 4 or 8")
         if isinstance(self.model, BasicCNN) and self.input.px < 8:
             raise ValueError(f"basic-cnn halves its input three times: input.px is {self.input.px}, 8 is the least")
-        # A gradient of oneDNN's (torch 2.14, CPU) for a strided convolution of single pixels has other bits each time.
-        if isinstance(self.model, ResNet18) and self.precision == "bf16" and self.input.px <= 16:
-            raise ValueError(f"resnet18 in bf16 is repeatable from 17 px on: input.px is {self.input.px}")
 
     def to_json(self) -> dict[str, Any]:
         """Without a field that is newer than recipes on record and has the value that stood for it then."""

@@ -154,7 +154,9 @@ def _check_checkout(command: str, *, committed: bool = False) -> None:
     """
     try:
         from tests.proof.measurement import check_commit
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("tests"):
+            raise
         raise DataError(
             f"{command} needs a checkout: what it runs stands beside the tests\n"
             "  do: the same command in the checkout's folder, or with PYTHONPATH naming it"

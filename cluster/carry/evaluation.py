@@ -78,9 +78,9 @@ def _under_ray(work: partial[Scores], places: list[str], options: RunOptions) ->
 
 def _work(checkpoint: str, *, data_url: str, split: Split, verbose: bool, placement: Placement, command: str) -> Scores:
     """Of one worker. The workers of a command check a node's cache once."""
+    silence_libraries(verbose)
     from imgcls.training.evaluate import evaluate
     from imgcls.training.weights import find_model
 
-    silence_libraries(verbose)
     world = world_of(placement, command=command)
     return evaluate(find_model(checkpoint), data_url=data_url, split=split, world=world)

@@ -79,6 +79,7 @@ def make_plan(request: Request) -> Plan:
     for dataset, url in urls.items():
         check_shards(url, manifests[dataset])
     for recipe in recipes:
+        _check_repeatable(recipe)
         splits = split_ids(recipe, manifests[recipe.dataset])
         check_parts(recipe, len(splits.train), world_size=request.options.num_workers)
         notes += filter(None, [fraction_note(recipe, splits)])
@@ -132,6 +133,15 @@ def _catalogued(catalogue: str, name: str, *, needed_by: str) -> Recipe:
             f"({', '.join(by_name)})\n  do: name a source with --init-from CHECKPOINT, or --set init.recipe="
         )
     return by_name[name]
+
+
+def _check_repeatable(recipe: Recipe) -> None:
+    """A gradient of oneDNN's (torch 2.14, CPU) for a strided convolution of single pixels has other bits each time."""
+    if recipe.model.kind == "resnet18" and recipe.precision == "bf16" and recipe.input.px <= 16:
+        raise RecipeError(
+            f"recipe {recipe.name}: resnet18 in bf16 is repeatable from 17 px on, input.px is {recipe.input.px}\n"
+            "  do: a larger --set input.px=, or --set precision=fp32"
+        )
 
 
 def _sources_first(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -219,6 +219,8 @@ def silence_libraries(verbose: bool) -> None:
         return
     import warnings
 
+    import lightning.pytorch  # noqa: F401 - it sets a level of its own
+
     warnings.filterwarnings("ignore")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -231,7 +231,8 @@ def _all_reduced(questions: Questions, nodes: Mapping[str, Any]) -> AllReduce | 
     import ray
 
     at_least = max(2, len(nodes))
-    count = min(questions.num_workers or at_least, max(at_least, int(ray.cluster_resources().get("CPU", 0))))
+    wanted = at_least if questions.num_workers is None else questions.num_workers
+    count = min(wanted, max(at_least, int(ray.cluster_resources().get("CPU", 0))))
     if count < 2:
         return None
     gpus, ids = questions.gpus_per_worker or 0, list(nodes)

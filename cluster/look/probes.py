@@ -178,8 +178,9 @@ def _if_closed(name: str, address: str) -> str:
 
 
 def _status_without_token(dashboard: str) -> int | None:
-    with suppress(OSError):  # of which requests' own are; no proxy is asked
-        return requests.get(f"http://{dashboard}/api/version", timeout=CONNECT_S, proxies={"http": ""}).status_code
+    with suppress(OSError), requests.Session() as bare:  # requests' own errors are of this kind
+        bare.trust_env = False  # no proxy, and nothing out of .netrc
+        return bare.get(f"http://{dashboard}/api/version", timeout=CONNECT_S, allow_redirects=False).status_code
     return None
 
 

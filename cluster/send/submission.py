@@ -114,7 +114,8 @@ class Jobs:
                 info = self.known(job_id)  # before the log, which is whole where the job was over
                 if over_s is None and info.status.is_terminal():
                     over_s = time.monotonic()
-                log = self.client.get_job_logs(job_id)
+                with _named(self.address):
+                    log = self.client.get_job_logs(job_id)
             except (ClusterError, OSError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
                 if over_s is not None and time.monotonic() - over_s > LOST_LOG_S:

@@ -26,7 +26,7 @@ class CheckpointStore(CheckpointIO):
     def __init__(self, url: str, *, say: Callable[[str], None] = lambda text: None) -> None:
         """say: hears of what is damaged."""
         self.url, self.say = url, say
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._under_way: Future[None] | None = None
 
     def place(self, step: int) -> str:

@@ -38,7 +38,7 @@ def _add_in_rank_order(state: None, bucket: GradBucket) -> Future[Tensor]:
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Every rank has rank 0's running statistics. What DDP calls for them, but after the step."""
+    """Every rank has rank 0's running statistics. What DDP calls for them, but between backward pass and step."""
     buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     if buffers:
         _broadcast_coalesced(_get_default_group(), buffers, BROADCAST_BYTES, 0)

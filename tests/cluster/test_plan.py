@@ -43,6 +43,13 @@ def test_recipes_times_seeds_are_the_runs_and_the_fine_tuned_wait_for_their_own_
     assert plan.synthetic
 
 
+def test_resnet18_in_bf16_is_refused_where_its_gradients_are_not_repeatable(request_of):
+    small = derive(quick.RESNET18, TINY | {"precision": "bf16", "input.px": 16})
+    with pytest.raises(RecipeError, match="resnet18 in bf16 is repeatable from 17 px on"):
+        make_plan(request_of(small))
+    assert make_plan(request_of(derive(small, {"input.px": 17}))).configs
+
+
 def test_a_missing_source_is_added_and_said(request_of):
     plan = make_plan(request_of(quick.FINETUNED, recipes=(derive(quick.FINETUNED, TINY),)))
     assert list(plan.configs) == ["finetuned-seed0", "resnet18-seed0"]

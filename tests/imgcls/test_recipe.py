@@ -114,13 +114,6 @@ def test_the_changes_between_two_recipes_make_one_of_the_other(a, b):
     assert changes_between(a, a) == {}
 
 
-def test_resnet18_in_bf16_is_refused_where_its_gradients_are_not_repeatable():
-    changes = {"precision": "bf16", "input.px": 16}
-    with pytest.raises(RecipeError, match="resnet18 in bf16 is repeatable from 17 px on"):
-        derive(quick.RESNET18, changes)
-    assert derive(quick.RESNET18, changes | {"input.px": 17}).precision == "bf16"
-
-
 def test_a_change_without_a_value_is_refused():
     with pytest.raises(RecipeError, match="write --set FIELD=VALUE"):
         parse_changes(("optimizer.lr",))
