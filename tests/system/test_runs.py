@@ -124,6 +124,7 @@ def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     alone = run_command("evaluate", run, "--data", packed, "--json")
     shared = run_command("evaluate", run, "--data", packed, "--json", "--num-workers", "2", env=ray_cluster)
     assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
+    assert alone.stderr == "", "a library speaks"
     assert json.loads(alone.stdout) == json.loads(shared.stdout)
     assert json.loads(alone.stdout)["scores"] == results_of(five.folder)["basic-cnn-seed0"]["test"]
 
