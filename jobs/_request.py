@@ -31,7 +31,7 @@ NO_NAME = r'/\:*?"<>|[]{}%#'
 @dataclass(frozen=True, kw_only=True)
 class Flags(Strict):
     catalogue: str = "quick"
-    """quick, paper, tuned or transfer."""
+    """quick, paper, tuned, choices or transfer."""
     data: str = "data/packed"
     """Folder or URL of packed sets; a set is <data>/<dataset>/."""
     storage: str = "runs"

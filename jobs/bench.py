@@ -31,7 +31,7 @@ def calibrate(catalogue: str = "quick", data: str = "data/packed") -> int:
     """Measure how fast this machine trains a catalogue's recipes, for --dry-run.
 
     Args:
-        catalogue: quick, paper, tuned or transfer.
+        catalogue: quick, paper, tuned, choices or transfer.
         data: Folder or URL of packed sets.
     """
     from jobs import _calibrate

@@ -8,6 +8,7 @@ CATALOGUES: dict[str, tuple[Recipe, ...]] = {
     "quick": quick.SUITE,
     "paper": paper.SUITE,
     "tuned": tuned.SUITE,
+    "choices": tuned.CHOICES,
     "transfer": transfer.SUITE,
 }
 
