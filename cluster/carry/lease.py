@@ -51,8 +51,7 @@ class Leases:
         with ThreadPoolExecutor(16) as pool:  # a request each takes its time
             renewals = [pool.submit(self._renew, run) for run in mine]
         errors = [renewal.exception() for renewal in renewals]  # the thread that renews does not end with one of them
-        fails = bool(errors) and all(errors)
-        before, self._error = self._error, (str(errors[0]) or repr(errors[0])) if fails else ""
+        before, self._error = self._error, (str(errors[0]) or repr(errors[0])) if errors and all(errors) else ""
         if not self._error:
             self._answered_s = time.monotonic()
         if bool(self._error) != bool(before):

@@ -104,9 +104,7 @@ class _Devices(Backend):
 
 
 class _Alone(BackendConfig):
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _Devices
+    backend_cls = _Devices  # pyright: ignore
 
 
 class _Fixed(FixedScalingPolicy):

@@ -12,11 +12,8 @@ from ray.autoscaler.node_provider import NodeProvider
 
 MARKET = "InstanceMarketOptions"
 NO_SPOT = {
-    "InsufficientInstanceCapacity",
-    "InsufficientCapacity",
-    "UnfulfillableCapacity",
-    "SpotMaxPriceTooLow",
-    "MaxSpotInstanceCountExceeded",
+    *("InsufficientInstanceCapacity", "InsufficientCapacity", "UnfulfillableCapacity"),
+    *("SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded"),
 }
 """Codes of EC2 for a request that an on-demand one can replace. Source: Error codes for the Amazon EC2 API."""
 

@@ -179,14 +179,10 @@ def command_of_best(results: SuiteResults) -> str:
 
 
 def _in_words(gap: Difference, first: str) -> str:
-    sure = (
-        f"{gap.probability:.3f}" if 0.001 <= gap.probability <= 0.999 else "over 0.999" if gap.center > 0 else "under 0.001"
-    )
-    findable = (
-        f"A true difference of {100 * gap.detectable:.1f} points would be found in about four of five cases."
-        if gap.detectable < 1
-        else "No difference could be found by so few."
-    )
+    p = gap.probability
+    sure = f"{p:.3f}" if 0.001 <= p <= 0.999 else "over 0.999" if gap.center > 0 else "under 0.001"
+    findable = f"A true difference of {100 * gap.detectable:.1f} points would be found in about four of five cases."
+    findable = findable if gap.detectable < 1 else "No difference could be found by so few."
     return (
         f"{100 * gap.center:+.1f} points, 95% interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f} (it covers {gap.of}). "
         f"{'This run of ' if gap.num_seeds == 1 else ''}{first} is the better one with a probability of {sure}. {findable}"

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from imgcls.data.batches import Batch
 from imgcls.data.order import hash64
 from imgcls.errors import TrainingError
-from imgcls.recipe import Adam, AdamW, Recipe
+from imgcls.recipe import Recipe
 from imgcls.records import PREDICTED, Scores
 from imgcls.training.elastic import virtual_parts, virtual_step
 from imgcls.training.flags import StepFlags
@@ -28,6 +28,8 @@ from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Predictions, Totals
 from imgcls.training.weights import weights_sha256
 from imgcls.training.world import World
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class Classifier(pl.LightningModule):
@@ -118,9 +120,8 @@ class Classifier(pl.LightningModule):
 
         forward, num_steps = partial(self._forward, batch), self.global_step + 1
         virtual_step(self.network, forward, parts, virtual_ranks=virtual_ranks, gather=gather, num_steps=num_steps)
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        assert isinstance(scheduler, LambdaLR)
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -186,15 +187,10 @@ class Classifier(pl.LightningModule):
         return value
 
     def configure_optimizers(self) -> Any:
-        optimizer, parameters = self.recipe.optimizer, self.network.parameters()
+        settings = asdict(self.recipe.optimizer)  # torch's own names
+        kind = OPTIMIZERS[settings.pop("kind")]
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
-        match optimizer:
-            case Adam(lr=lr):
-                built = torch.optim.Adam(parameters, lr=lr, fused=True)
-            case AdamW(lr=lr, weight_decay=weight_decay):
-                built = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-            case _:
-                assert_never(optimizer)
+        built = kind(self.network.parameters(), **settings, fused=True)
         if self.average is not None:
             built.register_step_post_hook(self._update_average)
         scheduler = LambdaLR(built, self.lr_factor)

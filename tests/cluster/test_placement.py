@@ -140,7 +140,7 @@ def test_the_autoscaling_configuration_is_that_of_this_cluster(tmp_path: Path):
         words = (f"--gcs-address=127.0.0.1:{port}", f"--autoscaling-config={config}")
         processes.append(subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE))
     try:
-        until(lambda: find_autoscaling_config("127.0.0.1:6002") is not None, 10, "the command line of a process that begins")
+        until(lambda: find_autoscaling_config("127.0.0.1:6002") is not None, 60, "the command line of a process that begins")
         found = find_autoscaling_config("127.0.0.1:6002")
         assert found == AUTOSCALED | {"max_workers": 6002}
         assert find_autoscaling_config("127.0.0.1:6003") is None

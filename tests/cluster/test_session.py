@@ -4,14 +4,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 from cluster import session
 from tests.conftest import ROOT
-from tests.processes import descendants
+from tests.processes import alive, descendants, until
 
 IN_A_SESSION = """
 import os
@@ -62,10 +61,7 @@ def test_a_local_ray_ends_with_its_command_even_if_that_is_killed():
     assert len(started) >= 4
     command.kill()
     command.communicate()
-    until = time.monotonic() + 10
-    while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in started):
-        time.sleep(0.1)
-    assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
+    until(lambda: not alive(started), 60, "its processes to end")
 
 
 @pytest.mark.parametrize("length", range(8, 60, 4))

@@ -293,7 +293,7 @@ def test_a_server_that_never_answers_is_given_up_at_the_deadline(
     began = time.monotonic()
     with pytest.raises(StorageError, match="no answer within 1 s"):
         operation(f"{url}/a")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < storage.REQUEST_S
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_a_place_that_cannot_serve_is_refused_soon_and_says_why(s3: Server, sile
             storage.check_places(writes=["s3://runs/x"])
         assert told in str(error.value)
         assert remedy in str(error.value).partition("\n  do: ")[2]
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < storage.REQUEST_S
     with reached_by(s3.env()), pytest.raises(StorageError, match="bucket does not exist"):
         storage.check_places(writes=["s3://nobucket/x"])
     with reached_by(s3.env(READER)):
@@ -333,7 +333,7 @@ def test_a_place_where_one_request_in_five_stalls_is_not_refused(url: str, proxi
     proxied.faults, proxied.fail, proxied.most = ("stall",), 0.2, None
     for _ in range(3):
         storage.check_places(reads=[url], writes=[url])
-    until(lambda: bool(proxied.injected), 6, "the end of a stall")
+    until(lambda: bool(proxied.injected), 60, "the end of a stall")
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch):
@@ -350,7 +350,7 @@ def test_a_store_without_conditional_puts_is_told_by_what_it_lacks_and_which_sto
         StorageError, match=r"not implemented: two commands could work on one run at once\n  do: .*If-None-Match.*MinIO"
     ):
         storage.check_places(writes=[url])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < storage.PREFLIGHT_S
     assert storage.files(url) == []
 
 

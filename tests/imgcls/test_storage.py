@@ -220,7 +220,7 @@ def test_a_temporary_folder_stays_while_its_process_lives_and_goes_after_a_kill(
             assert Path(mine).is_dir()
             process.kill()
             # Its input stays open meanwhile: at its end it would tidy up by itself.
-            until(lambda: not _made(tmp_path, theirs), 5, "the folder of the process that was killed to go")
+            until(lambda: not _made(tmp_path, theirs), 60, "the folder of the process that was killed to go")
         assert Path(mine).is_dir()
     assert os.listdir(tmp_path) == []
 

@@ -30,7 +30,7 @@ def two() -> Iterator[Hosts]:
 
 def listening(two: Hosts, code: str) -> subprocess.Popen[str]:
     process = two.popen("h1", sys.executable, "-c", code, stdout=subprocess.PIPE)
-    until(lambda: two.run("h1", "sh", "-c", LISTENS, check=False).returncode == 0, 10, "h1 to listen")
+    until(lambda: two.run("h1", "sh", "-c", LISTENS, check=False).returncode == 0, 60, "h1 to listen")
     return process
 
 
@@ -66,7 +66,7 @@ def test_a_link_carries_no_more_than_its_rate(two: Hosts):
 
 def test_a_host_that_crashed_boots_again_without_its_files(two: Hosts):
     lives = two.popen("h1", "sleep", "600")
-    until(lambda: bool(two.pids("h1")), 5, "sleep")
+    until(lambda: bool(two.pids("h1")), 60, "sleep")
     pids = two.pids("h1")
     two.crash("h1")
     assert not alive(pids)
@@ -91,4 +91,4 @@ def test_nothing_is_left_of_hosts_whose_maker_was_killed():
         pids = [int(pid) for pid in maker.stdout.readline().split()]
         assert len(alive(pids)) == 3
         os.kill(maker.pid, signal.SIGKILL)
-    until(lambda: not alive(pids), 5, "the hosts to be gone")
+    until(lambda: not alive(pids), 60, "the hosts to be gone")
