@@ -187,7 +187,7 @@ class Classifier(pl.LightningModule):
         return value
 
     def configure_optimizers(self) -> Any:
-        settings = asdict(self.recipe.optimizer)  # torch's own names
+        settings = asdict(self.recipe.optimizer)  # its fields have torch's names
         kind = OPTIMIZERS[settings.pop("kind")]
         # Fused: one kernel for all parameters; the same arithmetic on CPU and CUDA.
         built = kind(self.network.parameters(), **settings, fused=True)

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,9 @@ def test_the_autoscaling_configuration_is_that_of_this_cluster(tmp_path: Path):
         words = (f"--gcs-address=127.0.0.1:{port}", f"--autoscaling-config={config}")
         processes.append(subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE))
     try:
-        until(lambda: find_autoscaling_config("127.0.0.1:6002") is not None, 60, "the command line of a process that begins")
+        for port in (6001, 6002):
+            there = partial(find_autoscaling_config, f"127.0.0.1:{port}")
+            until(lambda there=there: there() is not None, 60, "the command line of a process that begins")
         found = find_autoscaling_config("127.0.0.1:6002")
         assert found == AUTOSCALED | {"max_workers": 6002}
         assert find_autoscaling_config("127.0.0.1:6003") is None

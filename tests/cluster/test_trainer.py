@@ -13,7 +13,7 @@ import time
 from cluster.session import session
 
 def free(cpus):
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) != cpus and time.monotonic() < until:
         time.sleep(0.1)
     return ray.available_resources().get("CPU", 0) == cpus
@@ -27,7 +27,8 @@ with session(verbose=False):
         def start(self):
             ray.get(placement_group([{"CPU": 1}], name="run").ready())
 
-    before = ray.available_resources()["CPU"]
+    before = ray.cluster_resources()["CPU"]
+    assert free(before)
     trial = ray.remote(num_cpus=0)(Trial).remote()
     ray.get(trial.start.remote())
     ray.kill(trial)

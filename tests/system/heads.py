@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -119,5 +120,8 @@ def _wait_until_jobs_are_taken(head: Head, process: subprocess.Popen[bytes]) -> 
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
+    """Below those that the system gives to connections: nobody has it when Ray, seconds later, wants it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -65,7 +66,9 @@ def test_a_log_goes_on_without_loss_when_the_connection_was_cut(
 ):
     cut_s = 20 if pytestconfig.getoption("kills") else 3
     name, count = f"counts-{silent}", 5 * (cut_s + 8)
-    head.begin(name, f"for i in $(seq {count}); do echo line $i; sleep 0.2; done")
+    here = tmp_path / "it is read along"
+    until_read = f"until test $i -ne 4 -o -e {shlex.quote(str(here))}; do sleep 0.1; done"
+    head.begin(name, f"for i in $(seq {count}); do {until_read}; echo line $i; sleep 0.2; done")
     head.wait_for(name, "RUNNING")
     with relayed(int(head.url.rpartition(":")[2])) as relay, (tmp_path / "said").open("wb") as said:
         address = f"http://127.0.0.1:{relay.port}"
@@ -78,6 +81,7 @@ def test_a_log_goes_on_without_loss_when_the_connection_was_cut(
         while b"line 3\n" not in (tmp_path / "said").read_bytes():
             assert following.poll() is None
             time.sleep(0.1)
+        here.touch()
         relay.cut(silent=silent)
         time.sleep(cut_s)
         relay.heal()

@@ -3,8 +3,10 @@
 import platform
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,13 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.data.order import global_batches, rank_part
-from imgcls.recipe import Constant, OneCycle
+from imgcls.recipe import Constant, OneCycle, Recipe
 from imgcls.training import gradients
 from imgcls.training.files import TrafficMeter
 from imgcls.training.ledger import Entry, Ledger, planned
+from imgcls.training.module import OPTIMIZERS
 from imgcls.training.schedule import lr_factor
 from imgcls.training.totals import Totals
 from tests.conftest import ROOT
+
+
+def test_training_knows_every_optimizer_and_schedule_that_a_recipe_can_name():
+    def kinds(field: str) -> set[str]:
+        return {fields(kind)[0].default for kind in get_args(get_type_hints(Recipe)[field])}
+
+    assert kinds("optimizer") == OPTIMIZERS.keys()
+    assert kinds("schedule") == {"constant", "one-cycle"}  # the branches of `lr_factor`
 
 
 def test_a_constant_schedule_is_constant():
