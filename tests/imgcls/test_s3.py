@@ -481,7 +481,7 @@ def test_a_checkpoint_in_a_bucket_is_committed_when_it_was_waited_for(url: str):
 def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next_one_and_never_read(
     url: str, proxied: Proxy, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(storage, "DEADLINE_S", 4.0)
+    monkeypatch.setattr(storage, "DEADLINE_S", 8.0)
     store = CheckpointStore(url)
     proxied.faults, proxied.most, proxied.match = ("hang",), None, "PUT .*committed"
     store.save_checkpoint({"weights": torch.arange(10)}, store.place(3), FACTS)
