@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 
 def test_training_knows_every_optimizer_and_schedule_that_a_recipe_can_name():
-    def kinds(field: str) -> set[str]:
+    def kinds(field: str) -> set[Any]:
         return {fields(kind)[0].default for kind in get_args(get_type_hints(Recipe)[field])}
 
     assert kinds("optimizer") == OPTIMIZERS.keys()
