@@ -1,6 +1,6 @@
-"""The same networks and inputs as `paper`, trained as well as we can. But for `basic-cnn` these are guesses.
+"""The same networks and inputs as `paper`, to be trained as well as we can. Guesses, but for `CHOICES`.
 
-What was tried, and what it gained: docs/results.md.
+What was measured: docs/results.md.
 """
 
 from dataclasses import replace
@@ -41,7 +41,7 @@ CHOICES = (GUESSED, SEARCHED)
 BASIC_CNN = replace(
     GUESSED, name="basic-cnn", model=BasicCNN(dropout=0.4), optimizer=AdamW(lr=3e-3, weight_decay=0.05), global_batch_size=64
 )
-"""`GUESSED` with twice the steps, and more dropout."""
+"""`GUESSED` with twice the steps, and more dropout: not measured yet."""
 RESNET18 = _tuned(paper.RESNET18, lr=2e-3, epochs=40, augment=_PHOTOS)
 REGULARIZED = _tuned(paper.REGULARIZED, lr=2e-3, epochs=30, augment=_THUMBNAILS)
 SCRATCH = _tuned(paper.SCRATCH, lr=1e-3, epochs=20, augment=Augment(flip=True))

@@ -61,7 +61,7 @@ def test_a_local_ray_ends_with_its_command_even_if_that_is_killed():
     assert len(started) >= 4
     command.kill()
     command.communicate()
-    until(lambda: not alive(started), 60, "its processes to end")
+    until(lambda: not alive(started), 10, "its processes to end")
 
 
 @pytest.mark.parametrize("length", range(8, 60, 4))

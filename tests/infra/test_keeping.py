@@ -77,7 +77,7 @@ def test_a_second_start_makes_no_second_loop(vm: Vm):
     until(vm.loops_alone, 60, "the loop")
     loop = vm.loops[0]
     vm.line = vm.line.replace("setsid --fork", "setsid --wait")
-    with pytest.raises(subprocess.CalledProcessError):  # `flock` says so, and has ended
+    with pytest.raises(subprocess.CalledProcessError):  # its `flock` has ended, with exit code 1
         vm.start(RAY_HEAD_IP="10.0.0.1")
     assert vm.loops == [loop]
 

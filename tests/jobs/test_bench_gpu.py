@@ -159,7 +159,7 @@ def test_killed_in_the_middle_it_leaves_no_command_behind_and_does_what_is_left(
     until(begun, 60, "the second step")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    until(lambda: not alive(theirs), 60, "its command to end")
+    until(lambda: not alive(theirs), 10, "its command to end")
     assert [status(tmp_path, name) for name in ("first", "second", "third")] == ["done", "none", "none"]
     assert call("end").wait(60) == DONE
     assert [status(tmp_path, name) for name in ("first", "second", "third")] == ["done", "done", "done"]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,8 +83,10 @@ def test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_no
     assert len(list((five.folder / "resnet18-seed0" / "attempts").iterdir())) == 2
 
     before = {path: path.stat().st_mtime_ns for path in five.folder.glob("*/*")}
+    began = time.monotonic()
     again = run_command(*command, env=env | {"RAY_ADDRESS": "127.0.0.1:1"})  # it would fail if it asked Ray
     assert again.returncode == 0, again.stderr
+    assert time.monotonic() - began < 30
     assert {path: path.stat().st_mtime_ns for path in five.folder.glob("*/*")} == before
     results = json.loads((five.folder / "results.json").read_text())
     assert results["seconds"] > 5  # of the command that did the work

@@ -147,7 +147,7 @@ def test_a_pool_is_gone_soon_after_its_parent_was_killed():
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"1\n"
         parent.send_signal(signal.SIGKILL)
-        assert parent.communicate(timeout=60)[0] == b""  # ends where no process holds the pipe
+        assert parent.communicate(timeout=20)[0] == b""  # ends where no process holds the pipe
 
 
 def test_processes_that_decode_do_not_import_the_main_module_again(tmp_path: Path):
