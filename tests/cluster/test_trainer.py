@@ -114,7 +114,7 @@ with session(verbose=False), storage.temporary_folder("test") as folder:
     print(waits_for_nodes("late"))
     limit = {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "0.2"}}
     done = ray.remote(num_cpus=0, runtime_env=limit)(Trial).remote().run.remote(folder)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not waits_for_nodes("late") and time.monotonic() < until:
         time.sleep(0.1)
     time.sleep(2)
