@@ -75,9 +75,8 @@ def rates_of(run: RunResult, *, took_s: float | None = None, source: Source = "r
     """What a finished run shows. took_s: of the whole run, from its start to its end, where it was not cut in two."""
     assert run.placement is not None
     assert run.val is not None
-    assert run.test is not None
-    seconds, evaluated = run.seconds, run.val.num_samples * run.epochs + run.test.num_samples
-    evaluating_s = seconds["validate"] + seconds["test"]
+    seconds, tested = run.seconds, run.test.num_samples if run.test else 0
+    evaluated, evaluating_s = run.val.num_samples * run.epochs + tested, seconds["validate"] + seconds.get("test", 0.0)
     work = work_of(run.recipe, run.placement)
     values: list[tuple[What, str, float | None]] = [
         ("train", work, run.images_per_s),

@@ -18,6 +18,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Strict:
@@ -126,7 +127,7 @@ class Cut(Strict):
     """Validation where the data set brings none beside its test set: cut from the training split, stratified."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    seed: int = 42
+    seed: Seed = 42
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -195,8 +195,9 @@ class RunFolder(Folder):
         return data
 
     def state(self) -> RunState:
+        """Of a run that is over, its result alone."""
         result = self.result()
-        return RunState(result and result.status, self.attempts(), self.holder())  # pyright: ignore[reportArgumentType]
+        return RunState(result.status) if result else RunState(None, self.attempts(), self.holder())  # pyright: ignore[reportArgumentType]
 
     def attempts(self) -> tuple[Attempt, ...]:
         """By their number; a folder without a beginning is a lost write."""

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from imgcls.errors import RecipeError
-from imgcls.recipe import AdamW, Count, Recipe, Strict, derive, leaves
+from imgcls.recipe import AdamW, Count, Recipe, Seed, Strict, derive, leaves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +23,11 @@ class Range(Strict):
             raise ValueError(f"{self.kind} from {self.low} to {self.high}: low is below high, and above 0 for log-uniform")
 
     def at(self, u: float) -> float:
-        """u: [0, 1)."""
+        """u: [0, 1). Rounded, the more finely the narrower the range is beside its values."""
         low, high = self.low, self.high
-        return float(f"{low + u * (high - low) if self.kind == 'uniform' else low * (high / low) ** u:.3g}")
+        digits = 3 + round(math.log10(max(abs(low), abs(high)) / (high - low)))
+        value = low + u * (high - low) if self.kind == "uniform" else low * (high / low) ** u
+        return min(max(float(f"{value:.{digits}g}"), low), high)
 
     def place(self, value: float | None) -> float:
         """From 0 to 1 within the domain; a recipe's own value may lie outside, or have no place."""
@@ -60,7 +62,7 @@ class Search(Strict):
     space: Space
     metric: Literal["val/accuracy", "val/loss"] = "val/accuracy"
     num_trials: Count
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @property
     def mode(self) -> Literal["min", "max"]:

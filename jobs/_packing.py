@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgcls import storage
+from imgcls.catalogue import suite_of
 from imgcls.data import archives, shards
 from imgcls.data.sources import Source, find_source, open_source
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import NoSourceError
-from imgcls.recipe import Recipe
+from imgcls.recipe import FromRun, Recipe
 from jobs._request import Flags
 from jobs._terminal import Lines, bar
 
@@ -60,19 +61,22 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
     """All sets of the recipes are packed. Without data and network they are synthetic ones, at a place of their own."""
     lines = Lines()
     try:
-        sources = {dataset: source_of(dataset, lines) for dataset in _not_packed(flags.data, recipes)}
+        sources = {dataset: source_of(dataset, lines) for dataset in _not_packed(flags, recipes)}
     except NoSourceError as error:
         lines = Lines(synthetic=True)
         lines.say(f"no data: {str(error).splitlines()[0]}")
         lines.say("procedural images take their place; to train on real ones, give them by IMGCLS_SOURCES or data/sources/")
         folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
         flags = replace(flags, data=folder, id=f"{flags.id}-synthetic")
-        sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(folder, recipes)}
+        sources = {dataset: synthetic_source(dataset) for dataset in _not_packed(flags, recipes)}
     for dataset, source in sources.items():
         pack_set(source, dataset, flags.data)
     return flags
 
 
-def _not_packed(data: str, recipes: tuple[Recipe, ...]) -> list[str]:
-    datasets = dict.fromkeys(recipe.dataset for recipe in recipes)
-    return [name for name in datasets if not storage.exists(shards.manifest_url(storage.join(data, name)))]
+def _not_packed(flags: Flags, recipes: tuple[Recipe, ...]) -> list[str]:
+    """Of the recipes, and of those in the catalogue that they start from."""
+    starts = {recipe.init.recipe for recipe in recipes if isinstance(recipe.init, FromRun) and flags.init_from is None}
+    sources = [recipe for recipe in suite_of(flags.catalogue) if recipe.name in starts]
+    datasets = dict.fromkeys(recipe.dataset for recipe in (*recipes, *sources))
+    return [name for name in datasets if not storage.exists(shards.manifest_url(storage.join(flags.data, name)))]

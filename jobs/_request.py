@@ -17,7 +17,7 @@ from imgcls import storage
 from imgcls.catalogue import recipe_of, suite_of
 from imgcls.data.archives import printable
 from imgcls.errors import RecipeError
-from imgcls.recipe import Recipe, Strict, derive, digest_of, parse_changes, recipe_from_json
+from imgcls.recipe import Recipe, Seed, Strict, derive, digest_of, parse_changes, recipe_from_json
 from imgcls.records import RunOptions, check_flags
 from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.search import Search
@@ -42,7 +42,7 @@ class Flags(Strict):
     """Change a field of the recipe by its path, as optimizer.lr=0.01."""
     recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE"), tyro.conf.UseAppendAction] = ()
     """A recipe from a TOML file, or from a run's configuration, in place of one from the catalogue; a path or a URL."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The first seed."""
     num_seeds: tyro.conf.Suppress[Annotated[int, Field(ge=1)]] = 1
     init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
@@ -89,7 +89,7 @@ def chosen_one(flags: Flags, name: str | None) -> tuple[Flags, tuple[Recipe, ...
 
 def _from_file(path: str) -> Recipe:
     try:
-        data = Path(path).read_bytes() if storage.is_local(path) else storage.read_bytes(path)
+        data = Path(storage.absolute(path)).read_bytes() if storage.is_local(path) else storage.read_bytes(path)
         value = json.loads(data)["recipe"] if path.endswith(".json") else tomllib.loads(data.decode())
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"--recipe {path} cannot be read as TOML, or a run's {RunFolder.CONFIG}: {error}") from None

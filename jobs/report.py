@@ -48,10 +48,9 @@ def report(
 def _suite(root: str, id: str) -> SuiteFolder:
     suite = SuiteFolder(storage.join(root, id))
     if not storage.exists(suite.record_url):
+        lacks = f"holds no suite: no {storage.name_of(suite.record_url)}"
         there = ", ".join(storage.folders(root)) or "nothing"
-        raise StorageError(
-            f"{suite.url} holds no suite: no {storage.name_of(suite.record_url)}\n  do: name one of what is there: {there}"
-        )
+        raise StorageError(f"{suite.url} {lacks}\n  do: name one of what is there: {there}")
     return suite
 
 

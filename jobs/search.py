@@ -36,9 +36,8 @@ def search(
     """
     named, (recipe,) = chosen_one(flags, recipe_name)
     if isinstance(recipe.init, FromRun) and flags.init_from is None:
-        raise RecipeError(
-            f"{recipe.name} starts from a run of {recipe.init.recipe}\n  do: name its weights with --init-from"
-        )
+        start = f"{recipe.name} starts from a run of {recipe.init.recipe}"
+        raise RecipeError(f"{start}\n  do: name its weights with --init-from")
     recipe = recipe if max_epochs is None else derive(recipe, {"length.epochs": max_epochs})
     domains = space_of(recipe) if space is None else _from_file(space)
     wanted = Search(recipe=recipe, space=domains, metric=metric, num_trials=num_trials, seed=flags.seed)

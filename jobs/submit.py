@@ -101,8 +101,7 @@ def _ways_back(job_id: str, address: str) -> str:
 
 
 if __name__ == "__main__":
-    command: tuple[str, ...] = ()
-    if sys.argv[1:2] == ["run"] and "--" in sys.argv:  # what follows it is another command's
-        at = sys.argv.index("--")
-        command, sys.argv[at:] = tuple(sys.argv[at + 1 :]), []
+    runs = [word for word in sys.argv[1:] if word != "--verbose"][:1] == ["run"]
+    at = sys.argv.index("--") if runs and "--" in sys.argv else len(sys.argv)
+    command, sys.argv[at:] = tuple(sys.argv[at + 1 :]), []  # what follows `--` is another command's
     enter({"run": partial(run, command), "follow": follow, "status": status, "stop": stop})

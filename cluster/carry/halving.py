@@ -55,10 +55,9 @@ class Halving(NotKept, FIFOScheduler):
         row = {"epoch": epoch, self.search.metric: value}
         self.reasons.pop(run, None)
         if epoch < self.epochs and self.asha.on_trial_result(None, named, row) == TrialScheduler.STOP:  # pyright: ignore[reportArgumentType]
-            reason = (
-                f"{self.search.metric} {value:.4f} is not in the best {1 / REDUCTION:.0%} of those that have come so far"
-            )
-            self.reasons[run] = f"after epoch {epoch} of {self.epochs}: {reason}"
+            best = f"the best {1 / REDUCTION:.0%} of those that have come so far"
+            reached = f"after epoch {epoch} of {self.epochs}: {self.search.metric} {value:.4f}"
+            self.reasons[run] = f"{reached} is not in {best}"
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         run, epoch, value = trial.config["run"], result.get("row/epoch"), result.get(f"row/{self.search.metric}")

@@ -55,6 +55,8 @@ class Plan:
     manifests: dict[str, Manifest]
     """By data set."""
     notes: tuple[str, ...]
+    tested: bool = True
+    """False: trials of a search."""
 
     @property
     def sources(self) -> dict[str, str | None]:
@@ -100,7 +102,7 @@ def make_plan(request: Request) -> Plan:
             configs[config.name] = config
     _check_lineage(ordered, urls, manifests, given)
     wanted = [f"{recipe.name}-seed{seed}" for seed in request.seeds for recipe in recipes]
-    return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes))
+    return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes), tested=request.search is None)
 
 
 def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
@@ -111,9 +113,8 @@ def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
         raise RecipeError(f"two recipes have the same name: {', '.join(names)}")
     if request.init_from:
         if not any(isinstance(recipe.init, FromRun) for recipe in recipes):
-            raise RecipeError(
-                f"--init-from: {', '.join(names)} starts from scratch\n  do: --recipes finetuned, or --set 'init={FROM_RUN}'"
-            )
+            remedy = f"--recipes finetuned, or --set 'init={FROM_RUN}'"
+            raise RecipeError(f"--init-from: {', '.join(names)} starts from scratch\n  do: {remedy}")
         return recipes, notes
     for recipe in recipes:  # grows while it is walked: a source may have a source
         if isinstance(recipe.init, FromRun) and recipe.init.recipe not in {r.name for r in recipes}:

@@ -81,11 +81,7 @@ def after_giving_up(given: Assignment, error: Exception, num_attempts: int) -> i
 
     num_attempts: when Train was last begun.
     """
-    try:
-        state = when_answered(given.run.state)
-    except DataError as damage:  # no attempt can be counted: nobody tries again
-        given.run.fail(given.config, str(damage))
-        return None
+    state = when_answered(given.run.state)
     action = given.verdict(state)
     if isinstance(action, GoOn) and len(state.attempts) > num_attempts and state.attempts[-1].end is End.PREEMPTED:
         return len(state.attempts)  # Train counted what the other ranks made of it
@@ -170,7 +166,12 @@ def _begin(given: Assignment, rank: int) -> tuple[int, int] | None:
 
     if rank != 0:
         return broadcast_from_rank_zero(None)
-    begun, state = None, given.run.state()
+    begun = None
+    try:
+        state = given.run.state()
+    except DataError as damage:  # no attempt can be counted: nobody tries again
+        given.run.fail(given.config, str(damage))
+        return broadcast_from_rank_zero(begun)
     action = given.verdict(state)
     if isinstance(action, Stop):
         given.fail(action.reason)

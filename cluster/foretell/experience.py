@@ -35,7 +35,7 @@ def forecast_of(
 
 def keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:
     """cached: as `cached_sets` said before the runs. session_s: of the command beside its runs."""
-    done = [run for run in results.finished if run.name in results.took and run.test]
+    done = [run for run in results.finished if run.name in results.took and run.val]
     shown = list[rates.Rate]()
     decode_s: dict[tuple[str, str, int], float] = {}
     for run in done:

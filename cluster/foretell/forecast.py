@@ -5,6 +5,7 @@ every command, whose results show it beside the seconds that it took.
 """
 
 import heapq
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def runs_of(
         splits = split_ids(recipe, manifest)
         steps = num_steps(len(splits.train), size=recipe.global_batch_size, keep_last=recipe.last_batch == "keep")
         trained = min(steps * recipe.global_batch_size, len(splits.train)) * recipe.length.epochs
-        evaluated = len(splits.val) * recipe.length.epochs + len(splits.test)
+        evaluated = len(splits.val) * recipe.length.epochs + plan.tested * len(splits.test)
         work = work_of(recipe, placement)
         parts = [
             _over(trained, rates.get("train", work, hardware)),
@@ -86,7 +87,7 @@ def hardware_of(nodes: Sequence[Node], placement: Placement, rates: Rates) -> st
     gpus = {node.gpu for node in fitting if node.gpu}
     if placement.gpus_per_worker and len(gpus) == 1:
         gpu = gpus.pop()
-        return next((rate.hardware for rate in rates.rates if gpu in rate.hardware), gpu)
+        return next((rate.hardware for rate in rates.rates if re.search(rf"\b{re.escape(gpu)}\b", rate.hardware)), gpu)
     if len(fitting) == 1:  # this machine, or the one node of the cluster: a command joins on a node
         return hardware_name(environment.hardware())
     return "nodes of several kinds" if len(gpus) > 1 else "this cluster's nodes"

@@ -134,9 +134,8 @@ def _read_and_decode(sample: Sample) -> tuple[PackedFile, bytes]:
     except Exception as error:  # Pillow raises many kinds on what is no image
         if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the machine's fault, not the image's
             why = printable(error) or "no memory is left"
-            raise DataError(
-                f"{sample.path} cannot be read: {why}\n  do: mend rights, disk or memory; run it again"
-            ) from None
+            remedy = "mend rights, disk or memory; run it again"
+            raise DataError(f"{sample.path} cannot be read: {why}\n  do: {remedy}") from None
         return PackedFile(path=sample.path, sha256=sha256, reason=printable(error) or type(error).__name__), b""
     return PackedFile(path=sample.path, sha256=sha256, pixels=pixels, animated=image.info["frames"] > 1), data
 

@@ -5,6 +5,7 @@ later, by whichever process packs them. Called by `jobs.pack` and `jobs.suite --
 """
 
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -92,7 +93,9 @@ def find_source(dataset: str) -> Path | None:
 
 def _fits(path: Path, dataset: str) -> bool:
     names = (dataset, storage.name_of(OFFICIAL[dataset].url)) if dataset in OFFICIAL else (dataset,)
-    return path.name.startswith(names) and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
+    # cifar100 is not of cifar10; imagenette2-160 is of imagenette
+    named = re.match(rf"({'|'.join(map(re.escape, names))})(?!(?<=\d)\d)", path.name)
+    return bool(named) and (os.path.isdir(path) or path.name.lower().endswith(ARCHIVES))
 
 
 def open_source(path: Path) -> Source:
@@ -101,11 +104,7 @@ def open_source(path: Path) -> Source:
     Raises DataError on what is no source, StorageError where there is no room to unpack it.
     """
     if os.path.isdir(path):
-        try:
-            files, folders = _folder_files(path)
-        except OSError as error:
-            raise DataError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
-        return _from_files(printable(path.absolute().name), files, folders)
+        return _from_files(printable(path.absolute().name), *_folder_files(path))
     if not os.path.isfile(path):
         raise DataError(f"--source {printable(path)}: there is no such folder, tar or zip")
     files, folders = members(path)
@@ -122,6 +121,7 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
     """Files, and folders, empty ones too, by their path below `root`. Links are followed, but not in circles.
 
     Files that are hidden, or no images by name, are not looked at; hidden folders that cannot be read are left out.
+    Raises DataError where another folder or an image cannot be read, or an image is no plain file.
     """
 
     def fail(error: OSError) -> None:
@@ -129,22 +129,25 @@ def _folder_files(root: Path) -> tuple[dict[str, Bytes], set[str]]:
             raise error
 
     files, folders = dict[str, Bytes](), set[str]()
-    for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
-        place = Path(folder).relative_to(root)
-        if any(os.path.samefile(folder, root / outer) for outer in place.parents):
-            if not _hidden(place.as_posix()):
-                raise DataError(f"{printable(folder)} is a link to a folder above it\n  do: remove the link")
-            below.clear()
-        folders.add(place.as_posix())
-        for name in names:
-            file, path = Path(folder, name), (place / name).as_posix()
-            if not _is_image(path):
-                files[path] = Bytes(0)
-                continue
-            info = file.stat()
-            if not stat.S_ISREG(info.st_mode):
-                raise DataError(f"{printable(file)} is a device or pipe; only plain files are read\n  do: remove it")
-            files[path] = Bytes(info.st_size, str(file), info.st_mtime_ns)
+    try:
+        for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
+            place = Path(folder).relative_to(root)
+            if any(os.path.samefile(folder, root / outer) for outer in place.parents):
+                if not _hidden(place.as_posix()):
+                    raise DataError(f"{printable(folder)} is a link to a folder above it\n  do: remove the link")
+                below.clear()
+            folders.add(place.as_posix())
+            for name in names:
+                file, path = Path(folder, name), (place / name).as_posix()
+                if not _is_image(path):
+                    files[path] = Bytes(0)
+                    continue
+                info = file.stat()
+                if not stat.S_ISREG(info.st_mode):
+                    raise DataError(f"{printable(file)} is a device or pipe; only plain files are read\n  do: remove it")
+                files[path] = Bytes(info.st_size, str(file), info.st_mtime_ns)
+    except OSError as error:
+        raise DataError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
     return files, folders
 
 
@@ -153,9 +156,8 @@ def _hidden(path: str) -> bool:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The files in it, and below it, that `open_source` would take for images, by name."""
-    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-    return sorted(file for file in found if _is_image(file.relative_to(folder).as_posix()) and os.path.isfile(file))
+    """The files in it, and below it, that `open_source` would take for images, by name. Raises as it does."""
+    return sorted(folder / path for path in _folder_files(folder)[0] if _is_image(path))
 
 
 def _is_image(path: str) -> bool:
@@ -229,9 +231,8 @@ def _splits_by_folder(name: str, tops: set[str], empty: list[str]) -> dict[str, 
     for folder in map(PurePosixPath, empty):
         if folder.name.lower() in (names if has_splits else SPLITS) and len(folder.parts) <= 2:
             shown = printable(folder)
-            raise DataError(
-                f"{name}: the split {shown} is empty\n  do: put images into {shown}/<class>/, or remove the folder"
-            )
+            remedy = f"put images into {shown}/<class>/, or remove the folder"
+            raise DataError(f"{name}: the split {shown} is empty\n  do: {remedy}")
     if has_splits:
         return splits
     if tops & SPLITS.keys():

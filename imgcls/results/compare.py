@@ -158,9 +158,10 @@ def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Prediction
     for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
         ours, theirs = groups(a, name), groups(b, name)
         alone = len(ours) == len(theirs) == 1
-        second, first, gap = paired(theirs[0], of_b, ours[0], of_a) if alone else ([], [], None)
+        common = alone and ours[0].keys() & theirs[0].keys()
+        second, first, gap = paired(theirs[0], of_b, ours[0], of_a) if common else ([], [], None)
         if gap is None:
-            why = NOT_PAIRED if alone else "it is not finished in both, or has several settings in one"
+            why = NOT_PAIRED if common else "no seed of it is finished in both, or it has several settings in one"
             rows.append((name, *[""] * 6, f"not compared: {why}"))
             continue
         means = (f"{mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))

@@ -46,7 +46,7 @@ def log_to_mlflow(results: SuiteResults, histories: dict[str, bytes], timings: d
             for run in results.runs:
                 if rows := read_csv(histories.get(run.name, b"")):
                     _log(client, experiment_id, run, rows, read_csv(timings.get(run.name, b"")))
-    except (MlflowException, ValueError) as error:
+    except (MlflowException, OSError, ValueError) as error:
         remedy = "look at the address, at MLFLOW_TRACKING_TOKEN, and whether the experiment was deleted there"
         raise StorageError(f"--mlflow: {str(error).strip().splitlines()[0]}\n  do: {remedy}") from None
 

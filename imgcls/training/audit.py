@@ -79,15 +79,10 @@ def _pieces(store: CheckpointStore, config: RunConfig) -> list[Piece]:
         raise CheckpointError(f"{store.url} holds no checkpoint to compare with")
     for marker in there:
         if marker.run_digest != config.digest():
-            raise CheckpointError(
-                f"{store.place(marker.step)} is of another request than {RunFolder.CONFIG}: one was altered"
-            )
-    whole = {None, *(marker.step for marker in there)}
-    return [
-        Piece(first, last)
-        for first, last in zip([None, *there], there, strict=False)
-        if first is None or first.best_step in whole
-    ]
+            other = f"is of another request than {RunFolder.CONFIG}: one was altered"
+            raise CheckpointError(f"{store.place(marker.step)} {other}")
+    whole, pairs = {None, *(marker.step for marker in there)}, zip([None, *there], there, strict=False)
+    return [Piece(first, last) for first, last in pairs if first is None or first.best_step in whole]
 
 
 @contextmanager

@@ -146,10 +146,8 @@ class Classifier(pl.LightningModule):
         with self.world.heartbeat.waiting():
             everyones = self.world.gather(mine)
         if len(set(everyones)) > 1:
-            raise TrainingError(
-                f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently\n"
-                "  do: nodes of one kind, or --set numerics=ddp"
-            )
+            fault = f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently"
+            raise TrainingError(f"{fault}\n  do: nodes of one kind, or --set numerics=ddp")
 
     def on_train_epoch_end(self) -> None:
         if not self.automatic_optimization:

@@ -211,9 +211,8 @@ class Recorder(Checkpoint):
         module, plan = self.module, planned(self.data.planned_batches(trainer.current_epoch))
         train, val, seen = module.scores["train"], module.scores["val"], module.seen
         if seen != plan:
-            raise TrainingError(
-                f"epoch {trainer.current_epoch}: {seen} was seen, {plan} was planned: this is a bug, report it"
-            )
+            bug = f"{seen} was seen, {plan} was planned: this is a bug, report it"
+            raise TrainingError(f"epoch {trainer.current_epoch}: {bug}")
         return {
             "epoch": len(self.history.rows) + 1,
             "step": trainer.global_step,

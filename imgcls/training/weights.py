@@ -182,9 +182,8 @@ def find_model(checkpoint: str) -> Model:
     if storage.exists(run.model_url):
         url = run.model_url
     elif storage.exists(run.config_url):
-        raise CheckpointError(
-            f"{url} is a run that has left no {run.MODEL} yet\n  do: let it finish, or name a checkpoint of it"
-        )
+        remedy = "let it finish, or name a checkpoint of it"
+        raise CheckpointError(f"{url} is a run that has left no {run.MODEL} yet\n  do: {remedy}")
     elif not storage.exists(url):
         raise CheckpointError(f"{checkpoint}: there is no such run, checkpoint or {run.MODEL}")
     try:
@@ -200,8 +199,6 @@ def source_model(config: RunConfig, run: RunFolder) -> Model:
         return find_model(run.suite.run(config.source_run).url)
     source = find_model(config.init.run)
     if source.weights_sha256 != config.init.identity:
-        raise CheckpointError(
-            f"{source.url} has other weights than when {config.name} was asked for\n"
-            "  do: bring them back, or take another --id"
-        )
+        fault = f"has other weights than when {config.name} was asked for"
+        raise CheckpointError(f"{source.url} {fault}\n  do: bring them back, or take another --id")
     return source

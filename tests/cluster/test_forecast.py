@@ -3,10 +3,12 @@ from pathlib import Path
 import pytest
 
 from cluster.carry.decide import Status, SuiteState
-from cluster.foretell.forecast import schedule
+from cluster.foretell.forecast import hardware_of, schedule
 from cluster.foretell.prices import read_prices
+from cluster.placement import Node
 from imgcls.errors import RecipeError
 from imgcls.rates import Rates, keep, known, new
+from imgcls.records import Placement
 
 RUNS = {"source": None, "other": None, "dependent": "source"}
 STATE = SuiteState(dict.fromkeys(RUNS, Status.OPEN), RUNS)
@@ -41,6 +43,13 @@ def test_rates_are_kept_the_newest_of_a_kind(monkeypatch: pytest.MonkeyPatch, tm
     assert found.get("train", "work", "another") is None
     (tmp_path / "cache" / "rates.json").write_text("damaged")
     assert known(measurements=tmp_path) == Rates()
+
+
+@pytest.mark.parametrize(("gpu", "hardware"), [("L4", "NVIDIA L4"), ("V100", "Tesla V100-SXM2-16GB"), ("A10", "A10")])
+def test_the_rates_of_a_gpu_are_not_those_of_one_whose_name_begins_alike(gpu: str, hardware: str):
+    shown = [new("train", "x", name, 900.0, "run") for name in ("NVIDIA L40S", "NVIDIA L4", "Tesla V100-SXM2-16GB", "A100")]
+    placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=1)
+    assert hardware_of([Node(8, 1, "a", gpu=gpu)] * 2, placement, Rates(rates=tuple(shown))) == hardware
 
 
 def test_a_price_table_is_read_and_every_type_of_the_cluster_has_to_be_in_it(tmp_path: Path):

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from cluster.carry.decide import Status, SuiteState
 from cluster.carry.plan import Request, check_alike, make_plan
+from cluster.foretell.forecast import runs_of
 from imgcls import records
 from imgcls.catalogue import quick
 from imgcls.data import shards
 from imgcls.data.sources import Source
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, RecipeError
+from imgcls.rates import Rates
 from imgcls.recipe import Recipe, derive
-from imgcls.records import RunOptions
+from imgcls.records import Placement, RunOptions
+from imgcls.search import Search, space_of
 
 TINY = {"global_batch_size": 16, "train_fraction": 1.0}
 FIVE = tuple(derive(recipe, TINY) for recipe in quick.SUITE)
@@ -54,6 +58,16 @@ def test_a_missing_source_is_added_and_said(request_of):
     plan = make_plan(request_of(quick.FINETUNED, recipes=(derive(quick.FINETUNED, TINY),)))
     assert list(plan.configs) == ["finetuned-seed0", "resnet18-seed0"]
     assert plan.notes == ("finetuned starts from resnet18, which is added",)
+
+
+def test_trials_of_a_search_are_predicted_without_a_test(request_of):
+    search = Search(recipe=FIVE[0], space=space_of(FIVE[0]), num_trials=1)
+    placement, evaluated = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0), []
+    for request in (request_of(FIVE[0]), request_of(*search.trials(), search=search)):
+        plan = make_plan(request)
+        state = SuiteState(dict.fromkeys(plan.configs, Status.OPEN))
+        evaluated += [run.evaluated_images for run in runs_of(plan, state, placement, Rates(), "here").values()]
+    assert evaluated[0] - evaluated[1] == len(plan.manifests["imagenette"].labels("test"))
 
 
 def test_who_trains_on_a_fifth_of_a_set_is_told_so(request_of):

@@ -73,10 +73,3 @@ def test_a_run_that_failed_too_often_says_so(run: RunFolder):
 def test_a_run_that_train_gave_up_for_a_reason_on_no_record_says_what_the_first_rank_raised(run: RunFolder):
     assert given_up(run, None, max_failures=9) is None
     assert reason(run) == "rank 1: RuntimeError: gloo: a rank has gone"
-
-
-def test_a_damaged_record_of_an_attempt_fails_the_run_and_is_named(run: RunFolder, tmp_path: Path):
-    run.begin("me")
-    next(tmp_path.rglob("began.json")).write_text("{}")
-    assert given_up(run, PREEMPTED) is None
-    assert "began.json was altered, or is no record" in reason(run)

@@ -2,7 +2,17 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.rates import keep, known, new
+from imgcls.catalogue import quick
+from imgcls.rates import keep, known, new, rates_of
+from imgcls.records import Placement
+from tests.imgcls.results.test_results import result
+
+
+def test_a_trial_of_a_search_that_is_not_tested_shows_rates_too():
+    placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
+    seconds = {"train": 10.0, "validate": 2.0, "cache": 0.0}
+    trial = result(quick.SCRATCH, 0.5).model_copy(update={"test": None, "placement": placement, "seconds": seconds})
+    assert [(rate.what, rate.value) for rate in rates_of(trial)] == [("train", 100.0), ("evaluate", 1000.0)]
 
 
 @pytest.mark.parametrize("order", [("guess", "run"), ("run", "guess")])

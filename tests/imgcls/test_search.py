@@ -40,10 +40,16 @@ def test_what_is_drawn_lies_within_its_domain_and_has_its_place_there(u: float):
     for domain in (
         Range(kind="uniform", low=0.25, high=1.0),
         Range(kind="log-uniform", low=1e-4, high=0.3),
+        Range(kind="uniform", low=0.99, high=0.9999),
         Choice(values=(32, 64, None)),
     ):
-        assert -0.01 <= domain.place(domain.at(u)) <= 1.01
+        assert 0 <= domain.place(domain.at(u)) <= 1
     assert Choice(values=(32, 64)).at(u) == (32 if u < 0.5 else 64)
+
+
+def test_a_narrow_range_has_as_many_values_as_a_wide_one():
+    for domain in (Range(kind="uniform", low=0.9, high=0.901), Range(kind="log-uniform", low=99.9, high=100.1)):
+        assert len({domain.at(i / 100) for i in range(100)}) > 90
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from imgcls.catalogue import quick
 from imgcls.errors import RecipeError
 from imgcls.recipe import derive
 from imgcls.records import RunConfig
+from jobs._packing import _not_packed
 from jobs._request import Flags, chosen
 from tests.conftest import ROOT
 
@@ -49,10 +51,25 @@ def test_changes_are_made_in_every_recipe():
 def test_a_runs_config_brings_its_recipe_again(tmp_path: Path):
     config = RunConfig(catalogue="quick", recipe=quick.FINETUNED, seed=3, data_digest="d", init=None, synthetic=False)
     (tmp_path / "config.json").write_bytes(config.to_bytes())
-    assert chosen(Flags(recipe=(str(tmp_path / "config.json"),)), None)[1] == (quick.FINETUNED,)
+    for place in (str(tmp_path / "config.json"), (tmp_path / "config.json").as_uri()):
+        assert chosen(Flags(recipe=(place,)), None)[1] == (quick.FINETUNED,)
     (tmp_path / "config.json").write_text(json.dumps({"seed": 3}))
     with pytest.raises(RecipeError, match=r"config\.json cannot be read"):
         chosen(Flags(recipe=(str(tmp_path / "config.json"),)), None)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int):
+    with pytest.raises(RecipeError, match=f"--seed {seed}: "):
+        chosen(Flags(seed=seed), None)
+    with pytest.raises(RecipeError, match=r"validation\.seed: "):
+        chosen(Flags(set=(f"validation.seed={seed}",)), None)
+
+
+def test_what_has_to_be_packed_are_the_sets_of_the_sources_too(tmp_path: Path):
+    flags = Flags(data=str(tmp_path))
+    assert _not_packed(flags, (quick.FINETUNED,)) == ["cifar10", "imagenette"]
+    assert _not_packed(replace(flags, init_from="model.pt"), (quick.FINETUNED,)) == ["cifar10"]
 
 
 def test_a_recipe_is_utf_8_in_any_locale(tmp_path: Path):

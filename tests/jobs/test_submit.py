@@ -20,7 +20,8 @@ def test_the_request_is_the_golden_one(run_command: Command, tmp_path: Path):
     (tmp_path / "mine.toml").write_text("")
     words = ("suite", "--catalogue", "paper", "--data", "s3://b/packed", "--storage", "s3://b/runs", "--recipe", "mine.toml")
     flags = ("--job-id", "a-job", "--env", "NCCL_DEBUG=WARN", "--driver-resource", "driver", "--dry-run")
-    done = run_command("submit", "run", *ADDRESS, *flags, "--", *words, env={"IMGCLS_COMMIT": "0123456789ab"})
+    verbose = "--verbose"  # anywhere before the command
+    done = run_command("submit", verbose, "run", *ADDRESS, *flags, "--", *words, env={"IMGCLS_COMMIT": "0123456789ab"})
     request: dict[str, Any] = json.loads(done.stdout)
     assert request.pop("files") > 50
     assert request.pop("bytes") < 2_000_000

@@ -90,6 +90,8 @@ def test_the_suite_of_five_on_s3_outlives_its_workers_runs_to_its_page_and_is_no
     assert {path: path.stat().st_mtime_ns for path in five.folder.glob("*/*")} == before
     results = json.loads((five.folder / "results.json").read_text())
     assert results["seconds"] > 5  # of the command that did the work
+    assert "took" in done.stdout
+    assert "took" not in again.stdout
 
     other = run_command(*command, "--set", "optimizer.lr=0.5", env=env)
     assert other.returncode == 3
@@ -256,7 +258,7 @@ def test_data_that_are_there_and_cannot_be_used_are_an_error_not_a_reason_to_dra
 
 
 @pytest.mark.slow
-def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
+def test_a_failed_source_fails_its_dependent_a_damaged_record_its_run_and_the_others_go_on(
     run_command: Command, packed: Path, storage: Path, ray_cluster: dict[str, str]
 ):
     from dataclasses import replace
@@ -269,7 +271,11 @@ def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
         derive(quick.BASIC_CNN, small),
         replace(derive(quick.RESNET18, small | {"optimizer.lr": 1e30, "length.epochs": 3})),
         derive(quick.FINETUNED, small),
+        derive(quick.SCRATCH, small),
     ]
+    damaged = storage / "failing" / "scratch-seed0" / "attempts" / "00001" / "began.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{}")
     flags: list[str | Path] = []
     for recipe in recipes:
         path = storage / f"{recipe.name}.toml"
@@ -282,8 +288,10 @@ def test_a_failed_source_fails_its_dependent_by_name_and_the_others_go_on(
     assert {name: row["status"] for name, row in rows.items()} == {
         "basic-cnn-seed0": "finished",
         "resnet18-seed0": "failed",
+        "scratch-seed0": "failed",
         "finetuned-seed0": "blocked",
     }
+    assert "began.json was altered, or is no record" in rows["scratch-seed0"]["error"]
     assert "not finite" in rows["resnet18-seed0"]["error"]
     assert rows["resnet18-seed0"]["log_tail"]
     assert rows["finetuned-seed0"]["error"] == "its source resnet18-seed0 failed"

@@ -94,8 +94,9 @@ def _command(results: SuiteResults, run: RunResult) -> str:
     source = next((other for other in results.finished if run.init is not None and other.name == run.init.run), None)
     if run.init is not None and source is None:
         words += ["--init-from", run.init.run]
-    if run.placement is not None and run.placement.num_workers > 1:
-        words += ["--num-workers", str(run.placement.num_workers)]
+    usual = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": int("gpu" in run.hardware)}
+    for name, number in run.placement or ():
+        words += [] if number == usual[name] else [f"--{name.replace('_', '-')}", f"{number:g}"]
     if source is not None:
         return f"{_command(results, source)} && {shlex.join(words)}"
     clean = run.commit and run.commit != "unknown" and not run.commit.endswith("+changes")

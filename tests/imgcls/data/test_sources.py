@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from imgcls.data.archives import members
-from imgcls.data.sources import find_source, open_source
+from imgcls.data.sources import find_source, images_below, open_source
 from imgcls.errors import DataError, StorageError
 from tests.conftest import image, image_folder
 
@@ -291,6 +291,29 @@ def test_sources_are_found_by_name_first_where_the_variable_says(tmp_path: Path,
     monkeypatch.delenv("IMGCLS_SOURCES")
     assert find_source("pets") == Path("data/sources/pets")
     assert find_source("cars") is None
+
+
+def test_a_set_whose_name_goes_on_with_digits_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("IMGCLS_SOURCES", str(tmp_path))
+    for name in ("cifar100", "imagenette2-160", "cifar-100-python"):
+        os.mkdir(tmp_path / name)
+    assert find_source("cifar10") is None
+    assert find_source("imagenette") == tmp_path / "imagenette2-160"
+    os.mkdir(tmp_path / "cifar10-32px")
+    assert find_source("cifar10") == tmp_path / "cifar10-32px"
+
+
+def test_the_images_of_a_folder_to_predict_are_those_that_would_be_packed(tmp_path: Path):
+    pets = image_folder(tmp_path / "pets")
+    (tmp_path / "f").mkdir()
+    image(1).save(tmp_path / "f" / "one.png")
+    (tmp_path / "f" / "cat").symlink_to(pets / "cat")
+    assert {file.parent.name for file in images_below(tmp_path / "f")} == {"f", "cat"}
+    assert len(images_below(pets)) == len(open_source(pets).samples)
+    (pets / "dog" / "lost.png").symlink_to("nowhere")
+    for read in (open_source, images_below):
+        with pytest.raises(DataError, match=r"dog/lost\.png cannot be read: No such file"):
+            read(pets)
 
 
 def test_two_sources_that_fit_alike_are_refused_and_an_exact_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

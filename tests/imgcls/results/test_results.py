@@ -158,7 +158,10 @@ def test_two_suites_are_compared_recipe_by_recipe_on_the_same_images():
     assert header[3:5] == ("quick", "other")
     assert scratch[:6] == ("scratch", "3", "1,000", "0.5000", "0.6000", "+0.1000")
     assert scratch[-1] == "other is better"
-    assert finetuned[-1].startswith("not compared: it is not finished in both")
+    assert finetuned[-1].startswith("not compared: no seed of it is finished in both")
+    last = suite(result(quick.SCRATCH, 0.5, seed=9))
+    apart = beside(ours, tables[0], last, read_predictions(predictions(*last.runs)))
+    assert apart[1][-1].startswith("not compared: no seed of it is finished in both")
     same = beside(ours, tables[0], ours, tables[0])
     assert [row[-1] for row in same[1:]] == ["not distinguishable by these runs"] * 2
 
@@ -258,6 +261,22 @@ def test_a_rows_command_makes_its_recipe_again():
     assert commands(result(changed, 0.5, seed=3)) == [
         f"git checkout abc && {command} --set 'dataset=my photos' --set optimizer.lr=0.01"
     ]
+
+
+@pytest.mark.parametrize(
+    ("placement", "gpu", "flags"),
+    [
+        ((1, 1.0, 0.0), None, ""),
+        ((1, 1.0, 1.0), "a GPU", ""),
+        ((2, 2.0, 0.2), "a GPU", " --num-workers 2 --cpus-per-worker 2 --gpus-per-worker 0.2"),
+        ((1, 0.5, 0.0), "a GPU", " --cpus-per-worker 0.5 --gpus-per-worker 0"),
+    ],
+)
+def test_a_rows_command_says_what_decides_its_bits(placement: tuple[int, float, float], gpu: str | None, flags: str):
+    placed = Placement(num_workers=placement[0], cpus_per_worker=placement[1], gpus_per_worker=placement[2])
+    run = result(quick.SCRATCH, 0.5, placement=placed)
+    command = "git checkout abc && python -m jobs.train scratch --catalogue quick --id again --data data/packed"
+    assert commands(run.model_copy(update={"hardware": run.hardware | ({"gpu": gpu} if gpu else {})})) == [command + flags]
 
 
 def test_a_fine_tuned_rows_command_makes_its_source_first():

@@ -115,6 +115,12 @@ def test_a_server_that_does_not_answer_is_named(address: str, monkeypatch: pytes
         log_to_mlflow(suite(), {}, {}, address)
 
 
+def test_a_folder_that_cannot_be_written_is_named(uri: str, tmp_path: Path):
+    (tmp_path / "mlruns").write_text("a file")
+    with pytest.raises(StorageError, match=r"--mlflow: .*mlruns.*\n  do: look at the address"):
+        log_to_mlflow(suite(), {}, {}, uri)
+
+
 SILENT = """
 import socket, sys
 def no_network(*address, **_):
