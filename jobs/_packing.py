@@ -77,6 +77,6 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
 def _not_packed(flags: Flags, recipes: tuple[Recipe, ...]) -> list[str]:
     """Of the recipes, and of those in the catalogue that they start from."""
     starts = {recipe.init.recipe for recipe in recipes if isinstance(recipe.init, FromRun) and flags.init_from is None}
-    sources = [recipe for recipe in suite_of(flags.catalogue) if recipe.name in starts]
+    sources = [recipe for recipe in suite_of(flags.catalogue) if recipe.name in starts - {recipe.name for recipe in recipes}]
     datasets = dict.fromkeys(recipe.dataset for recipe in (*recipes, *sources))
     return [name for name in datasets if not storage.exists(shards.manifest_url(storage.join(flags.data, name)))]

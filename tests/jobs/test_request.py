@@ -69,6 +69,8 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int):
 def test_what_has_to_be_packed_are_the_sets_of_the_sources_too(tmp_path: Path):
     flags = Flags(data=str(tmp_path))
     assert _not_packed(flags, (quick.FINETUNED,)) == ["cifar10", "imagenette"]
+    mine = derive(quick.RESNET18, {"dataset": "mine"})
+    assert _not_packed(flags, (mine, quick.FINETUNED)) == ["mine", "cifar10"]
     assert _not_packed(replace(flags, init_from="model.pt"), (quick.FINETUNED,)) == ["cifar10"]
 
 
