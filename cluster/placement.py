@@ -7,13 +7,13 @@ Pure, except for `local_node`, which asks this machine, `defined_nodes`, which r
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.session import kuberay_cluster, names_cluster
+from cluster.session import kuberay_cluster
 from imgcls.cpus import usable_cpus
 from imgcls.errors import PlacementError
 from imgcls.records import Placement, RunOptions, check_flags
@@ -30,10 +30,8 @@ class Node:
     gpus: float
     type: str = HERE
     """Its name in the cluster's configuration; without one `head` or `worker`."""
-    there: bool = True
-    """False: an autoscaler can add it."""
     limit: int = 0
-    """How many nodes an autoscaler can add, of all types together."""
+    """How many nodes an autoscaler can add, of all types together; 0: the node is there."""
     gpu: str | None = None
     """Ray's name for it, such as A10G, if Ray has one."""
 
@@ -44,13 +42,6 @@ class Node:
 def local_node() -> Node:
     """What local Ray will have. What other processes of this machine use is not subtracted."""
     return Node(float(usable_cpus()), float(len(gpus())))
-
-
-def known_nodes(definition: Path | None) -> list[Node]:
-    """Those of a definition, else of the connected cluster, else this machine."""
-    if definition is not None:
-        return defined_nodes(definition)
-    return cluster_nodes(autoscaling_config()) if names_cluster() else [local_node()]
 
 
 def cluster_nodes(config: dict[str, Any] | None) -> list[Node]:
@@ -71,7 +62,7 @@ def defined_nodes(path: Path) -> list[Node]:
         if config is None:
             raise ValueError("its cluster does not grow, spec.enableInTreeAutoscaling is not set")
         head = config["available_node_types"][config["head_node_type"]]
-        return [replace(_node_type("head", head), there=True), *addable_nodes([], config)]
+        return [_node_type("head", head), *addable_nodes([], config)]
     except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
     raise PlacementError(
@@ -98,7 +89,7 @@ def _launcher_config(definition: dict[str, Any]) -> dict[str, Any] | None:
 
 def _node_type(name: str, kind: dict[str, Any], limit: int = 0) -> Node:
     resources = kind.get("resources", {})
-    return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, there=False, limit=limit)
+    return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), name, limit=limit)
 
 
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
@@ -202,15 +193,15 @@ def what_there_is(nodes: Sequence[Node]) -> str:
     def counted(group: list[Node]) -> str:
         return ", ".join(f"{count} {node}" for node, count in Counter(group).items()) or "no node"
 
-    addable = [node for node in nodes if not node.there]
-    text = counted([node for node in nodes if node.there])
+    addable = [node for node in nodes if node.limit]
+    text = counted([node for node in nodes if not node.limit])
     return f"{text}, and can add {counted(addable)}, {min(addable[0].limit, len(addable))} in all" if addable else text
 
 
 def how_many_fit(nodes: Sequence[Node], placement: Placement) -> int:
     """How many runs can have all their workers at the same time."""
-    there = sum(workers_on(node, placement) for node in nodes if node.there)
-    added = sorted((workers_on(node, placement) for node in nodes if not node.there), reverse=True)
+    there = sum(workers_on(node, placement) for node in nodes if not node.limit)
+    added = sorted((workers_on(node, placement) for node in nodes if node.limit), reverse=True)
     return (there + sum(added[: max((node.limit for node in nodes), default=0)])) // placement.num_workers
 
 

@@ -59,7 +59,7 @@ def work_of(recipe: Recipe, placement: Placement) -> str:
     return f"{recipe.model.kind} {recipe.input.px} px {work}"
 
 
-def decoding_of(manifest: Manifest, *, px: int, channels: int) -> str:
+def decoding_of(manifest: Manifest, px: int, channels: int) -> str:
     return f"{manifest.name} {px} px {channels} {manifest.digest[:12]}"
 
 

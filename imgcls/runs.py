@@ -240,9 +240,8 @@ class RunFolder(Folder):
         return [records.read(Audit, storage.join(url, name)) for name in storage.files(url) if name.endswith(".json")]
 
     def keep_audit(self, audit: Audit) -> None:
-        url = storage.join(self.url, "audits")
         number = 1 + max(self.numbers("audits"), default=0)
-        while not storage.create_bytes(storage.join(url, f"{number:05d}.json"), records.sealed(audit)):
+        while not storage.create_bytes(storage.join(self.url, "audits", f"{number:05d}.json"), records.sealed(audit)):
             number += 1  # another auditor was there at the same time
 
     def lease_url(self, number: int) -> str:

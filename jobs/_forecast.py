@@ -1,7 +1,6 @@
 """`--dry-run`: what a request would do, fetch, take and cost, as a page of lines; nothing is started."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from cluster import placement as placements
@@ -21,9 +20,11 @@ UNKNOWN = "unknown"
 
 def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cluster: Path | None) -> int:
     """The exit code. Raises PlacementError where the workers can never run, RecipeError for what is no price table."""
-    state, joins = state_of(request, plan), session.names_cluster() and cluster is None
-    with session.session(verbose=request.options.verbose) if joins else nullcontext():
-        nodes = placements.known_nodes(cluster)
+    state = state_of(request, plan)
+    nodes = [placements.local_node()] if cluster is None else placements.defined_nodes(cluster)
+    if cluster is None and session.names_cluster():
+        with session.session(verbose=request.options.verbose):
+            nodes = placements.cluster_nodes(placements.autoscaling_config())
     table = read_prices(prices, {node.type for node in nodes} - {placements.HERE}) if prices else None
     p = placements.choose(nodes, request.options)
     forecast = forecast_of(plan, state, nodes, p, defined=cluster is not None)
@@ -47,7 +48,7 @@ def _say_runs(lines: Lines, plan: Plan, forecast: Forecast) -> None:
     for name, run in forecast.runs.items():
         config, recipe = plan.configs[name], plan.configs[name].recipe
         counts = (f"{count:,}" for count in (run.steps, run.train_images, run.evaluated_images))
-        rows.append((name, config.source_run or "", recipe.dataset, str(recipe.input.px), *counts, _seconds(run.seconds)))
+        rows.append((name, config.source_run or "", recipe.dataset, str(recipe.input.px), *counts, duration(run.seconds)))
     say_table(lines, rows)
 
 
@@ -63,7 +64,7 @@ def _say_data(lines: Lines, request: Request, plan: Plan) -> None:
 
 
 def _say_time(lines: Lines, forecast: Forecast) -> None:
-    seconds, hours = _seconds(forecast.seconds), UNKNOWN if forecast.gpu_hours is None else f"{forecast.gpu_hours:.3f}"
+    seconds, hours = duration(forecast.seconds), UNKNOWN if forecast.gpu_hours is None else f"{forecast.gpu_hours:.3f}"
     lines.say(f"predicted: {seconds} for the command, {hours} GPU-hours; rates of {forecast.hardware}")
     if forecast.seconds is None:
         lines.say("  a rate is unknown here; `python -m jobs.bench calibrate` measures it, and so does every finished run")
@@ -90,7 +91,3 @@ def _say_costs(lines: Lines, table: PriceTable, by_type: list[Cost], path: Path 
     lines.say(f"  a node is paid until it has been idle for {table.idle_timeout_s:g} s, {HEAD} as long as it all takes")
     if table.is_old:
         lines.say(f"  the prices are of {table.as_of}: look whether they still hold")
-
-
-def _seconds(seconds: float | None) -> str:
-    return UNKNOWN if seconds is None else duration(seconds)

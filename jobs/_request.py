@@ -47,7 +47,7 @@ class Flags(Strict):
     num_seeds: tyro.conf.Suppress[Annotated[int, Field(ge=1)]] = 1
     init_from: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Start from these weights: a run's folder, a checkpoint or a model file."""
-    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions()  # noqa: RUF009
+    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions()
     retry_failed: bool = False
     """Try runs again that failed."""
     dry_run: bool = False

@@ -52,7 +52,7 @@ class SuiteView:
     """The runs of a suite while they run. A `cluster.carry.searcher.View`."""
 
     def __init__(self, lines: Lines, runs: Mapping[str, str | None]) -> None:
-        self.lines = lines
+        self.lines, self.say = lines, lines.say
         self.began = time.monotonic()
         self.rows: dict[str, dict[str, Any]] = {run: {"state": "Ray starts"} for run in runs}
         self.sources = runs
@@ -99,9 +99,6 @@ class SuiteView:
         self.rows[run]["state"] = status.value
         self.lines.say(f"{run}: {status.value}")
 
-    def say(self, text: str) -> None:
-        self.lines.say(text)
-
     def _table(self) -> Table:
         elapsed = duration(time.monotonic() - self.began)
         table = Table("run", "state", "epoch", "step", "images/s", "left", title=f"{self.lines.mark}{elapsed}")
@@ -126,7 +123,9 @@ def _left(row: Mapping[str, Any]) -> str:
     return duration((time.monotonic() - began) * (row["total_steps"] - row["step"]) / (row["step"] - first))
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
@@ -139,8 +138,7 @@ def say_table(lines: Lines, rows: Sequence[Sequence[str]]) -> None:
 
 def say_work(lines: Lines, results: "SuiteResults") -> None:
     """What the last command took, beside what was predicted."""
-    predicted = "unknown" if results.predicted_s is None else duration(results.predicted_s)
-    lines.say(f"took {duration(results.seconds)}, predicted {predicted}")
+    lines.say(f"took {duration(results.seconds)}, predicted {duration(results.predicted_s)}")
     if results.predicted_s is not None:
         lines.say("  " + ", ".join(f"{run} {s:.0f} s of {results.predicted[run]:.0f}" for run, s in results.took.items()))
 

@@ -52,9 +52,8 @@ def training_rates(recipe: Recipe, *, accelerator: str, threads: int, seconds: f
     # As many steps as may be wanted, on as many images as memory likes.
     train = np.tile(np.arange(count), 64)
     few = np.arange(min(EVALUATED, count))
-    data = ImageData(
-        recipe, Cache(images, rng.integers(0, NUM_CLASSES, count)), Splits(train, few, few), seed=0, rank=0, world_size=1
-    )
+    cache = Cache(images, rng.integers(0, NUM_CLASSES, count))
+    data = ImageData(recipe, cache, Splits(train, few, few), seed=0, rank=0, world_size=1)
     network = build_model(recipe, num_classes=NUM_CLASSES, seed=0)
     world, total_steps = World(accelerator=accelerator), len(train) // recipe.global_batch_size
     module = Classifier(network, recipe, num_classes=NUM_CLASSES, world=world, total_steps=total_steps)

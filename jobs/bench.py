@@ -190,5 +190,4 @@ def with_tables(text: str, *, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    commands = {"calibrate": calibrate, "record": record, "numerics": numerics, "faults": faults, "gpu": gpu, "speed": speed}
-    enter({**commands, "published": published, "readme": readme})
+    enter({one.__name__: one for one in (calibrate, record, numerics, faults, gpu, speed, published, readme)})

@@ -22,7 +22,7 @@ def search(
     num_trials: int = 16,
     max_epochs: int | None = None,
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
-    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),
 ) -> int:
     """Search for better values of a recipe's fields, by trials in parallel; the worse ones are stopped early.
 

@@ -15,7 +15,7 @@ def suite(
     recipes: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None,
     num_seeds: int = 1,
     pack: bool = False,
-    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),
 ) -> int:
     """Train the runs of a catalogue and draw the page.
 

@@ -11,7 +11,7 @@ from jobs._request import Flags, carry_out, chosen_one
 def train(
     recipe_name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RECIPE")] = None,
     /,
-    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),  # noqa: B008
+    flags: tyro.conf.OmitArgPrefixes[Flags] = Flags(),
 ) -> int:
     """Train one recipe with one seed.
 

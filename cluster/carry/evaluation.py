@@ -42,8 +42,8 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
         with threads(1):  # as a worker has: on some CPUs the last bits depend on their number
             scores = evaluate(source, data_url=data_url, split=split, world=World(accelerator="auto"))
     else:
-        work = partial(_work, checkpoint, data_url=data_url, split=split, verbose=verbose)
-        scores = _under_ray(work, [checkpoint, data_url], RunOptions(num_workers=num_workers, verbose=verbose))
+        options = RunOptions(num_workers=num_workers, verbose=verbose, hang_timeout_s=1800)
+        scores = _under_ray(checkpoint, data_url, split, options)
     return Evaluation(
         checkpoint=source.url,
         weights_sha256=source.weights_sha256,
@@ -57,8 +57,8 @@ def evaluate_checkpoint(checkpoint: str, *, data_url: str, split: Split, num_wor
     )
 
 
-def _under_ray(work: partial[Scores], places: list[str], options: RunOptions) -> Any:
-    """What `work` returns, as each worker of a placement calls it."""
+def _under_ray(checkpoint: str, data_url: str, split: Split, options: RunOptions) -> Any:
+    """The scores, which all workers of a placement return."""
     if not session.names_cluster():
         placements.choose([placements.local_node()], options)
     with session.session(verbose=options.verbose), storage.temporary_folder("train") as folder:
@@ -66,17 +66,16 @@ def _under_ray(work: partial[Scores], places: list[str], options: RunOptions) ->
 
         from cluster.carry.trainer import LeanTrainer
 
-        check_seen_by_nodes(places)
+        check_seen_by_nodes([checkpoint, data_url])
         placement = placements.choose(placements.cluster_nodes(placements.autoscaling_config()), options)
-        work = partial(work, placement=placement, command=secrets.token_hex(8))
+        work = partial(_work, checkpoint, data_url, split, options.verbose, placement, secrets.token_hex(8))
         try:
-            result = LeanTrainer(work, placement, verbose=options.verbose, name="evaluate", storage_path=folder).fit()
+            return LeanTrainer(work, placement, options, name="evaluate", storage_path=folder).fit().return_value
         except TrainingFailedError as error:
             raise cause_of(error)[1] from None
-    return result.return_value
 
 
-def _work(checkpoint: str, *, data_url: str, split: Split, verbose: bool, placement: Placement, command: str) -> Scores:
+def _work(checkpoint: str, data_url: str, split: Split, verbose: bool, placement: Placement, command: str) -> Scores:
     """Of one worker. The workers of a command check a node's cache once."""
     silence_libraries(verbose)
     from imgcls.training.evaluate import evaluate

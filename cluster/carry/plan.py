@@ -38,7 +38,7 @@ class Request:
     data_url: str
     storage_url: str
     init_from: str | None = None
-    options: RunOptions = RunOptions()  # noqa: RUF009
+    options: RunOptions = RunOptions()
     retry_failed: bool = False
     search: Search | None = None
     """The recipes are its trials."""
@@ -90,15 +90,7 @@ def make_plan(request: Request) -> Plan:
     ordered = _sources_first(recipes)
     for seed in request.seeds:
         for recipe in ordered:
-            init, synthetic_start = _start(recipe, seed, configs, given)
-            config = RunConfig(
-                catalogue=request.catalogue,
-                recipe=recipe,
-                seed=seed,
-                data_digest=manifests[recipe.dataset].digest,
-                init=init,
-                synthetic=manifests[recipe.dataset].synthetic or synthetic_start,
-            )
+            config = _config(request.catalogue, recipe, seed, manifests[recipe.dataset], configs, given)
             configs[config.name] = config
     _check_lineage(ordered, urls, manifests, given)
     wanted = [f"{recipe.name}-seed{seed}" for seed in request.seeds for recipe in recipes]
@@ -160,16 +152,19 @@ def _find_model(checkpoint: str) -> "Model":
     return find_model(storage.absolute(checkpoint))
 
 
-def _start(
-    recipe: Recipe, seed: int, configs: dict[str, RunConfig], given: "Model | None"
-) -> tuple[InitSource | None, bool]:
-    """Where the first weights come from, None for scratch; and whether they were trained on no photographs."""
-    if not isinstance(recipe.init, FromRun):
-        return None, False
-    if given is not None:
-        return InitSource(run=given.url, identity=given.weights_sha256), given.synthetic
-    source = configs[f"{recipe.init.recipe}-seed{seed}"]
-    return InitSource(run=source.name, identity=source.digest()), source.synthetic
+def _config(
+    catalogue: str, recipe: Recipe, seed: int, manifest: Manifest, configs: dict[str, RunConfig], given: "Model | None"
+) -> RunConfig:
+    """With where its first weights come from, None for scratch; synthetic too where they were trained on no photographs."""
+    init, synthetic = None, manifest.synthetic
+    if isinstance(recipe.init, FromRun) and given is not None:
+        init, synthetic = InitSource(run=given.url, identity=given.weights_sha256), synthetic or given.synthetic
+    elif isinstance(recipe.init, FromRun):
+        source = configs[f"{recipe.init.recipe}-seed{seed}"]
+        init, synthetic = InitSource(run=source.name, identity=source.digest()), synthetic or source.synthetic
+    return RunConfig(
+        catalogue=catalogue, recipe=recipe, seed=seed, data_digest=manifest.digest, init=init, synthetic=synthetic
+    )
 
 
 def _check_lineage(

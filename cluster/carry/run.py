@@ -101,8 +101,7 @@ def _train(given: Assignment) -> None:
         TrialTrainer(
             partial(train_worker, given, started_s=time.time()),
             given.placement,
-            verbose=options.verbose,
-            timeout_s=int(options.hang_timeout_s),
+            options,
             name=given.config.name,
             # Nothing but metrics goes through Train; checkpoints have their own store.
             storage_path=folder,
@@ -189,8 +188,9 @@ def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> 
     from imgcls.training.world import World
 
     context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(placement.cpus_per_worker)))
-    if context.get_world_size() > 1:
+    if size > 1:
         from ray.train.collective import broadcast_from_rank_zero
         from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
@@ -198,13 +198,8 @@ def world_of(placement: Placement, *, elastic: bool = False, **options: Any) -> 
         if elastic:
             leave_gradients_alone(strategy)
         options |= {"strategy": strategy, "plugins": (RayLightningEnvironment(),), "broadcast": broadcast_from_rank_zero}
-    return World(
-        rank=context.get_world_rank(),
-        size=context.get_world_size(),
-        accelerator="gpu" if placement.gpus_per_worker else "cpu",
-        placement=placement,
-        **options,
-    )
+    accelerator = "gpu" if placement.gpus_per_worker else "cpu"
+    return World(rank=rank, size=size, accelerator=accelerator, placement=placement, **options)
 
 
 def report(progress: Progress, *, tries: int) -> None:

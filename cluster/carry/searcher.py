@@ -68,12 +68,12 @@ class PlanSearcher(NotKept, Searcher):
         room: Callable[[], int],
         ended: Callable[[SuiteState, str], SuiteState],
         view: View,
-        begin_workers: Callable[[], None],
+        begin_workers: Callable[[int], None],
         num_begun: int,
     ) -> None:
         """ended: what the suite has come to with this run's end.
 
-        begin_workers: of a run, before its trial does. num_begun: of so many runs they have begun already.
+        begin_workers: of so many runs, before their trials do. num_begun: of so many runs they have begun already.
         """
         super().__init__()
         self.state, self.room, self.ended, self.view = state, room, ended, view
@@ -93,7 +93,7 @@ class PlanSearcher(NotKept, Searcher):
             self.began_s[action.run] = time.monotonic()
             self.view.started(action.run)
             if len(self.began_s) > self.num_begun:
-                self.begin_workers()
+                self.begin_workers(1)
             return {"run": action.run}
         return None if isinstance(action, Wait) else Searcher.FINISHED
 
@@ -138,7 +138,7 @@ class SuiteCallback(NotKept, Callback):
         self.held.check_answered()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.searcher.begin_workers()  # those of before died with it
+        self.searcher.begin_workers(1)  # those of before died with it
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "phase" in result:

@@ -8,10 +8,9 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import placement as placements
 from cluster import session
@@ -21,7 +20,6 @@ from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike, check_search
 from cluster.carry.run import Assignment, trial
 from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
-from cluster.foretell.forecast import Forecast
 from cluster.look.preflight import check_seen_by_nodes
 from imgcls import records, storage
 from imgcls.data.cache import check_room
@@ -66,16 +64,21 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
-            state = state_of(request, plan)  # as it is now that nobody else is at it
 
             def room() -> int:
                 return placements.how_many_fit(placements.cluster_nodes(config), placement)
 
-            searcher = _carry_out(request, plan, state, held, placement, room, view)
+            searcher = _carry_out(request, plan, held, placement, room, view)
             # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
             Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
-    results = suite.publish(**_work_of(time.monotonic() - began, command, predicted, took))
+    results = suite.publish(
+        seconds=round(time.monotonic() - began, 1),
+        command=command,
+        predicted_s=predicted.seconds and round(predicted.seconds, 1),
+        predicted={name: round(run.seconds, 1) for name, run in predicted.runs.items() if run.seconds is not None},
+        took={name: round(seconds, 1) for name, seconds in took.items()},
+    )
     if took:
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
         keep_rates(request, plan, results, cached, session_s=time.monotonic() - began - busy_s)
@@ -115,14 +118,9 @@ def write_down(request: Request, plan: Plan) -> None:
 
 
 def _carry_out(
-    request: Request,
-    plan: Plan,
-    state: SuiteState,
-    held: Leases,
-    placement: Placement,
-    room: Callable[[], int],
-    view: "View",
+    request: Request, plan: Plan, held: Leases, placement: Placement, room: Callable[[], int], view: "View"
 ) -> "PlanSearcher":
+    state = state_of(request, plan)  # as it is now that nobody else is at it
     view.connected()
     options = request.options
     session.set_train_environment(hang_timeout_s=options.hang_timeout_s)  # a part of the workers' environment
@@ -140,9 +138,7 @@ def _carry_out(
             folder.fail(plan.configs[run], stop.reason)
         return state
 
-    searcher = PlanSearcher(
-        state, room=room, ended=ended, view=view, begin_workers=partial(begin_workers, 1), num_begun=num_begun
-    )
+    searcher = PlanSearcher(state, room=room, ended=ended, view=view, begin_workers=begin_workers, num_begun=num_begun)
     session.keep_credentials_here()
     outlive_lack_of_memory(view.say)
     carried = tune.with_parameters(trial, assignments=_assignments(request, plan, held.command, placement, environment))
@@ -214,15 +210,4 @@ def _assignments(
             environment=environment,
         )
         for name, config in plan.configs.items()
-    }
-
-
-def _work_of(seconds: float, command: str, predicted: Forecast, took: dict[str, float]) -> dict[str, Any]:
-    """What a command did: seconds of its own and of its runs, beside what was predicted."""
-    return {
-        "seconds": round(seconds, 1),
-        "command": command,
-        "predicted_s": predicted.seconds and round(predicted.seconds, 1),
-        "predicted": {name: round(run.seconds, 1) for name, run in predicted.runs.items() if run.seconds is not None},
-        "took": {name: round(seconds, 1) for name, seconds in took.items()},
     }

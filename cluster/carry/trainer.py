@@ -27,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 
 from imgcls.errors import ClusterError
-from imgcls.records import Placement
+from imgcls.records import Placement, RunOptions
 
 NODES_S = 2 * 3600.0
 
@@ -35,20 +35,16 @@ NODES_S = 2 * 3600.0
 class LeanTrainer(DataParallelTrainer):
     """Raises `ray.train.TrainingFailedError` where its workers fail too often, as Train's own does."""
 
-    def __init__(
-        self, work: Callable[[], Any], placement: Placement, *, verbose: bool, timeout_s: int = 1800, **options: Any
-    ) -> None:
-        """work: what each worker does. timeout_s: of a collective. options: others of `ray.train.RunConfig`."""
+    def __init__(self, work: Callable[[], Any], placement: Placement, options: RunOptions, **config: Any) -> None:
+        """work: what each worker does. config: fields of `ray.train.RunConfig`."""
         resources = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
-        logging = ray.train.LoggingConfig(log_level="INFO" if verbose else "CRITICAL")
-        super().__init__(
-            work,
-            backend_config=_backend_config(placement, timeout_s),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=placement.num_workers, use_gpu=placement.gpus_per_worker > 0, resources_per_worker=resources
-            ),
-            run_config=ray.train.RunConfig(logging_config=logging, **options),
+        scaling = ray.train.ScalingConfig(
+            num_workers=placement.num_workers, use_gpu=placement.gpus_per_worker > 0, resources_per_worker=resources
         )
+        logging = ray.train.LoggingConfig(log_level="INFO" if options.verbose else "CRITICAL")
+        run = ray.train.RunConfig(logging_config=logging, **config)
+        backend = _backend_config(placement, int(options.hang_timeout_s))
+        super().__init__(work, backend_config=backend, scaling_config=scaling, run_config=run)
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)

@@ -14,11 +14,7 @@ from imgcls.records import Placement, SuiteResults
 
 def cached_sets(plan: Plan) -> list[str]:
     """Decoded sets that lie on this node, as `rates.decoding_of` names them."""
-    return [
-        rates.decoding_of(manifest, px=px, channels=channels)
-        for manifest, px, channels in plan.decoded_sets(plan.configs)
-        if is_cached(manifest, px=px, channels=channels)
-    ]
+    return [rates.decoding_of(*decoded) for decoded in plan.decoded_sets(plan.configs) if is_cached(*decoded)]
 
 
 def forecast_of(

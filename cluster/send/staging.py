@@ -31,9 +31,7 @@ GIVEN = "given"
 FILE_FLAGS = ("--recipe", "--prices", "--cluster", "--space")
 PLACES = {
     "pack": ("--to", "--source", "--verify"),
-    "train": ("--data", "--storage", "--init-from"),
-    "suite": ("--data", "--storage", "--init-from"),
-    "search": ("--data", "--storage", "--init-from"),
+    **dict.fromkeys(("train", "suite", "search"), ("--data", "--storage", "--init-from")),
     "evaluate": ("--data",),
     "report": ("--storage",),
     "doctor": ("--data", "--storage"),
@@ -42,9 +40,7 @@ PLACES = {
 REQUIRED = ("--to", "--data", "--storage")
 """Flags whose default, but `doctor`'s, is a folder beside the command, which in a job goes away with it."""
 
-_SECRET_NAME = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|ACCESS_?KEY|API_?KEY|(^|_)(KEY|AUTH|PW|PAT)$", re.IGNORECASE
-)
+_SECRET_NAME = re.compile(r"(?i)SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|ACCESS_?KEY|API_?KEY|(^|_)(KEY|AUTH|PW|PAT)$")
 _SECRET_VALUE = re.compile(
     r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN|://[^/@\s]+:[^/@\s]+@|\b(ghp|gho|xox[bp]|hf|sk)[_-]\w{16,}"
 )

@@ -27,6 +27,8 @@ from imgcls.records import Manifest, Record, Shard
 
 BLOCK_BYTES = 16 << 20
 
+Say = Callable[[str], None]
+
 
 class CacheMeta(Record):
     """What lies in a cache folder; written last."""
@@ -44,13 +46,7 @@ class Cache:
 
 
 def open_cache(
-    set_url: str,
-    manifest: Manifest,
-    *,
-    px: int,
-    channels: int,
-    command: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    set_url: str, manifest: Manifest, *, px: int, channels: int, command: str | None = None, say: Say = lambda text: None
 ) -> Cache:
     """The set's decoded images; built where they are missing or damaged.
 
@@ -79,7 +75,7 @@ def open_cache(
     return Cache(images, np.fromfile(folder / "labels.i64", dtype="<i8"))
 
 
-def is_cached(manifest: Manifest, *, px: int, channels: int) -> bool:
+def is_cached(manifest: Manifest, px: int, channels: int) -> bool:
     """Whether the decoded images lie on this node, as far as can be seen without reading them."""
     return os.path.exists(_folder(manifest, px, channels))
 
@@ -118,7 +114,7 @@ def _shard_file(shard: Shard) -> Path:
     return storage.cache_root() / "shards" / shard.sha256
 
 
-def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+def _is_whole(folder: Path, say: Say) -> bool:
     try:
         meta = records.read_if_there(CacheMeta, str(folder / "meta.json"))
         if meta is None or meta == _meta(folder):

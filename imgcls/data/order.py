@@ -71,8 +71,7 @@ def evaluation_batches(num_samples: int, *, rank: int, world_size: int, size: in
     """
     rows = np.arange(rank, num_samples, world_size)
     steps = math.ceil(math.ceil(num_samples / world_size) / size)
-    padded = np.zeros(steps * size, dtype=np.int64)
-    padded[: len(rows)] = rows
+    padded = np.pad(rows, (0, steps * size - len(rows)))
     counts = [min(size, max(0, len(rows) - step * size)) for step in range(steps)]
     return list(zip(padded.reshape(steps, size), counts, strict=True))
 

@@ -283,12 +283,7 @@ def check_shards(set_url: str, manifest: Manifest) -> None:
 
 
 def decoded_images(
-    set_url: str,
-    manifest: Manifest,
-    convert: Callable[[Image], T],
-    *,
-    fetch: Callable[[str, Shard], bytes] = fetch_shard,
-    progress: Progress = lambda done, total: None,
+    set_url: str, manifest: Manifest, convert: Callable[[Image], T], *, fetch: Callable[[str, Shard], bytes] = fetch_shard
 ) -> Iterator[T]:
     """`convert` of each image, computed in the pool's processes; in the order of the manifest.
 
@@ -306,7 +301,6 @@ def decoded_images(
                     "  do: pack again here, or install the Pillow that it was packed with"
                 )
             yield converted
-            progress(row + 1, len(named))
 
 
 def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
@@ -317,6 +311,6 @@ def _decoded(convert: Callable[[Image], T], data: bytes) -> tuple[bytes, T]:
 def verify(set_url: str, *, progress: Progress = lambda done, total: None) -> Manifest:
     """Every byte and every image of a set is what its manifest says; raises DataError where one is not."""
     manifest = read_manifest(set_url)
-    for _ in decoded_images(set_url, manifest, Image.close, progress=progress):
-        pass
+    for done, _ in enumerate(decoded_images(set_url, manifest, Image.close), 1):
+        progress(done, manifest.num_samples)
     return manifest

@@ -66,15 +66,9 @@ def difference(a: Hits, b: Hits) -> Difference:
     error = _error(pairs, least=1 / pairs.size)  # agreement on all images still leaves some uncertainty
     q, center = error.quantile((1 - LEVEL) / 2), float(pairs.mean())
     above = _tail(abs(center) / error.scale, error.share, error.df)
-    return Difference(
-        center,
-        max(-1.0, center - q * error.scale),
-        min(1.0, center + q * error.scale),
-        len(pairs),
-        _deviation(pairs),
-        probability=1 - above if center > 0 else above,
-        detectable=(q + error.quantile(1 - POWER)) * error.scale,
-    )
+    low, high = max(-1.0, center - q * error.scale), min(1.0, center + q * error.scale)
+    probability, detectable = 1 - above if center > 0 else above, (q + error.quantile(1 - POWER)) * error.scale
+    return Difference(center, low, high, len(pairs), _deviation(pairs), probability, detectable)
 
 
 def _deviation(values: NDArray) -> float:

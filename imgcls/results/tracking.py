@@ -65,8 +65,7 @@ def _log(client: "MlflowClient", experiment_id: str, run: RunResult, rows: Rows,
     tracked = found[0] if found else client.create_run(experiment_id, began_ms, tags, run.name)
     run_id, done = tracked.info.run_id, int(tracked.data.tags.get(EPOCHS, 0))
     if not tracked.data.params:
-        facts = {"seed": run.seed, "data_digest": run.data_digest, "synthetic": run.synthetic}
-        facts |= leaves(run.recipe.to_json())
+        facts = {"seed": run.seed, "data_digest": run.data_digest, "synthetic": run.synthetic} | leaves(run.recipe.to_json())
         client.log_batch(run_id, params=[Param(name, str(value)) for name, value in facts.items()])
     for row, at_ms in [*zip(rows, ended_ms, strict=False)][done:]:
         metrics = [Metric(name, row[name], at_ms, int(row["step"])) for name in METRICS]
@@ -76,9 +75,7 @@ def _log(client: "MlflowClient", experiment_id: str, run: RunResult, rows: Rows,
         return
     scores = {"loss": run.test.loss, "accuracy": run.test.accuracy} if run.test else {}
     facts = {"weights_sha256": run.weights_sha256, "commit": run.commit, "checkpoint": run.checkpoint}
-    client.log_batch(
-        run_id,
-        [Metric(f"test/{name}", value, ended_ms[-1], run.steps) for name, value in scores.items()],
-        tags=[RunTag(f"imgcls.{name}", value) for name, value in facts.items() if value],
-    )
+    metrics = [Metric(f"test/{name}", value, ended_ms[-1], run.steps) for name, value in scores.items()]
+    told = [RunTag(f"imgcls.{name}", value) for name, value in facts.items() if value]
+    client.log_batch(run_id, metrics, tags=told)
     client.set_terminated(run_id, status, ended_ms[-1])

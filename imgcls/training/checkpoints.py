@@ -110,9 +110,7 @@ class CheckpointStore(CheckpointIO):
         with suppress(StorageError):  # `wait` has said it before, or it would hide what ended the training
             self.wait()
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """The checked content of a committed checkpoint, on the CPU."""
         return read_checkpoint(str(path))
 

@@ -127,10 +127,9 @@ def commit() -> str | None:
     """
     if named := os.environ.get("IMGCLS_COMMIT"):
         return named
-    here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
 
     try:

@@ -41,13 +41,7 @@ NUM_EXAMPLES = 8
 
 
 def fit(
-    config: RunConfig,
-    *,
-    data_url: str,
-    run_url: str,
-    world: World,
-    options: RunOptions = RunOptions(),  # noqa: B008
-    tested: bool = True,
+    config: RunConfig, *, data_url: str, run_url: str, world: World, options: RunOptions = RunOptions(), tested: bool = True
 ) -> RunResult:
     """The run is trained to its end and its result lies in its folder. Every rank returns the same scores.
 
@@ -91,16 +85,10 @@ def _fit(
         store.clean()
     mine = environment.numerics(recipe, world_size=world.size, accelerator=world.accelerator)
     numerics = environment.numerics_of_all(world.gather(mine))
+    history, files = History(recipe.length.epochs, recipe.length.patience), RunFiles(run, writes=world.rank == 0)
+    commits = Commits(store, options, config.digest(), numerics, failures=world.attempt - 1)
     recorder = Recorder(
-        History(recipe.length.epochs, recipe.length.patience),
-        Commits(store, options, config.digest(), numerics, failures=world.attempt - 1),
-        RunFiles(run, writes=world.rank == 0),
-        model=model,
-        data=data,
-        module=module,
-        run_log=log,
-        clock=clock,
-        traffic=traffic,
+        history, commits, files, model=model, data=data, module=module, run_log=log, clock=clock, traffic=traffic
     )
     trainer = make_trainer(
         world, precision=recipe.precision, plugins=[store], callbacks=[recorder], max_epochs=recipe.length.epochs
@@ -108,11 +96,14 @@ def _fit(
     last = world.broadcast(store.newest_whole() if world.rank == 0 else None)
     if last is None:
         clock.add("start", start_s)
-        log.line(f"{config.name}: {_plan(recorder)}")
+        splits, steps = data.splits, len(data.train_dataloader())
+        log.line(
+            f"{config.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test samples of "
+            f"{recipe.dataset}, {steps} steps an epoch, {world.size} workers"
+        )
     else:
         _go_on(config, last, recorder)
-    resume = store.place(last.step) if last else None
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=store.place(last.step) if last else None, weights_only=True)
     store.wait()
     world.broadcast(None)  # no rank reads what is not committed yet
     result = _finish(config, run, trainer, recorder, tested=tested)
@@ -154,14 +145,6 @@ def _prepare(
     world.report(Progress(phase="start"))
     model = weights.Model(run.model_url, recipe, manifest.class_names, {}, (*ancestors, own), config.synthetic)
     return model, data, module
-
-
-def _plan(recorder: Recorder) -> str:
-    splits, steps = recorder.data.splits, len(recorder.data.train_dataloader())
-    return (
-        f"{len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test samples of "
-        f"{recorder.model.recipe.dataset}, {steps} steps an epoch, {recorder.module.world.size} workers"
-    )
 
 
 def _go_on(config: RunConfig, last: Committed, recorder: Recorder) -> None:

@@ -99,8 +99,7 @@ class Classifier(pl.LightningModule):
         # Dropout is a function of (seed, step, rank): nothing to save, nothing to restore.
         torch.manual_seed(int(hash64(self.seed, self.global_step, rank)[0] >> 1))
         logits, labels = self.network(batch.images[rows]), batch.labels[rows]
-        smoothing = self.recipe.label_smoothing
-        summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.recipe.label_smoothing)
         self.train_totals.update(logits.detach(), labels)
         return summed / batch.global_size, torch.isfinite(summed.detach())
 
@@ -191,8 +190,7 @@ class Classifier(pl.LightningModule):
         built = kind(self.network.parameters(), **settings, fused=True)
         if self.average is not None:
             built.register_step_post_hook(self._update_average)
-        scheduler = LambdaLR(built, self.lr_factor)
-        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, self.lr_factor), "interval": "step"}}
 
 
 def _summed(metric: Metric) -> dict[str, Tensor]:

@@ -159,9 +159,7 @@ class Recorder(Checkpoint):
             if self.commits.gone_on_from == trainer.global_step:
                 self.run_log.line(f"step {trainer.global_step} begins with samples {batch.ids[:8].tolist()}")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         steps, done = int(trainer.num_training_batches), batch_idx + 1
         every = self.commits.options.checkpoint_every_n_steps
         leaves = self.module.flags.someone_leaves and not self._said_leaving
@@ -184,27 +182,24 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with self.module.world.heartbeat.waiting():
-            self._end_epoch(trainer)
-
-    def _end_epoch(self, trainer: pl.Trainer) -> None:
-        assert self._trained_s is not None
-        trained_s, validated_s = self._training_s(), time.perf_counter() - self._trained_s
-        row = self._row(trainer)
-        # Before the commit, which keeps them.
-        seconds = {"train_s": trained_s, "validate_s": validated_s, "ended_at": time.time()}
-        images_per_s = self.history.add(row, self.module.scores["val"], **seconds)
-        self.clock.add("train", trained_s)
-        self.clock.add("validate", validated_s)
-        self._began_s, self._trained_s, self._earlier_s = None, None, 0.0
-        trainer.should_stop = self.history.is_over
-        self._commit(trainer)
-        self.files.write(self.history)
-        checkpoint_s = self.clock.seconds["checkpoint"]
-        if complaint := self.traffic.complaint(epoch_s=trained_s + validated_s, checkpoint_s=checkpoint_s):
-            self.run_log.line(complaint)
-        self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
-        progress = self._progress(trainer, trained_s)
-        self.module.world.report(replace(progress, row=row, images_per_s=images_per_s))
+            assert self._trained_s is not None
+            trained_s, validated_s = self._training_s(), time.perf_counter() - self._trained_s
+            row = self._row(trainer)
+            # Before the commit, which keeps them.
+            seconds = {"train_s": trained_s, "validate_s": validated_s, "ended_at": time.time()}
+            images_per_s = self.history.add(row, self.module.scores["val"], **seconds)
+            self.clock.add("train", trained_s)
+            self.clock.add("validate", validated_s)
+            self._began_s, self._trained_s, self._earlier_s = None, None, 0.0
+            trainer.should_stop = self.history.is_over
+            self._commit(trainer)
+            self.files.write(self.history)
+            checkpoint_s = self.clock.seconds["checkpoint"]
+            if complaint := self.traffic.complaint(epoch_s=trained_s + validated_s, checkpoint_s=checkpoint_s):
+                self.run_log.line(complaint)
+            self.run_log.line(" ".join(f"{name} {_short(value)}" for name, value in row.items()))
+            progress = self._progress(trainer, trained_s)
+            self.module.world.report(replace(progress, row=row, images_per_s=images_per_s))
 
     def _row(self, trainer: pl.Trainer) -> Row:
         """Raises TrainingError where what was seen is not what was planned."""

@@ -73,14 +73,12 @@ class Predictions(Metric):
         """logits: (b, classes); labels: int64, (b,)."""
         best = logits.argmax(dim=1, keepdim=True)
         probability = logits.float().softmax(dim=1).gather(1, best)
-        samples = torch.from_numpy(ids).to(labels.device)
-        columns = (samples[:, None], labels[:, None], best, probability)
+        columns = (torch.from_numpy(ids).to(labels.device)[:, None], labels[:, None], best, probability)
         self.rows.append(torch.cat([column.double() for column in columns], dim=1))
 
     def compute(self) -> NDArray[np.void]:
         """Rows of `records.PREDICTED`, in the order of the samples."""
-        rows = dim_zero_cat(self.rows).cpu().numpy()
-        table = unstructured_to_structured(rows, np.dtype(list(PREDICTED)))
+        table = unstructured_to_structured(dim_zero_cat(self.rows).cpu().numpy(), np.dtype(list(PREDICTED)))
         return table[np.argsort(table["sample"])]
 
 

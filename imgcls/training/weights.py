@@ -135,15 +135,8 @@ def load_tensors(data: bytes, *, where: str) -> dict[str, Any]:
 
 def preprocessing(recipe: Recipe) -> dict[str, Any]:
     into = recipe.input
-    return {
-        "crop": "central square",
-        "stored_px": into.stored_px,
-        "px": into.px,
-        "channels": into.channels,
-        "scale": 1 / 255,
-        "mean": into.mean,
-        "std": into.std,
-    }
+    size = {"crop": "central square", "stored_px": into.stored_px, "px": into.px, "channels": into.channels}
+    return size | {"scale": 1 / 255, "mean": into.mean, "std": into.std}
 
 
 def read_checkpoint(url: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_the_cpus_of_a_run_whose_trial_is_gone_are_free_when_they_are_asked_for(
 A_RUN_OF_ONE_WORKER = """
 from cluster.session import session
 from imgcls import storage
-from imgcls.records import Placement
+from imgcls.records import Placement, RunOptions
 
 def work():
     import os
@@ -69,7 +69,7 @@ class Trial:
     def run(self, folder):
         from cluster.carry.trainer import TrialTrainer
         placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
-        return TrialTrainer(work, placement, verbose=False, name="run", storage_path=folder).fit().return_value
+        return TrialTrainer(work, placement, RunOptions(), name="run", storage_path=folder).fit().return_value
 
 with session(verbose=False), storage.temporary_folder("test") as folder:
     import ray, ray.train
@@ -94,7 +94,7 @@ A_RUN_THAT_WAITS = """
 import time
 from cluster.session import session
 from imgcls import storage
-from imgcls.records import Placement
+from imgcls.records import Placement, RunOptions
 
 class Trial:
     def run(self, folder):
@@ -102,7 +102,7 @@ class Trial:
         placement = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
         limit = ray.train.FailureConfig(controller_failure_limit=0)
         options = {"name": "late", "storage_path": folder, "failure_config": limit}
-        return TrialTrainer(lambda: "done", placement, verbose=False, **options).fit().return_value
+        return TrialTrainer(lambda: "done", placement, RunOptions(), **options).fit().return_value
 
 with session(verbose=False), storage.temporary_folder("test") as folder:
     import ray, ray.train

@@ -128,8 +128,7 @@ def curves(runs: Sequence[Sequence[Mapping[str, float]]], title: str) -> str:
             there = [[rows[i][f"{split}/{name}"] for rows in runs if len(rows) > i] for i in range(len(epochs))]
             axes.plot(epochs, [np.mean(values) for values in there], "o-", color=color, markersize=3, label=split)
             if len(runs) > 1:
-                lows, highs = [*map(min, there)], [*map(max, there)]
-                axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(epochs, [*map(min, there)], [*map(max, there)], color=color, alpha=0.2, linewidth=0)
         axes.set_title(name, fontsize=9)
         axes.set(xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
