@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster import placement as placements
 from cluster import session
@@ -58,17 +58,12 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> Su
             storage.clean_temporary(suite.run(run).url)
         view.say("Ray starts")
         with session.session(verbose=request.options.verbose):
-            config = placements.autoscaling_config()
-            nodes = placements.cluster_nodes(config)
+            nodes = placements.cluster_nodes(config := placements.autoscaling_config())
             placement = placements.choose(nodes, request.options)
             predicted = forecast_of(plan, state, nodes, placement)
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
-
-            def room() -> int:
-                return placements.how_many_fit(placements.cluster_nodes(config), placement)
-
-            searcher = _carry_out(request, plan, held, placement, room, view)
+            searcher = _carry_out(request, plan, held, placement, config, view)
             # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
             Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
@@ -118,8 +113,13 @@ def write_down(request: Request, plan: Plan) -> None:
 
 
 def _carry_out(
-    request: Request, plan: Plan, held: Leases, placement: Placement, room: Callable[[], int], view: "View"
+    request: Request, plan: Plan, held: Leases, placement: Placement, config: dict[str, Any] | None, view: "View"
 ) -> "PlanSearcher":
+    """config: `autoscaling_config`."""
+
+    def room() -> int:
+        return placements.how_many_fit(placements.cluster_nodes(config), placement)
+
     state = state_of(request, plan)  # as it is now that nobody else is at it
     view.connected()
     options = request.options

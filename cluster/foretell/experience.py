@@ -8,7 +8,7 @@ from cluster.carry.plan import Plan, Request
 from cluster.foretell.forecast import Forecast, hardware_of, runs_of
 from imgcls import rates
 from imgcls.data.cache import is_cached
-from imgcls.errors import StorageError
+from imgcls.errors import DataError, StorageError
 from imgcls.records import Placement, SuiteResults
 
 
@@ -31,19 +31,19 @@ def forecast_of(
 
 def keep_rates(request: Request, plan: Plan, results: SuiteResults, cached: list[str], *, session_s: float) -> None:
     """cached: as `cached_sets` said before the runs. session_s: of the command beside its runs."""
-    done = [run for run in results.finished if run.name in results.took and run.val]
-    shown = list[rates.Rate]()
-    decode_s: dict[tuple[str, str, int], float] = {}
-    for run in done:
-        was_whole = len(request.suite.run(run.name).attempts()) == 1
-        shown += rates.rates_of(run, took_s=results.took[run.name] if was_whole else None)
-        for manifest, px, channels in plan.decoded_sets([run.name]):
-            decoded = rates.decoding_of(manifest, px=px, channels=channels)
-            if decoded not in cached:
-                key = decoded, rates.hardware_name(run.hardware), manifest.num_samples
-                decode_s[key] = max(run.seconds["cache"], decode_s.get(key, 0.0))  # who waited for a lock was quicker
-    shown += [rates.new("decode", of, where, count / s, "run") for (of, where, count), s in decode_s.items() if s]
-    if done:
-        shown.append(rates.new("session", "", rates.hardware_name(done[0].hardware), session_s, "run"))
-    with suppress(StorageError):  # a cache that cannot be written is no reason to fail now
+    with suppress(StorageError, DataError):  # what cannot be read or kept is no reason to fail now
+        done = [run for run in results.finished if run.name in results.took and run.val]
+        shown = list[rates.Rate]()
+        decode_s: dict[tuple[str, str, int], float] = {}
+        for run in done:
+            was_whole = len(request.suite.run(run.name).attempts()) == 1
+            shown += rates.rates_of(run, took_s=results.took[run.name] if was_whole else None)
+            for manifest, px, channels in plan.decoded_sets([run.name]):
+                decoded = rates.decoding_of(manifest, px=px, channels=channels)
+                if decoded not in cached:
+                    key = decoded, rates.hardware_name(run.hardware), manifest.num_samples
+                    decode_s[key] = max(run.seconds["cache"], decode_s.get(key, 0.0))  # who waited for a lock was quicker
+        shown += [rates.new("decode", of, where, count / s, "run") for (of, where, count), s in decode_s.items() if s]
+        if done:
+            shown.append(rates.new("session", "", rates.hardware_name(done[0].hardware), session_s, "run"))
         rates.keep(shown)
