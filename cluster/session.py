@@ -17,7 +17,7 @@ from cluster.local_ray import lean
 from imgcls import storage
 from imgcls.cpus import usable_cpus
 from imgcls.disk import nearest
-from imgcls.errors import ClusterError
+from imgcls.errors import ClusterError, first_line
 
 QUIET = {
     # Tune's own table and its loggers; the run's folder holds what it wrote itself.
@@ -137,7 +137,7 @@ def session(*, verbose: bool) -> Iterator[None]:
                 ) from None
             except ConnectionError as error:
                 raise ClusterError(
-                    f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {str(error).splitlines()[0]}\n"
+                    f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {first_line(error)}\n"
                     "  do: start it, look at its token (RAY_AUTH_TOKEN), or unset RAY_ADDRESS to run here"
                 ) from None
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process without a word

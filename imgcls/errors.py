@@ -72,3 +72,8 @@ class PlacementError(ImgclsError):
 
 class ClusterError(ImgclsError):
     """Ray cannot start here, or a cluster does not answer."""
+
+
+def first_line(error: object) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
-from imgcls.errors import DataError
+from imgcls.errors import DamagedError, DataError
 from imgcls.records import Audit, Lease, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
 
 LOG_TAIL_LINES = 20
@@ -101,6 +101,8 @@ class RunState:
     attempts: tuple[Attempt, ...] = ()
     holder: str | None = None
     """The command that holds the run's lease."""
+    damage: str = ""
+    """Why no attempt can be counted, where a record of one is damaged."""
 
 
 class Place(str):
@@ -196,8 +198,12 @@ class RunFolder(Folder):
 
     def state(self) -> RunState:
         """Of a run that is over, its result alone."""
-        result = self.result()
-        return RunState(result.status) if result else RunState(None, self.attempts(), self.holder())  # pyright: ignore[reportArgumentType]
+        if result := self.result():
+            return RunState(result.status)  # pyright: ignore[reportArgumentType]
+        try:
+            return RunState(None, self.attempts(), self.holder())
+        except DamagedError as damage:
+            return RunState(None, (), self.holder(), str(damage))
 
     def attempts(self) -> tuple[Attempt, ...]:
         """By their number; a folder without a beginning is a lost write."""

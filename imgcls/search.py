@@ -19,8 +19,10 @@ class Range(Strict):
     high: float
 
     def __post_init__(self) -> None:
-        if self.low >= self.high or (self.kind == "log-uniform" and self.low <= 0):
-            raise ValueError(f"{self.kind} from {self.low} to {self.high}: low is below high, and above 0 for log-uniform")
+        width = self.high - self.low if self.kind == "uniform" or self.low <= 0 else self.high / self.low - 1
+        if not 0 < width < math.inf or (self.kind == "log-uniform" and self.low <= 0):
+            rule = "low is below high, and above 0 for log-uniform; their distance is a number"
+            raise ValueError(f"{self.kind} from {self.low} to {self.high}: {rule}")
 
     def at(self, u: float) -> float:
         """u: [0, 1). Rounded, the more finely the narrower the range is beside its values."""

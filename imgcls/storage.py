@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 from filelock import FileLock, Timeout
@@ -156,7 +157,7 @@ def join(url: str, *names: str) -> str:
 
 def absolute(url: str) -> str:
     """The same place from any working directory. A URL stays as it is, but `file://` becomes a path."""
-    path = url.removeprefix("file://")
+    path = unquote(url.removeprefix("file://")) if url.startswith("file://") else url
     return path if "://" in path else str(local_path(path).absolute())
 
 

@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgcls import storage
-from imgcls.catalogue import suite_of
 from imgcls.data import archives, shards
 from imgcls.data.sources import Source, find_source, open_source
 from imgcls.data.synthetic import synthetic_source
-from imgcls.errors import NoSourceError
-from imgcls.recipe import FromRun, Recipe
-from jobs._request import Flags
+from imgcls.errors import NoSourceError, first_line
+from imgcls.recipe import Recipe
+from jobs._request import Flags, request_of
 from jobs._terminal import Lines, bar
 
 DOWNLOADS = Path("data/sources")
@@ -64,7 +63,7 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
         sources = {dataset: source_of(dataset, lines) for dataset in _not_packed(flags, recipes)}
     except NoSourceError as error:
         lines = Lines(synthetic=True)
-        lines.say(f"no data: {str(error).splitlines()[0]}")
+        lines.say(f"no data: {first_line(error)}")
         lines.say("procedural images take their place; to train on real ones, give them by IMGCLS_SOURCES or data/sources/")
         folder = storage.join(flags.data.rstrip("/").rpartition("/")[0] or ".", "synthetic")
         flags = replace(flags, data=folder, id=f"{flags.id}-synthetic")
@@ -75,8 +74,8 @@ def pack_what_is_missing(flags: Flags, recipes: tuple[Recipe, ...]) -> Flags:
 
 
 def _not_packed(flags: Flags, recipes: tuple[Recipe, ...]) -> list[str]:
-    """Of the recipes, and of those in the catalogue that they start from."""
-    starts = {recipe.init.recipe for recipe in recipes if isinstance(recipe.init, FromRun) and flags.init_from is None}
-    sources = [recipe for recipe in suite_of(flags.catalogue) if recipe.name in starts - {recipe.name for recipe in recipes}]
-    datasets = dict.fromkeys(recipe.dataset for recipe in (*recipes, *sources))
+    """Of the recipes, and of those that they start from."""
+    from cluster.carry.plan import with_sources
+
+    datasets = dict.fromkeys(recipe.dataset for recipe in with_sources(request_of(flags, recipes))[0])
     return [name for name in datasets if not storage.exists(shards.manifest_url(storage.join(flags.data, name)))]

@@ -6,7 +6,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from pydantic import Field
@@ -23,6 +23,9 @@ from imgcls.runs import RunFolder, SuiteFolder
 from imgcls.search import Search
 from jobs._door import DONE, SOME_FAILED
 from jobs._terminal import Lines, SuiteView, say_results, say_work
+
+if TYPE_CHECKING:
+    from cluster.carry.plan import Request
 
 NO_NAME = r'/\:*?"<>|[]{}%#'
 """What URLs, patterns and file systems read as more than a letter."""
@@ -106,13 +109,12 @@ def place(url: str, flag: str) -> str:
     return url
 
 
-def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None = None) -> int:
-    """Plans, runs, prints; the exit code. `flags` and `recipes` as `chosen` returns them. search: whose trials they are."""
-    from cluster.carry.plan import Request, make_plan
-    from cluster.carry.suite import run_suite
+def request_of(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None = None) -> "Request":
+    """`flags` and `recipes` as `chosen` returns them. search: whose trials they are."""
+    from cluster.carry.plan import Request
 
     assert flags.id is not None
-    request = Request(
+    return Request(
         catalogue=flags.catalogue,
         recipes=recipes,
         seeds=tuple(range(flags.seed, flags.seed + flags.num_seeds)),
@@ -124,9 +126,16 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None =
         retry_failed=flags.retry_failed,
         search=search,
     )
-    source = [place(flags.init_from, "--init-from")] if flags.init_from else []
-    reads, writes = [request.data_url, *source], [request.storage_url]
-    storage.check_places(reads=[*reads, *writes] if flags.dry_run else reads, writes=[] if flags.dry_run else writes)
+
+
+def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None = None) -> int:
+    """Plans, runs, prints; the exit code. Parameters as those of `request_of`."""
+    from cluster.carry.plan import make_plan
+    from cluster.carry.suite import run_suite
+
+    request = request_of(flags, recipes, search)
+    reads = [request.data_url, *([place(flags.init_from, "--init-from")] if flags.init_from else []), request.storage_url]
+    storage.check_places(reads=reads, writes=[] if flags.dry_run else [request.storage_url])
     plan = make_plan(request)
     lines = Lines(synthetic=plan.synthetic)
     for note in plan.notes:
@@ -142,8 +151,7 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None =
     say_results(lines, results)
     if results.took:
         say_work(lines, results)
-    best = None if search is None else results.best
-    if best is not None:
+    if best := search and results.best:
         from imgcls.results.compare import command_of_best
 
         lines.say(f"best: {best.name}; this trains and tests it:\n  {command_of_best(results)}")

@@ -66,8 +66,7 @@ def doctor(
     seconds = round(time.monotonic() - began, 1)
     report = Report(healthy=all(check.ok for check in checks), seconds=seconds, checks=tuple(checks))
     # The log of a job has lines of others too: there the report is one line.
-    indent = None if session.in_job() else 1
-    Lines().say(report.model_dump_json(indent=indent) if json else "\n".join(table(report)))
+    Lines().say(report.model_dump_json(indent=None if session.in_job() else 1) if json else "\n".join(table(report)))
     return DONE if report.healthy else MISSING_OR_BROKEN
 
 

@@ -3,6 +3,7 @@
 import json as json_module
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import tyro
 from imgcls import storage
 from imgcls.data.archives import printable
 from imgcls.data.sources import images_below
-from imgcls.errors import RecipeError
+from imgcls.errors import DataError, RecipeError, first_line
 from jobs._door import DONE, SOME_FAILED, enter
 from jobs._terminal import Lines, stderr
 
@@ -62,7 +63,10 @@ def predict(
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """Those that were named, and of folders all that may be images, by name."""
     for path in paths:
-        yield from (os.path.isdir(path) and images_below(path)) or [path]
+        below = list[Path]()
+        with suppress(DataError):  # `_answers` says which
+            below = images_below(path) if os.path.isdir(path) else []
+        yield from below or [path]
 
 
 def _answers(predictor: "Predictor", images: Sequence[Path]) -> list[dict[str, Any]]:
@@ -71,11 +75,11 @@ def _answers(predictor: "Predictor", images: Sequence[Path]) -> list[dict[str, A
     for image in images:
         try:
             if os.path.isdir(image):
+                images_below(image)
                 raise ValueError("the folder holds no images")
             pixels[image] = predictor.pixels(image.read_bytes())
         except Exception as error:  # Pillow raises many kinds on what is no image
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            answers[image] = {"error": printable(reason)}
+            answers[image] = {"error": printable(getattr(error, "strerror", None) or first_line(error))}
     tops = predictor.top([*pixels.values()], TOP) if pixels else []
     for image, top in zip(pixels, tops, strict=True):
         answers[image] = {"top": [{"class": name, "probability": p} for name, p in top]}

@@ -28,7 +28,7 @@ def suite(
     names = tuple(name.strip() for name in recipes.split(",")) if recipes is not None else None
     flags, changed = chosen(replace(flags, num_seeds=num_seeds), names)
     if pack and not flags.dry_run:
-        storage.check_places(writes=[place(flags.data, "--data")])
+        storage.check_places(writes=[place(flags.data, "--data"), place(flags.storage, "--storage")])
         flags = pack_what_is_missing(flags, changed)
     return carry_out(flags, changed)
 

@@ -117,6 +117,8 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
     refused = bool(mine) and mine[-1].end is End.REFUSED
     if committed.result is not None or committed.holder != command or refused:
         return Leave()
+    if committed.damage:
+        return Stop(committed.damage)
     # Storage may answer another time: its errors are counted below, and are no bug however often they come.
     crashes = Counter((a.error, a.step) for a in mine if a.end is End.CRASHED and not a.error.startswith(STORAGE_FAILED))
     for (error, step), times in crashes.items():

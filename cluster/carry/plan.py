@@ -75,7 +75,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Raises RecipeError, DataError or CheckpointError for all that can be known to be wrong before training."""
-    recipes, notes = _with_sources(request)
+    recipes, notes = with_sources(request)
     urls = {recipe.dataset: storage.join(request.data_url, recipe.dataset) for recipe in recipes}
     manifests = {dataset: read_manifest(url) for dataset, url in urls.items()}
     for dataset, url in urls.items():
@@ -97,7 +97,7 @@ def make_plan(request: Request) -> Plan:
     return Plan({name: configs[name] for name in wanted}, manifests, tuple(notes), tested=request.search is None)
 
 
-def _with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
+def with_sources(request: Request) -> tuple[list[Recipe], list[str]]:
     """The recipes asked for, and the source of each that starts from another run."""
     recipes, notes = list(request.recipes), list[str]()
     names = [recipe.name for recipe in recipes]

@@ -14,7 +14,7 @@ from cluster.carry.decide import GoOn, Leave, Stop, verdict
 from cluster.carry.lease import repeated, when_answered
 from cluster.session import set_train_environment
 from imgcls import storage
-from imgcls.errors import DataError, ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
+from imgcls.errors import ImgclsError, LeaseError, NumericsError, StorageError, TrainingError
 from imgcls.records import Placement, Record, RunConfig, RunOptions
 from imgcls.runs import End, Ending, RunFolder, RunState
 from imgcls.training.progress import Progress
@@ -165,12 +165,7 @@ def _begin(given: Assignment, rank: int) -> tuple[int, int] | None:
 
     if rank != 0:
         return broadcast_from_rank_zero(None)
-    begun = None
-    try:
-        state = given.run.state()
-    except DataError as damage:  # no attempt can be counted: nobody tries again
-        given.run.fail(given.config, str(damage))
-        return broadcast_from_rank_zero(begun)
+    begun, state = None, given.run.state()
     action = given.verdict(state)
     if isinstance(action, Stop):
         given.fail(action.reason)

@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from cluster.carry.decide import Start, Status, SuiteState, Wait, after_loss, next_start
 from cluster.carry.lease import Leases
 from cluster.carry.trainer import remove_workers, waits_for_nodes
+from imgcls.errors import first_line
 
 LOOK_S, NO_ROOM_S = 5.0, 20.0
 
@@ -41,7 +42,7 @@ def outlive_lack_of_memory(say: Callable[[str], None]) -> None:
     def as_death(failed: Callable[..., None]) -> Callable[..., None]:
         def told(manager: RayActorManager, *, exception: Exception, **tracked: Any) -> None:
             if isinstance(exception, OutOfMemoryError):
-                say(f"{str(exception).splitlines()[0]}\n  do: fewer runs at once, by a larger --cpus-per-worker")
+                say(f"{first_line(exception)}\n  do: fewer runs at once, by a larger --cpus-per-worker")
                 exception = ActorDiedError()
             failed(manager, exception=exception, **tracked)
 

@@ -18,7 +18,7 @@ from cluster import session
 from cluster.look import probes
 from cluster.look.probes import AUTH_MODE, AllReduce, NodeFacts, Questions
 from imgcls import storage
-from imgcls.errors import ClusterError, ImgclsError, StorageError
+from imgcls.errors import ClusterError, ImgclsError, StorageError, first_line
 from imgcls.records import Record, RunOptions
 from imgcls.remedies import remedy_for
 
@@ -76,7 +76,7 @@ def _of_process(facts: NodeFacts, expected: Mapping[str, str]) -> Iterator[Row]:
     found = f"closed to {facts.where}: {', '.join(facts.closed)}" if facts.closed else f"{facts.num_ports} open"
     yield "ports", found, bool(facts.closed), "let all nodes reach each other at all ports: security group, network policy"
     for place in facts.places:
-        found = f"{place.error.splitlines()[0]}; {place.found}" if place.error else place.found
+        found = f"{first_line(place.error)}; {place.found}" if place.error else place.found
         yield place.name, found, bool(place.error), remedy_for(place.error)
 
 

@@ -24,7 +24,7 @@ import requests
 from imgcls import storage
 from imgcls.cpus import usable_cpus
 from imgcls.disk import nearest
-from imgcls.errors import DataError, StorageError
+from imgcls.errors import DataError, StorageError, first_line
 from imgcls.records import Manifest, Record
 from imgcls.training.environment import commit, versions
 
@@ -115,7 +115,7 @@ def facts_of_node(questions: Questions, ports: Mapping[str, str]) -> NodeFacts:
             storage.check_places(writes=[str(cache)])
             check_room(sets)
         except StorageError as error:
-            cache_error = str(error).splitlines()[0]
+            cache_error = first_line(error)
     ray_disk = _disk(Path(worker._global_node.get_session_dir_path() if worker._global_node else "/tmp/ray"))
     return NodeFacts(
         versions=versions() | ({"commit": own_commit} if (own_commit := commit()) else {}),

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from cluster import session
 from cluster.send.staging import Job
-from imgcls.errors import ClusterError, PlacementError, RecipeError
+from imgcls.errors import ClusterError, PlacementError, RecipeError, first_line
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
 """For a request: until someone takes it, and until it is answered."""
@@ -179,7 +179,7 @@ def _named(address: str) -> Iterator[None]:
             "  do: look at the address and the tunnel: the dashboard's port is 8265 unless said"
         ) from None
     except (requests.RequestException, ConnectionError) as error:
-        reason = str(error).splitlines()[0].rstrip("')\"").rpartition(": ")[2]
+        reason = first_line(error).rstrip("')\"").rpartition(": ")[2]
         raise ClusterError(
             f"no Ray dashboard answers at {address}: {reason}\n"
             "  do: look at the address and the tunnel, as `ssh -L 8265:localhost:8265 HEAD`"
@@ -193,5 +193,5 @@ def _named(address: str) -> Iterator[None]:
                 "  do: give it by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `ray get-auth-token` on the head prints it"
             ) from None
         if isinstance(error, RuntimeError):  # an answer that is no success
-            raise ClusterError(f"the dashboard at {address} refuses: {str(error).splitlines()[0]}") from None
+            raise ClusterError(f"the dashboard at {address} refuses: {first_line(error)}") from None
         raise

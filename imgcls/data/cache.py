@@ -22,7 +22,7 @@ from imgcls.cpus import usable_cpus
 from imgcls.data.images import DECODER, stored_pixels
 from imgcls.data.shards import decoded_images, fetch_shard
 from imgcls.disk import nearest, shared_lock
-from imgcls.errors import DataError, StorageError
+from imgcls.errors import DataError, StorageError, first_line
 from imgcls.records import Manifest, Record, Shard
 
 BLOCK_BYTES = 16 << 20
@@ -121,7 +121,7 @@ def _is_whole(folder: Path, say: Say) -> bool:
             return meta is not None
         damage = f"{folder}: bytes differ from meta.json"
     except (DataError, FileNotFoundError) as error:
-        damage = str(error).splitlines()[0]
+        damage = first_line(error)
     say(f"{damage}; the cache is built again")
     return False
 

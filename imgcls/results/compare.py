@@ -176,7 +176,16 @@ def command_of_best(results: SuiteResults) -> str:
     """Trains the recipe of a search's best trial, and tests it."""
     assert results.best is not None
     words = ["python", "-m", "jobs.train", "--recipe", SuiteFolder(results.url).recipe_url, "--data", results.data]
-    return shlex.join([*words, *(["--init-from", results.best.init.run] if results.best.init else [])])
+    start = ["--init-from", results.best.init.run] if results.best.init else []
+    return shlex.join([*words, *flags_of(results.best), *start])
+
+
+def flags_of(run: RunResult) -> list[str]:
+    """Seed and placement of a command that trains this run, where they are not those of a command without flags."""
+    usual = {"seed": 0, "num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": int("gpu" in run.hardware)}
+    asked = {"seed": run.seed, **dict(run.placement or ())}
+    flags = [(f"--{name.replace('_', '-')}", f"{n:.12g}") for name, n in asked.items() if n != usual[name]]
+    return [word for flag in flags for word in flag]
 
 
 def _in_words(gap: Difference, first: str) -> str:

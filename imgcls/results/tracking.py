@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from imgcls.errors import RecipeError, StorageError
+from imgcls.errors import RecipeError, StorageError, first_line
 from imgcls.recipe import leaves
 from imgcls.records import RunResult, SuiteResults
 from imgcls.training.history import METRICS, read_csv
@@ -48,7 +48,7 @@ def log_to_mlflow(results: SuiteResults, histories: dict[str, bytes], timings: d
                     _log(client, experiment_id, run, rows, read_csv(timings.get(run.name, b"")))
     except (MlflowException, OSError, ValueError) as error:
         remedy = "look at the address, at MLFLOW_TRACKING_TOKEN, and whether the experiment was deleted there"
-        raise StorageError(f"--mlflow: {str(error).strip().splitlines()[0]}\n  do: {remedy}") from None
+        raise StorageError(f"--mlflow: {first_line(error)}\n  do: {remedy}") from None
 
 
 def _log(client: "MlflowClient", experiment_id: str, run: RunResult, rows: Rows, times: Rows) -> None:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from imgcls import storage
-from imgcls.errors import CheckpointError, DamagedError, DataError, MissingError, NumericsError, StorageError
+from imgcls.errors import CheckpointError, DamagedError, DataError, MissingError, NumericsError, StorageError, first_line
 from imgcls.records import RunOptions
 from imgcls.runs import CheckpointFacts, CheckpointFolder, Committed
 from imgcls.training.weights import checked_bytes, read_checkpoint
@@ -40,7 +40,7 @@ class CheckpointStore(CheckpointIO):
                 if marker := CheckpointFolder(storage.join(self.url, name)).marker():
                     markers.append(marker)
             except DamagedError as error:
-                self.say(f"{_first_line(error)}: this checkpoint does not count")
+                self.say(f"{first_line(error)}: this checkpoint does not count")
             except DataError as error:  # whole, and of another version: no reason to lose it
                 raise NumericsError(f"{error}\n  do: go on with the version that wrote it, or take another --id") from None
         return sorted(markers, key=lambda marker: marker.step)
@@ -56,7 +56,7 @@ class CheckpointStore(CheckpointIO):
                     checked_bytes(self.place(step))
                 return marker
             except (CheckpointError, DamagedError, MissingError) as error:
-                self.say(f"{_first_line(error)}: step {marker.step} is not used, an earlier checkpoint is")
+                self.say(f"{first_line(error)}: step {marker.step} is not used, an earlier checkpoint is")
                 self.remove_checkpoint(self.place(marker.step))
         return None
 
@@ -127,7 +127,3 @@ def _put(folder: CheckpointFolder, data: bytes, facts: CheckpointFacts) -> None:
         except DataError as error:
             raise StorageError(f"{error}\n  do: look at the disk or bucket") from None
         folder.commit(marker)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

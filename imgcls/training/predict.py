@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from imgcls.data.augment import inputs
 from imgcls.data.images import decode, stored_pixels
-from imgcls.errors import CheckpointError
+from imgcls.errors import CheckpointError, first_line
 from imgcls.models.build import build_model
 from imgcls.training.weights import Model
 
@@ -18,7 +18,7 @@ def load_network(model: Model) -> torch.nn.Module:
     try:
         network.load_state_dict(model.weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights do not fit their own recipe: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"the weights do not fit their own recipe: {first_line(error)}") from None
     return network.eval()
 
 

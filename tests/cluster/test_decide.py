@@ -121,3 +121,11 @@ def test_a_run_whose_lease_is_lost_is_not_started_here():
 def test_start_order_keeps_every_run(parents: list[int]):
     runs = {f"r{i}": f"r{p % i}" if i and p >= 0 else None for i, p in enumerate(parents)}
     assert sorted(start_order(runs)) == sorted(runs)
+
+
+def test_a_run_whose_attempts_cannot_be_counted_has_failed_unless_another_command_holds_it():
+    damaged = RunState(None, (), "me", "began.json was altered")
+    assert verdict(damaged, command="me", max_failures=9) == Stop("began.json was altered")
+    assert verdict(damaged, command="mine", max_failures=9) == Leave()
+    state, stop = after_end(SuiteState({"a": STARTED}), "a", damaged, command="me", max_failures=9)
+    assert (state.statuses["a"], stop) == (FAILED, Stop("began.json was altered"))

@@ -73,3 +73,11 @@ def test_a_run_that_failed_too_often_says_so(run: RunFolder):
 def test_a_run_that_train_gave_up_for_a_reason_on_no_record_says_what_the_first_rank_raised(run: RunFolder):
     assert given_up(run, None, max_failures=9) is None
     assert reason(run) == "rank 1: RuntimeError: gloo: a rank has gone"
+
+
+@pytest.mark.parametrize("record", ["began.json", "rank-0.json"])
+def test_a_run_with_a_damaged_attempt_has_failed_and_says_which(run: RunFolder, record: str):
+    run.end(run.begin("me"), PREEMPTED, rank=0)
+    (Path(run.url) / "attempts" / "00001" / record).write_text("damaged")
+    assert given_up(run, PREEMPTED) is None
+    assert f"attempts/00001/{record} was altered" in reason(run)

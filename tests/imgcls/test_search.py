@@ -92,6 +92,9 @@ def test_a_space_is_read_from_toml_in_either_spelling(text: str):
     [
         ('lr = {kind = "uniform", low = 1.0}', "high"),
         ('lr = {kind = "uniform", low = 2.0, high = 1.0}', "low is below high"),
+        ('lr = {kind = "uniform", low = 0.0, high = inf}', "finite number"),
+        ('lr = {kind = "uniform", low = -1e308, high = 1e308}', "low is below high"),
+        ('lr = {kind = "log-uniform", low = 1e-308, high = 1e308}', "low is below high"),
         ('lr = {kind = "normal"}', "normal"),
         ('lr = {kind = "log-uniform", low = 0.0, high = 1.0}', "above 0"),
         ('lr = {kind = "choice", values = []}', "at least 1"),

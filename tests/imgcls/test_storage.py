@@ -118,6 +118,7 @@ def test_a_folder_of_any_name_is_that_folder(name: str):
 def test_a_file_url_is_the_path(tmp_path: Path):
     storage.write_bytes(f"file://{tmp_path}/one", b"1")
     assert storage.absolute(f"file://{tmp_path}/one") == str(tmp_path / "one")
+    assert storage.absolute((tmp_path / "größe 1%").as_uri()) == str(tmp_path / "größe 1%")
     assert storage.read_bytes(str(tmp_path / "one")) == b"1"
 
 

@@ -11,6 +11,7 @@ from imgcls.catalogue import quick
 from imgcls.errors import RecipeError
 from imgcls.recipe import derive
 from imgcls.records import RunConfig
+from imgcls.runs import SuiteFolder
 from jobs._packing import _not_packed
 from jobs._request import Flags, chosen
 from tests.conftest import ROOT
@@ -67,11 +68,16 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int):
 
 
 def test_what_has_to_be_packed_are_the_sets_of_the_sources_too(tmp_path: Path):
-    flags = Flags(data=str(tmp_path))
+    flags = Flags(data=str(tmp_path), storage=str(tmp_path / "runs"), id="mine")
     assert _not_packed(flags, (quick.FINETUNED,)) == ["cifar10", "imagenette"]
     mine = derive(quick.RESNET18, {"dataset": "mine"})
     assert _not_packed(flags, (mine, quick.FINETUNED)) == ["mine", "cifar10"]
     assert _not_packed(replace(flags, init_from="model.pt"), (quick.FINETUNED,)) == ["cifar10"]
+    second = derive(quick.FINETUNED, {"name": "second", "init.recipe": "finetuned", "dataset": "mine"})
+    assert _not_packed(flags, (second,)) == ["mine", "cifar10", "imagenette"]
+    config = RunConfig(catalogue="quick", recipe=mine, seed=0, data_digest="d", init=None, synthetic=False)
+    assert SuiteFolder(str(tmp_path / "runs" / "mine")).run("resnet18-seed0").create_config(config)
+    assert _not_packed(flags, (quick.FINETUNED,)) == ["cifar10", "mine"]
 
 
 def test_a_recipe_is_utf_8_in_any_locale(tmp_path: Path):

@@ -130,15 +130,21 @@ def test_a_checkpoint_is_evaluated_alike_at_one_and_two_workers_and_predicts(
     assert json.loads(alone.stdout) == json.loads(shared.stdout)
     assert json.loads(alone.stdout)["scores"] == results_of(five.folder)["basic-cnn-seed0"]["test"]
 
+    photos, pipes = tmp_path / "photos", tmp_path / "pipes"
+    for folder in (photos, pipes):
+        folder.mkdir()
     for number in range(70):
-        image(number).save(tmp_path / f"{number:02d}.png")
-    (tmp_path / "torn.png").write_bytes(b"torn")
-    (tmp_path / "notes.txt").write_bytes(b"no image")
-    done = run_command("predict", run, tmp_path, tmp_path / "00.png", "--json")
+        image(number).save(photos / f"{number:02d}.png")
+    (photos / "torn.png").write_bytes(b"torn")
+    (photos / "notes.txt").write_bytes(b"no image")
+    os.mkfifo(pipes / "x.png")
+    done = run_command("predict", run, photos, pipes, photos / "00.png", "--json")
     assert done.returncode == 1
     assert "torn.png cannot be used: no image of a known format" in done.stderr
-    first, *others, bad, again = map(json.loads, done.stdout.splitlines())
+    assert f"{pipes} cannot be used: {pipes / 'x.png'} is a device or pipe" in done.stderr
+    first, *others, bad, pipe, again = map(json.loads, done.stdout.splitlines())
     assert len(others) == 69
+    assert "error" in pipe
     assert (len(first["top"]), first["synthetic"]) == (5, True)
     assert "error" in bad
     assert [top["class"] for top in again["top"]] == [top["class"] for top in first["top"]]

@@ -88,15 +88,12 @@ def _command(results: SuiteResults, run: RunResult) -> str:
     base = next((recipe for recipe in CATALOGUES[run.catalogue] if recipe.name == run.recipe.name), None)
     recipe = [run.recipe.name] if base else ["--recipe", SuiteFolder(results.url).run(run.name).config_url]
     words = ["python", "-m", "jobs.train", *recipe, "--catalogue", run.catalogue, "--id", "again", "--data", results.data]
-    words += ["--seed", str(run.seed)] if run.seed else []
+    words += compare.flags_of(run)
     for path, value in changes_between(base, run.recipe).items() if base else ():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     source = next((other for other in results.finished if run.init is not None and other.name == run.init.run), None)
     if run.init is not None and source is None:
         words += ["--init-from", run.init.run]
-    usual = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": int("gpu" in run.hardware)}
-    for name, number in run.placement or ():
-        words += [] if number == usual[name] else [f"--{name.replace('_', '-')}", f"{number:g}"]
     if source is not None:
         return f"{_command(results, source)} && {shlex.join(words)}"
     clean = run.commit and run.commit != "unknown" and not run.commit.endswith("+changes")

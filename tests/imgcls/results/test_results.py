@@ -18,7 +18,16 @@ from imgcls.catalogue import quick, transfer
 from imgcls.errors import DataError
 from imgcls.recipe import derive
 from imgcls.records import PREDICTED, InitSource, Placement, PredictedSample, RunConfig, RunResult, Scores, SuiteResults
-from imgcls.results.compare import HEADER, Answer, answers, beside, most_confused, read_predictions, table_row
+from imgcls.results.compare import (
+    HEADER,
+    Answer,
+    answers,
+    beside,
+    command_of_best,
+    most_confused,
+    read_predictions,
+    table_row,
+)
 from imgcls.results.page import render, render_search
 from imgcls.search import Search, space_of
 from tests.conftest import ROOT
@@ -228,6 +237,14 @@ def test_several_seeds_are_compared_in_pairs():
     runs = [result(r, a + 0.01 * s, seed=s) for r, a in ((quick.SCRATCH, 0.5), (quick.FINETUNED, 0.55)) for s in range(3)]
     assert "3 seeds" in answers_of(*runs)[0].detail
     assert answers_of(*runs)[0].verdict == "finetuned is better"
+
+
+def test_the_command_of_a_searchs_best_trial_says_what_decides_its_bits():
+    placed = Placement(num_workers=2, cpus_per_worker=0.5, gpus_per_worker=0.0)
+    best = result(quick.BASIC_CNN, 0.5, seed=2**32 - 1, placement=placed)
+    search = Search(recipe=quick.BASIC_CNN, space=space_of(quick.BASIC_CNN), num_trials=1)
+    flags = "--seed 4294967295 --num-workers 2 --cpus-per-worker 0.5"
+    assert command_of_best(suite(best).model_copy(update={"search": search})).endswith(flags)
 
 
 def test_what_is_not_finished_is_not_answered():
