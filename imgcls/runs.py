@@ -30,7 +30,7 @@ from imgcls.errors import DamagedError, DataError
 from imgcls.records import Audit, Lease, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
 
 LOG_TAIL_LINES = 20
-WORK = ("seconds", "command", "predicted_s", "predicted", "took")
+WORK = ("seconds", "command", "predicted_s", "predicted", "took", "hour_costs", "currency", "prices_as_of")
 """Fields of `SuiteResults` that say what the last command did."""
 
 
