@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from imgcls import records, storage
 from imgcls.catalogue import CATALOGUES
-from imgcls.errors import DamagedError, DataError
+from imgcls.errors import DataError
 from imgcls.records import Audit, Lease, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
 
 LOG_TAIL_LINES = 20
@@ -102,7 +102,11 @@ class RunState:
     holder: str | None = None
     """The command that holds the run's lease."""
     damage: str = ""
-    """Why no attempt can be counted, where a record of one is damaged."""
+    """Why no attempt can be counted, where a record is damaged, or of another version."""
+
+    def is_held_by(self, command: str) -> bool:
+        """A lease that cannot be read is nobody else's."""
+        return self.holder == command or bool(self.damage and self.holder is None)
 
 
 class Place(str):
@@ -198,12 +202,14 @@ class RunFolder(Folder):
 
     def state(self) -> RunState:
         """Of a run that is over, its result alone."""
-        if result := self.result():
-            return RunState(result.status)  # pyright: ignore[reportArgumentType]
+        holder = None
         try:
-            return RunState(None, self.attempts(), self.holder())
-        except DamagedError as damage:
-            return RunState(None, (), self.holder(), str(damage))
+            if result := self.result():
+                return RunState(result.status)  # pyright: ignore[reportArgumentType]
+            holder = self.holder()
+            return RunState(None, self.attempts(), holder)
+        except DataError as damage:
+            return RunState(None, (), holder, str(damage))
 
     def attempts(self) -> tuple[Attempt, ...]:
         """By their number; a folder without a beginning is a lost write."""
@@ -307,9 +313,10 @@ class SuiteFolder(Folder):
     def _unfinished(self, config: RunConfig, failed_source: str | None) -> RunResult:
         if failed_source:
             return RunResult.of(config, status="blocked", error=f"its source {failed_source} failed")
-        last = self.run(config.name).attempts()[-1:]
-        refused = [attempt.error for attempt in last if attempt.end is End.REFUSED]
-        return RunResult.of(config, status="open", error=(*refused, "not finished yet: the same command goes on")[0])
+        state = self.run(config.name).state()
+        refused = [attempt.error for attempt in state.attempts[-1:] if attempt.end is End.REFUSED]
+        error = next(filter(None, (state.damage, *refused)), "not finished yet: the same command goes on")
+        return RunResult.of(config, status="open", error=error)
 
     def page(self, results: SuiteResults) -> str:
         """Raises DataError where a history or what was predicted is another than its run's result says."""

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import fsspec
 from filelock import FileLock, Timeout
@@ -157,7 +157,7 @@ def join(url: str, *names: str) -> str:
 
 def absolute(url: str) -> str:
     """The same place from any working directory. A URL stays as it is, but `file://` becomes a path."""
-    path = unquote(url.removeprefix("file://")) if url.startswith("file://") else url
+    path = os.fsdecode(unquote_to_bytes(url.removeprefix("file://"))) if url.startswith("file://") else url
     return path if "://" in path else str(local_path(path).absolute())
 
 

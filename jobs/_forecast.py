@@ -21,10 +21,11 @@ UNKNOWN = "unknown"
 def say_plan(lines: Lines, request: Request, plan: Plan, prices: Path | None, cluster: Path | None) -> int:
     """The exit code. Raises PlacementError where the workers can never run, RecipeError for what is no price table."""
     state = state_of(request, plan)
-    nodes = [placements.local_node()] if cluster is None else placements.defined_nodes(cluster)
     if cluster is None and session.names_cluster():
         with session.session(verbose=request.options.verbose):
             nodes = placements.cluster_nodes(placements.autoscaling_config())
+    else:
+        nodes = [placements.local_node()] if cluster is None else placements.defined_nodes(cluster)
     table = read_prices(prices, {node.type for node in nodes} - {placements.HERE}) if prices else None
     p = placements.choose(nodes, request.options)
     forecast = forecast_of(plan, state, nodes, p, defined=cluster is not None)

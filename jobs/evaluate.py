@@ -44,9 +44,8 @@ def evaluate(
         f"{result.dataset} {split}: {scores.num_samples:,} samples, accuracy {scores.accuracy:.6f}, loss {scores.loss:.6f}"
     )
     lines.say("rows are labels, columns predictions, in the same order:")
-    width = max(map(len, result.class_names))
     for name, row in zip(result.class_names, scores.confusion, strict=True):
-        lines.say(f"  {name.ljust(width)}  {' '.join(f'{count:5d}' for count in row)}")
+        lines.say(f"  {name.ljust(max(map(len, result.class_names)))}  {' '.join(f'{count:5d}' for count in row)}")
     return DONE
 
 

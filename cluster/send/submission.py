@@ -117,7 +117,7 @@ class Jobs:
                 with _named(self.address):
                     log = self.client.get_job_logs(job_id)
             except (ClusterError, OSError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
                 if over_s is not None and time.monotonic() - over_s > LOST_LOG_S:
                     say(f"the rest of the log cannot be read: {reason}")
                     return ended(job_id, info)

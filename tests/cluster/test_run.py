@@ -7,7 +7,7 @@ import pytest
 from cluster.carry.run import Assignment, after_giving_up
 from imgcls import records
 from imgcls.catalogue import quick
-from imgcls.records import Placement, RunConfig, RunOptions
+from imgcls.records import Placement, RunConfig, RunOptions, SuiteRecord
 from imgcls.runs import End, Ending, Lease, RunFolder
 
 CONFIG = RunConfig(catalogue="quick", recipe=quick.SCRATCH, seed=0, data_digest="d", init=None, synthetic=True)
@@ -75,9 +75,28 @@ def test_a_run_that_train_gave_up_for_a_reason_on_no_record_says_what_the_first_
     assert reason(run) == "rank 1: RuntimeError: gloo: a rank has gone"
 
 
-@pytest.mark.parametrize("record", ["began.json", "rank-0.json"])
-def test_a_run_with_a_damaged_attempt_has_failed_and_says_which(run: RunFolder, record: str):
+OF_ANOTHER_VERSION = records.sealed(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("attempts/00001/began.json", b"damaged"),
+        ("attempts/00001/rank-0.json", b"damaged"),
+        ("attempts/00001/rank-0.json", OF_ANOTHER_VERSION),
+        ("leases/00001.json", b"damaged"),
+    ],
+)
+def test_a_run_whose_attempts_cannot_be_counted_has_failed_and_says_why(run: RunFolder, record: str, said: bytes):
     run.end(run.begin("me"), PREEMPTED, rank=0)
-    (Path(run.url) / "attempts" / "00001" / record).write_text("damaged")
+    (Path(run.url) / record).write_bytes(said)
     assert given_up(run, PREEMPTED) is None
-    assert f"attempts/00001/{record} was altered" in reason(run)
+    assert record in reason(run)
+
+
+def test_a_suite_says_which_record_of_a_run_is_damaged_that_another_command_holds(run: RunFolder):
+    records.write(SuiteRecord(id="quick", data="d", search=None), run.suite.record_url)
+    assert run.create_config(CONFIG)
+    (Path(run.url) / "attempts" / f"{run.begin('other'):05d}" / "began.json").write_text("damaged")
+    (open_run,) = run.suite.results().runs
+    assert (open_run.status, "began.json was altered" in str(open_run.error)) == ("open", True)
