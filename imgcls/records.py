@@ -348,10 +348,6 @@ class SuiteResults(Record):
     predicted: dict[str, float] = {}
     """By run that the last command began, seconds from its start to its end; `took` beside it."""
     took: dict[str, float] = {}
-    hour_costs: dict[str, float] = {}
-    """Of the last command: an hour of one run, by the types of nodes that its workers fit on, in `currency`."""
-    currency: str = ""
-    prices_as_of: str = ""
     search: Search | None = None
 
     @property

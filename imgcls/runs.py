@@ -30,7 +30,7 @@ from imgcls.errors import DataError
 from imgcls.records import Audit, Lease, Record, RunConfig, RunResult, SuiteRecord, SuiteResults
 
 LOG_TAIL_LINES = 20
-WORK = ("seconds", "command", "predicted_s", "predicted", "took", "hour_costs", "currency", "prices_as_of")
+WORK = ("seconds", "command", "predicted_s", "predicted", "took")
 """Fields of `SuiteResults` that say what the last command did."""
 
 

@@ -56,7 +56,7 @@ class Flags(Strict):
     dry_run: bool = False
     """Say what would be done, fetched, taken and paid; nothing is started."""
     prices: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """What a node of each type costs, as YAML; with it the page says what each run cost."""
+    """With --dry-run: what a node of each type costs, as YAML."""
     cluster: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """With --dry-run: count on the nodes of this definition, one of Ray's launcher, a RayCluster or a RayJob."""
 
@@ -67,8 +67,8 @@ def chosen(flags: Flags, names: tuple[str, ...] | None) -> tuple[Flags, tuple[Re
     The id is --id, else the catalogue's name, or `<catalogue>-<8 hex of the changes>`; never of time.
     """
     check_flags(flags)
-    if flags.cluster and not flags.dry_run:
-        raise RecipeError("--cluster says what --dry-run counts on\n  do: give --dry-run too, or leave it out")
+    if (flags.prices or flags.cluster) and not flags.dry_run:
+        raise RecipeError("--prices and --cluster say what --dry-run counts on\n  do: give --dry-run too, or leave them out")
     suite_of(flags.catalogue)
     if flags.recipe and names is not None:
         raise RecipeError(f"{', '.join(names)} and --recipe {flags.recipe[0]}: give one or the other")
@@ -144,9 +144,9 @@ def carry_out(flags: Flags, recipes: tuple[Recipe, ...], search: Search | None =
         from jobs._forecast import say_plan
 
         return say_plan(lines, request, plan, flags.prices, flags.cluster)
-    view, words = SuiteView(lines, plan.sources), ["python", "-m", f"jobs.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    view, command = SuiteView(lines, plan.sources), f"jobs.{Path(sys.argv[0]).stem}"
     with view.shown():
-        results = run_suite(request, plan, view=view, command=shlex.join(words), prices=flags.prices)
+        results = run_suite(request, plan, view=view, command=shlex.join(["python", "-m", command, *sys.argv[1:]]))
     lines = Lines(synthetic=results.synthetic)
     say_results(lines, results)
     if results.took:

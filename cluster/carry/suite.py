@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from cluster.carry.lease import Leases, leases, when_answered
 from cluster.carry.plan import Plan, Request, check_alike, check_search
 from cluster.carry.run import Assignment, trial
 from cluster.foretell.experience import cached_sets, forecast_of, keep_rates
-from cluster.foretell.prices import hour_costs
 from cluster.look.preflight import check_seen_by_nodes
 from imgcls import records, storage
 from imgcls.data.cache import check_room
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     from cluster.carry.searcher import PlanSearcher, View
 
 
-def run_suite(request: Request, plan: Plan, *, view: "View", command: str, prices: Path | None = None) -> SuiteResults:
+def run_suite(request: Request, plan: Plan, *, view: "View", command: str) -> SuiteResults:
     """Every run of the plan is finished, failed, or blocked by a failed one; the suite's records say so.
 
     Raises StorageError where nothing can be written, CheckpointError where a run of the same name differs, and
@@ -63,10 +61,11 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str, price
             nodes = placements.cluster_nodes(config := placements.autoscaling_config())
             placement = placements.choose(nodes, request.options)
             predicted = forecast_of(plan, state, nodes, placement)
-            priced = hour_costs(prices, nodes, placement) if prices else {}
             check_seen_by_nodes([request.data_url, request.storage_url])
             write_down(request, plan)
             searcher = _carry_out(request, plan, held, placement, config, view)
+            # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
+            Thread(target=import_module, args=("imgcls.results.page",)).start()
     took = {run: searcher.ended_s[run] - at for run, at in searcher.began_s.items() if run in searcher.ended_s}
     results = suite.publish(
         seconds=round(time.monotonic() - began, 1),
@@ -74,7 +73,6 @@ def run_suite(request: Request, plan: Plan, *, view: "View", command: str, price
         predicted_s=predicted.seconds and round(predicted.seconds, 1),
         predicted={name: round(run.seconds, 1) for name, run in predicted.runs.items() if run.seconds is not None},
         took={name: round(seconds, 1) for name, seconds in took.items()},
-        **priced,
     )
     if took:
         busy_s = max(searcher.ended_s.values()) - min(searcher.began_s.values())
@@ -156,8 +154,6 @@ def _carry_out(
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
             ),
         ).fit()
-    # Drawing needs seconds of imports, of packages that Ray does not use, and Ray as many to end.
-    Thread(target=import_module, args=("imgcls.results.page",)).start()
     return searcher
 
 

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field
@@ -66,15 +66,6 @@ def read_prices(path: Path, node_types: Collection[str] = ()) -> PriceTable:
             "  do: add it, by the name that the cluster's configuration gives to such nodes"
         )
     return table
-
-
-def hour_costs(path: Path, nodes: Sequence[Node], placement: Placement) -> dict[str, Any]:
-    """What an hour of one run costs, by type of node that its workers fit on: their share of the node. Raises as above."""
-    table, types = read_prices(path, {node.type for node in nodes}), {node.type: node for node in nodes}
-    fit = {name: workers for name, node in types.items() if (workers := workers_on(node, placement))}
-    shares = {name: placement.num_workers / workers for name, workers in fit.items()}
-    costs = {name: float(table.node_types[name].per_hour) * share for name, share in shares.items()}
-    return {"hour_costs": costs, "currency": table.currency, "prices_as_of": table.as_of.isoformat()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,19 +172,6 @@ def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Prediction
     return rows
 
 
-def cost_of(results: SuiteResults, run: str) -> str:
-    """Of a run of the last command, and in brackets what was predicted; nothing where no price is known."""
-    if not results.hour_costs or run not in results.took:
-        return ""
-    rates = {min(results.hour_costs.values()), max(results.hour_costs.values())}
-    took, *predicted = (
-        "–".join(f"{rate * seconds / 3600:.4f}" for rate in sorted(rates))
-        for seconds in (results.took[run], results.predicted.get(run))
-        if seconds is not None
-    )
-    return " ".join([took, *(f"({text})" for text in predicted)])
-
-
 def command_of_best(results: SuiteResults) -> str:
     """Trains the recipe of a search's best trial, and tests it."""
     assert results.best is not None

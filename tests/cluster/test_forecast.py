@@ -4,7 +4,7 @@ import pytest
 
 from cluster.carry.decide import Status, SuiteState
 from cluster.foretell.forecast import hardware_of, schedule
-from cluster.foretell.prices import hour_costs, read_prices
+from cluster.foretell.prices import read_prices
 from cluster.placement import Node
 from imgcls.errors import RecipeError
 from imgcls.rates import Rates, keep, known, new
@@ -62,19 +62,3 @@ def test_a_price_table_is_read_and_every_type_of_the_cluster_has_to_be_in_it(tmp
         path.write_text(wrong)
         with pytest.raises(RecipeError, match=says):
             read_prices(path)
-
-
-def test_an_hour_of_a_run_costs_its_workers_share_of_each_type_of_node_that_they_fit_on(tmp_path: Path):
-    path = tmp_path / "prices.yaml"
-    path.write_text(PRICES)
-    nodes = [Node(4.0, 0.0, "head"), Node(8.0, 1.0, "spot"), Node(8.0, 1.0, "spot")]
-    fifths = Placement(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.2)
-    assert hour_costs(path, nodes, fifths) == {
-        "hour_costs": {"spot": pytest.approx(0.18)},
-        "currency": "USD",
-        "prices_as_of": "2026-11-01",
-    }
-    halves = Placement(num_workers=1, cpus_per_worker=2.0, gpus_per_worker=0.0)
-    assert hour_costs(path, nodes, halves)["hour_costs"] == {"head": pytest.approx(0.10), "spot": pytest.approx(0.1125)}
-    with pytest.raises(RecipeError, match="has no price for big"):
-        hour_costs(path, [*nodes, Node(4.0, 1.0, "big")], fifths)

@@ -34,7 +34,7 @@ def refused(run: Command, name: str, *arguments: str | Path, code: int, says: st
         (("scratch", "--catalogue", "fast"), "there is no catalogue fast"),
         (("scratch", "--set", "optimizer.rate=1"), "unknown field optimizer.rate; known here: kind, lr, weight_decay"),
         (("scratch", "--set", "lr"), "write --set FIELD=VALUE"),
-        (("scratch", "--cluster", "cluster.yaml"), "--cluster says what --dry-run counts on"),
+        (("scratch", "--prices", "prices.yaml"), "--prices and --cluster say what --dry-run counts on"),
         ((), "give one RECIPE"),
         (("scratch", "--num-workers", "8", "--set", "global_batch_size=16"), "can never run"),
         (("scratch", "--num-workers", "0"), "--num-workers 0: should be greater than or equal to 1"),

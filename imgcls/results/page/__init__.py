@@ -39,7 +39,6 @@ def render(
         labels_figure=figures.labels(estimated, compare.transfers(results.runs)),
         sections=[_section([*group.values()], histories, tables) for group in compare.groups(results)],
         audits=audits,
-        costs={run.name: compare.cost_of(results, run.name) for run in results.runs},
         commands={run.name: _command(results, run) for run in results.finished},
     )
 

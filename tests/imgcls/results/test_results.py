@@ -239,21 +239,6 @@ def test_several_seeds_are_compared_in_pairs():
     assert answers_of(*runs)[0].verdict == "finetuned is better"
 
 
-def test_a_run_of_the_last_command_has_its_cost_beside_what_was_predicted_where_prices_are_known():
-    runs = [result(quick.SCRATCH, 0.5, seed=seed) for seed in range(3)]
-    took, predicted = {runs[0].name: 1800.0, runs[1].name: 3600.0}, {runs[0].name: 3600.0}
-    priced = {"currency": "EUR", "prices_as_of": "2026-11-01", "hour_costs": {"spot": 0.25, "on-demand": 0.5}}
-    unpriced = suite(*runs).model_copy(update={"took": took, "predicted": predicted})
-    assert "EUR" not in render(unpriced, {}, {}, {})
-    page = render(unpriced.model_copy(update=priced), {}, {}, {})
-    assert re.findall(r'<td class="number">([\d.–() ]*)</td>\s*<td>scratch', page) == [
-        "0.1250–0.2500 (0.2500–0.5000)",
-        "0.2500–0.5000",
-        "",
-    ]
-    assert "Cost in EUR, by prices of 2026-11-01" in page
-
-
 def test_the_command_of_a_searchs_best_trial_says_what_decides_its_bits():
     placed = Placement(num_workers=2, cpus_per_worker=0.5, gpus_per_worker=0.0)
     best = result(quick.BASIC_CNN, 0.5, seed=2**32 - 1, placement=placed)
