@@ -100,13 +100,9 @@ class RunState:
     result: Literal["finished", "failed", "stopped"] | None = None
     attempts: tuple[Attempt, ...] = ()
     holder: str | None = None
-    """The command that holds the run's lease."""
+    """The command that holds the run's lease; None too where that cannot be read."""
     damage: str = ""
     """Why no attempt can be counted, where a record is damaged, or of another version."""
-
-    def is_held_by(self, command: str) -> bool:
-        """A lease that cannot be read is nobody else's."""
-        return self.holder == command or bool(self.damage and self.holder is None)
 
 
 class Place(str):

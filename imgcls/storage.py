@@ -157,7 +157,7 @@ def join(url: str, *names: str) -> str:
 
 def absolute(url: str) -> str:
     """The same place from any working directory. A URL stays as it is, but `file://` becomes a path."""
-    path = os.fsdecode(unquote_to_bytes(url.removeprefix("file://"))) if url.startswith("file://") else url
+    path = os.fsdecode(unquote_to_bytes(os.fsencode(url.removeprefix("file://")))) if url.startswith("file://") else url
     return path if "://" in path else str(local_path(path).absolute())
 
 

@@ -82,7 +82,7 @@ def _say_costs(lines: Lines, table: PriceTable, by_type: list[Cost], path: Path 
     for cost in by_type:
         price, notes = cost.price, list[str]()
         hours, amount = (UNKNOWN, UNKNOWN) if cost.node_hours is None else (f"{cost.node_hours:.3f}", f"{cost.amount:.4f}")
-        if not cost.num_nodes:
+        if not cost.num_nodes and cost.node_hours is None:
             hours, amount, notes = "", "", ["no worker fits"]
         else:
             notes += ["as fast as the hardware at hand"] if not price.hardware else []

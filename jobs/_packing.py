@@ -48,8 +48,7 @@ def pack_set(source: Source, dataset: str, to: str, *, max_bad: int = 0) -> None
         manifest = shards.pack(source, storage.join(to, dataset), name=dataset, max_bad=max_bad, progress=progress)
     for note in manifest.notes:
         lines.say(f"{dataset}: {note}")
-    splits = {split: len(labels) for split in ("train", "val", "test") if (labels := manifest.labels(split))}
-    counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+    counts = ", ".join(f"{len(found):,} {split}" for split in ("train", "val", "test") if (found := manifest.labels(split)))
     lines.say(
         f"{dataset}: packed {counts}; {len(manifest.class_names)} classes, {len(manifest.shards)} shards, "
         f"digest {manifest.digest[:12]}"

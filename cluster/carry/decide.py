@@ -97,7 +97,7 @@ def after_end(
         return _with(state, run, Status(committed.result)), None
     if state.statuses[run] is not Status.STARTED:
         return state, None
-    if not committed.is_held_by(command):
+    if committed.holder != command:
         return _with(state, run, Status.ELSEWHERE), None
     action = verdict(committed, command=command, max_failures=max_failures)
     if isinstance(action, Leave):
@@ -115,7 +115,7 @@ def verdict(committed: RunState, *, command: str, max_failures: int) -> GoOn | L
     """A process has begun to carry the run out: the first time, or after a failure."""
     mine = [attempt for attempt in committed.attempts if attempt.command == command]
     refused = bool(mine) and mine[-1].end is End.REFUSED
-    if committed.result is not None or not committed.is_held_by(command) or refused:
+    if committed.result is not None or committed.holder != command or refused:
         return Leave()
     if committed.damage:
         return Stop(committed.damage)

@@ -188,7 +188,7 @@ def _halving(request: Request, plan: Plan, state: SuiteState, held: Leases) -> "
 
     def stop(run: str, reason: str) -> None:
         folder = request.suite.run(run)
-        if when_answered(folder.holder) == held.command:
+        if when_answered(folder.state).holder == held.command:
             when_answered(folder.stop, plan.configs[run], reason)
 
     runs = sorted(state.statuses, key=lambda run: state.statuses[run] is Status.OPEN)

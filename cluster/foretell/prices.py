@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
@@ -24,7 +24,7 @@ OLD_DAYS = 90
 
 
 class NodePrice(Record):
-    per_hour: Decimal
+    per_hour: Annotated[Decimal, Field(ge=0)]
     market: Literal["on-demand", "spot", "reserved"]
     instance: str
     gpus: int
@@ -40,9 +40,9 @@ class PriceTable(Record):
     source: str
     node_types: dict[str, NodePrice]
     """By their names in the cluster's configuration; `head` is the head."""
-    idle_timeout_s: float = 600.0
+    idle_timeout_s: Annotated[float, Field(ge=0)] = 600.0
     """A node on which nothing runs is kept, and paid for, this long."""
-    boot_s: float = 0.0
+    boot_s: Annotated[float, Field(ge=0)] = 0.0
     """From a node's allocation to its first run."""
     extras: dict[str, Decimal] = Field(default_factory=dict)
     """Notes for readers of the table; not used."""

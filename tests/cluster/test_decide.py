@@ -127,6 +127,6 @@ def test_a_run_whose_attempts_cannot_be_counted_has_failed_unless_another_comman
     damaged = RunState(None, (), "me", "began.json was altered")
     assert verdict(damaged, command="me", max_failures=9) == Stop("began.json was altered")
     assert verdict(damaged, command="mine", max_failures=9) == Leave()
-    assert verdict(RunState(damage="lease"), command="me", max_failures=9) == Stop("lease")
+    assert verdict(RunState(damage="the lease"), command="me", max_failures=9) == Leave()
     state, stop = after_end(SuiteState({"a": STARTED}), "a", damaged, command="me", max_failures=9)
     assert (state.statuses["a"], stop) == (FAILED, Stop("began.json was altered"))

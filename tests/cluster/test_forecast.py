@@ -58,7 +58,13 @@ def test_a_price_table_is_read_and_every_type_of_the_cluster_has_to_be_in_it(tmp
     assert read_prices(path, {"head", "spot"}).node_types["spot"].gpus == 1
     with pytest.raises(RecipeError, match="no price for big"):
         read_prices(path, {"head", "big"})
-    for wrong, says in ((PRICES.replace('per_hour: "0.45", ', ""), r"spot.per_hour: Field required"), ("{", "--prices")):
+    wrongs = (
+        (PRICES.replace('per_hour: "0.45", ', ""), r"spot.per_hour: Field required"),
+        (PRICES.replace("0.45", "-0.45"), r"spot.per_hour: Input should be greater than or equal to 0"),
+        (PRICES + "boot_s: .nan", "boot_s"),
+        ("{", "--prices"),
+    )
+    for wrong, says in wrongs:
         path.write_text(wrong)
         with pytest.raises(RecipeError, match=says):
             read_prices(path)

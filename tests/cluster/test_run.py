@@ -84,7 +84,6 @@ OF_ANOTHER_VERSION = records.sealed(CONFIG)
         ("attempts/00001/began.json", b"damaged"),
         ("attempts/00001/rank-0.json", b"damaged"),
         ("attempts/00001/rank-0.json", OF_ANOTHER_VERSION),
-        ("leases/00001.json", b"damaged"),
     ],
 )
 def test_a_run_whose_attempts_cannot_be_counted_has_failed_and_says_why(run: RunFolder, record: str, said: bytes):
@@ -92,6 +91,13 @@ def test_a_run_whose_attempts_cannot_be_counted_has_failed_and_says_why(run: Run
     (Path(run.url) / record).write_bytes(said)
     assert given_up(run, PREEMPTED) is None
     assert record in reason(run)
+
+
+def test_a_run_whose_lease_cannot_be_read_is_left_alone(run: RunFolder):
+    Path(run.lease_url(1)).write_text("damaged")
+    assert given_up(run, PREEMPTED) is None
+    assert run.result() is None
+    assert "leases/00001.json was altered" in run.state().damage
 
 
 def test_a_suite_says_which_record_of_a_run_is_damaged_that_another_command_holds(run: RunFolder):
