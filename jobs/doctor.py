@@ -88,7 +88,7 @@ def checks_by_job(address: str, flags: Mapping[str, object], *, verbose: bool) -
     with connected(address) as jobs:
         job = prepare(["doctor", *words, *["--verbose"] * verbose, "--json"])
         jobs.submit(job)
-        _, message = jobs.follow(job.id, log.append, stderr)
+        _, message = jobs.follow(job.id, log.append, stderr, give_up_s=120)
         client = _same_ray(jobs.ray_version)
     report = report_in("".join(log))
     if report is None:

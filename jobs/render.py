@@ -69,7 +69,8 @@ def read_site(path: Path, needed: set[str]) -> dict[str, str]:
     faults = [f"{name} is missing" for name in sorted(needed - values.keys()) if name.partition(".")[0] in begun]
     faults += [f"{name} is not a value of infra/site.yaml" for name in sorted(given.keys() - needed)]
     for name, value in values.items():
-        if not (isinstance(value, str) and PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
+        plain = isinstance(value, str) and PLAIN.fullmatch(value)
+        if not plain or yaml.SafeLoader("").resolve(yaml.ScalarNode, value, (True, False)) != "tag:yaml.org,2002:str":
             faults.append(f"{name}: {value!r} is not plain text: letters, digits, ~/.:@,+=_- and no number")
         elif name.endswith("image") and not DIGEST.fullmatch(value):
             faults.append(f"{name}: {value} has no digest, as in registry/name@sha256:...")

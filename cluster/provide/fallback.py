@@ -13,9 +13,13 @@ from ray.autoscaler.node_provider import NodeProvider
 MARKET = "InstanceMarketOptions"
 NO_SPOT = {
     *("InsufficientInstanceCapacity", "InsufficientCapacity", "UnfulfillableCapacity"),
-    *("SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded"),
+    *("SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded", "Unsupported"),
 }
-"""Codes of EC2 for a request that an on-demand one can replace. Source: Error codes for the Amazon EC2 API."""
+"""Codes of EC2 for a request that an on-demand one can replace. Source: Error codes for the Amazon EC2 API.
+
+Of several subnets Ray gives the last one's error. Where a zone has no such instances that is `Unsupported`, which hides
+what the other zones lack.
+"""
 
 # Ray's logger: its autoscaler writes it to monitor.log, `ray up` to the terminal.
 logger = logging.getLogger("ray.autoscaler.imgcls")

@@ -133,11 +133,12 @@ def _with_files(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
 def _flags(words: Sequence[str], flags: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """(index of the word that holds the value, flag, value), for `--flag value` and `--flag=value`."""
     for index, word in enumerate(words):
-        flag, has_value, value = word.partition("=")
+        name, has_value, value = word.partition("=")
+        flag = name.replace("_", "-")  # both spellings are taken
         if flag in flags and has_value:
             yield index, flag, value
-        elif word in flags and index + 1 < len(words):
-            yield index + 1, word, words[index + 1]
+        elif flag in flags and index + 1 < len(words):
+            yield index + 1, flag, words[index + 1]
 
 
 def _refuse_relative_places(words: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ Comes in: a `staging.Job`. Goes out: its log, as it is written there, and how it
 """
 
 import logging
+import math
 import signal
 import tempfile
 import time
@@ -102,16 +103,21 @@ class Jobs:
         with _named(self.address):
             self.client.stop_job(job_id)
 
-    def follow(self, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> tuple[int, str]:
+    def follow(
+        self, job_id: str, write: Callable[[str], None], say: Callable[[str], None], *, give_up_s: float = math.inf
+    ) -> tuple[int, str]:
         """Writes the job's log as it grows, each character once, until the job is over; whatever the connection does.
 
-        Returns `ended`.
+        Returns `ended`. Raises ClusterError where there is no connection for `give_up_s`.
         """
         info = self.known(job_id)
         written, lost_s, over_s = 0, None, None
         while True:
             try:
-                info = self.known(job_id)  # before the log, which is whole where the job was over
+                found = self.info(job_id)  # before the log, which is whole where the job was over
+                if found is None:
+                    return NEVER_BEGAN, f"{job_id}: the cluster has lost it; the same command goes on where it stopped"
+                info = found
                 if over_s is None and info.status.is_terminal():
                     over_s = time.monotonic()
                 with _named(self.address):
@@ -121,6 +127,8 @@ class Jobs:
                 if over_s is not None and time.monotonic() - over_s > LOST_LOG_S:
                     say(f"the rest of the log cannot be read: {reason}")
                     return ended(job_id, info)
+                if lost_s is not None and time.monotonic() - lost_s > give_up_s:
+                    raise ClusterError(f"no connection to {self.address}: {reason}\n  do: look at the tunnel") from None
                 if lost_s is None:
                     lost_s = time.monotonic()
                     if over_s is None:
@@ -151,7 +159,7 @@ def ended(job_id: str, info: Any) -> tuple[int, str]:
     number = -code if code < 0 else code - 128
     if code < 0 or number in set(signal.Signals):
         return 128 + number, f"{job_id}: was killed by signal {number} ({signal.Signals(number).name})"
-    hint = "; the cluster's head has no such interpreter: --python PATH" if code == 127 else ""
+    hint = "; the cluster's head has no such interpreter: `jobs.submit run --python PATH` names one" if code == 127 else ""
     return code, f"{job_id}: failed, its command ended with exit code {code}{hint}"
 
 

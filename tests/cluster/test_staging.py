@@ -21,6 +21,7 @@ PLACES = ("--data", "s3://bucket/packed", "--storage", "s3://bucket/runs")
         (("suite", "--data", "s3://a"), "without --storage"),
         (("suite", *PLACES[:2], "--storage", "runs"), "--storage runs is relative"),
         (("train", "scratch", *PLACES[:2], "--storage=../runs"), "--storage ../runs is relative"),
+        (("train", "scratch", *PLACES, "--init_from", "runs/x"), "--init-from runs/x is relative"),
         (("pack", "pets", "--source", "pets", "--to", "s3://a"), "--source pets is relative"),
         (("evaluate", "runs/quick/scratch-seed0", "--data", "s3://a"), "CHECKPOINT runs/quick/scratch-seed0 is relative"),
         (("evaluate", "s3://runs/quick/scratch-seed0"), "evaluate without --data"),

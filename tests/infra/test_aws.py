@@ -621,6 +621,8 @@ def create(provider: Json, name: str, node_type: Json) -> None:
         ("g5_spot", "InsufficientInstanceCapacity", "spot", None),
         ("g5_spot", "SpotMaxPriceTooLow", "spot", None),
         ("g5_spot", "MaxSpotInstanceCountExceeded", "spot", None),
+        ("g5_spot", "Unsupported", "spot", None),
+        ("g5_spot", "Unsupported", "spot and on-demand", "raised"),
         ("g5_spot", "InsufficientInstanceCapacity", "spot and on-demand", "raised"),
         ("g5_spot", "UnauthorizedOperation", "spot", "raised"),
         ("g5_spot", "InvalidAMIID.NotFound", "spot", "raised"),

@@ -45,6 +45,7 @@ def test_a_section_fills_its_files_and_no_others(enter_command: Command, tmp_pat
         ({"aws": AWS | {"region": "true"}}, "is not plain text"),
         ({"aws": AWS | {"region": "12"}}, "is not plain text"),
         ({"aws": AWS | {"region": "..."}}, "is not plain text"),
+        ({"aws": AWS | {"region": "2001-99-99"}}, "is not plain text"),
         ({"aws": AWS | {"region": 12}}, "is not plain text"),
         ({"aws": ["region"]}, "no sections"),
         ({"aws": None}, "aws.ami is missing"),

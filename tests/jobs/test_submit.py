@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.send.submission import connected
+from imgcls.errors import ClusterError
 from jobs._door import MISSING_OR_BROKEN, WRONG_COMMAND
 from tests.conftest import Command
 
@@ -99,3 +101,37 @@ def test_a_job_that_is_over_and_whose_log_is_lost_is_not_followed_for_ever(
     assert done.returncode == 3
     said = done.stdout + done.stderr
     assert said.index("the job is over, its log does not come") < said.index("the rest of the log cannot be read")
+
+
+RUNNING = {"authentication_mode": "disabled", "version": "4", "ray_version": version("ray"), "ray_commit": ""} | {
+    "type": "SUBMISSION", "submission_id": "a-job", "status": "RUNNING", "entrypoint": "x"
+}  # fmt: skip
+
+
+class Forgetting(Answering):
+    """A head that was started anew while the job ran."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        Forgetting.asked += self.path.endswith("/a-job")
+        if Forgetting.asked < 3:
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+
+def test_a_job_that_the_cluster_has_lost_may_be_given_again(enter_command: Command):
+    with HTTPServer(("127.0.0.1", 0), partial(Forgetting, json.dumps(RUNNING))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = enter_command("submit", "follow", "a-job", "--address", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert (done.returncode, "a-job: the cluster has lost it" in done.stdout + done.stderr) == (3, True)
+
+
+def test_a_follower_that_wants_an_answer_soon_gives_up():
+    with HTTPServer(("127.0.0.1", 0), partial(Answering, json.dumps(RUNNING))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with connected(f"http://127.0.0.1:{server.server_port}") as jobs, pytest.raises(ClusterError, match="no connection"):
+            jobs.follow("a-job", print, print, give_up_s=0.5)
+        server.shutdown()
