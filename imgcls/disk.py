@@ -20,7 +20,8 @@ UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOT
 def local_path(text: str) -> Path:
     """The path that a person typed, perhaps with `~`. Raises StorageError if there is no such home, or it is half a URL."""
     if re.match(r"\w\w+:/", text):
-        raise StorageError(f"{text} is no folder's name\n  do: s3://bucket/prefix with two slashes, or ./{text}")
+        remedy = f"s3://bucket/prefix with two slashes, or ./{text}"
+        raise StorageError(f"{text} is no folder's name\n  do: {'name a folder' if '://' in text else remedy}")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise StorageError(

@@ -309,7 +309,8 @@ class Audit(Record):
     def told(self) -> str:
         pieces = f"{len(self.steps)} of {self.num_pieces} pieces, seed {self.seed}"
         found = self.difference or "weights, optimizer, history and scores are equal"
-        return f"steps {', '.join(self.steps)} trained again ({pieces}): {found}"
+        until = " up to the first difference" * bool(self.difference)
+        return f"steps {', '.join(self.steps)} trained again{until} ({pieces}): {found}"
 
 
 class Lease(Record):

@@ -269,9 +269,10 @@ def _names(url: str, kind: str) -> list[str]:
             if error.__cause__ is not None:  # the store's own answer: there is no such bucket
                 raise
             return []
-    itself = _split(url)[1].rstrip("/")
-    paths = [entry["name"].rstrip("/") for entry in entries if entry["type"] == kind]
-    return sorted(name_of(path) for path in paths if path != itself)
+    # A link's own type is "other". Linked folders are nobody's run and no checkpoint: they may be of another suite.
+    kinds = ["file" if entry.get("islink") and os.path.isfile(entry["name"]) else entry["type"] for entry in entries]
+    paths = {entry["name"].rstrip("/") for entry, found in zip(entries, kinds, strict=True) if found == kind}
+    return sorted(map(name_of, paths - {_split(url)[1].rstrip("/")}))
 
 
 def _listing(operation: str, url: str, **options: Any) -> Any:

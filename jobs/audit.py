@@ -28,7 +28,7 @@ def audit(
         data: Folder or URL of packed sets.
         pieces: So many are drawn of those that its checkpoints leave; all where there are no more.
         seed: By which they are drawn; a new one unless given.
-        record: Put what was found into the run's folder, where the page shows it.
+        record: Put what was found into the run's folder; jobs.report draws the page with it.
         verbose: Lightning's own lines too, and tracebacks.
     """
     from cluster.carry.run import silence_libraries
@@ -42,7 +42,8 @@ def audit(
     found = audits.audit(folder, data_url=data, num_pieces=pieces, seed=secrets.randbelow(10**6) if seed is None else seed)
     if record:
         folder.keep_audit(found)
-    Lines().say(f"{folder.name}: {'DIFFERS: ' * bool(found.difference)}{found.told}")
+    synthetic = bool((config := folder.config()) and config.synthetic)
+    Lines(synthetic=synthetic).say(f"{folder.name}: {'DIFFERS: ' * bool(found.difference)}{found.told}")
     return SOME_FAILED if found.difference else DONE
 
 

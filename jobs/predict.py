@@ -46,8 +46,7 @@ def predict(
     found = find_model(storage.absolute(checkpoint))
     predictor, lines = Predictor(found), Lines(synthetic=found.synthetic)
     failed, files = False, _files(images)
-    batches = iter(lambda: [*islice(files, AT_ONCE)], [])
-    for answer in (answer for batch in batches for answer in _answers(predictor, batch)):
+    for answer in (answer for batch in iter(lambda: [*islice(files, AT_ONCE)], []) for answer in _answers(predictor, batch)):
         failed |= "error" in answer
         if json:
             print(json_module.dumps(answer | {"synthetic": found.synthetic}, ensure_ascii=False), flush=True)

@@ -32,15 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=0, help="so many kills of each kind under Ray, in tests/proof")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def group(item: pytest.Item) -> str:
-        file = item.nodeid.partition("::")[0]
-        return "ray" if file.startswith(("tests/system/", "tests/cluster/test_trainer")) else file
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "ray")  # the longest begins
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/system/", "tests/proof/")))  # the longest begin
     asked = config.option.all or config.option.proof or config.option.kills
     for item in () if asked else items:
         if item.get_closest_marker("slow"):

@@ -12,7 +12,6 @@ import pickle
 import shutil
 import stat
 import tarfile
-import tempfile
 import unicodedata
 import urllib.error
 import urllib.request
@@ -191,7 +190,7 @@ def _uncompressed(path: Path) -> Path:
     if not whole.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary, decompressed(path) as packed:
+            with storage.temporary_folder("unpack", parent=str(folder)) as temporary, decompressed(path) as packed:
                 with Path(temporary, whole.name).open("wb") as target:
                     shutil.copyfileobj(packed, target, 1 << 20)
                 Path(target.name).replace(whole)
@@ -227,7 +226,8 @@ OFFICIAL = {
 def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """The whole, checked archive in `folder`; goes on where an earlier download stopped.
 
-    Raises NoSourceError where it cannot be reached, DataError where its bytes are not the official ones or cannot be kept.
+    Raises NoSourceError where it cannot be reached, DataError where its bytes came in part, are not the official ones, or
+    cannot be kept.
     """
     whole = folder / storage.name_of(archive.url)
     part = Path(f"{whole}.part")
@@ -238,8 +238,10 @@ def download(archive: Archive, folder: Path, *, progress: Callable[[int, int], N
             _check(archive, part)
             part.replace(whole)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
-        raise NoSourceError(f"{archive.url} cannot be fetched: {reason}\n  where: {part} keeps what came") from None
+        what = f"{archive.url} cannot be fetched: {getattr(error, 'reason', error)}"
+        # No other images take the place of those of which a part came.
+        kind, do = (DataError, f"\n  do: run it again, or delete {part}") if part.exists() else (NoSourceError, "")
+        raise kind(what + do) from None
     except OSError as error:
         raise DataError(f"{archive.url} cannot be kept in {folder}: {error.strerror or error}") from None
     return whole
@@ -263,7 +265,7 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
                 file.write(block)
                 progress(file.tell(), total)
             if total and file.tell() < total:
-                raise urllib.error.URLError(f"the connection ended at {file.tell():,} of {total:,} bytes; run it again")
+                raise urllib.error.URLError(f"the connection ended at {file.tell():,} of {total:,} bytes")
 
 
 def _check(archive: Archive, part: Path) -> None:

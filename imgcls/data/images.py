@@ -22,7 +22,7 @@ import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imgcls.cpus import usable_cpus
-from imgcls.errors import DataError
+from imgcls.errors import StorageError
 
 DECODER = f"pillow{PIL.__version__}"
 """In the name of every cache: another version may decode or resize to other bits."""
@@ -37,7 +37,7 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 AT_A_TIME = 64
 """Images that a process of the pool takes at a time."""
 AHEAD = 4
-"""Lists of `AT_A_TIME` images that wait for each process, or for their results to be taken."""
+"""Lists of so many images that wait for each process, or for their results to be taken."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -116,16 +116,16 @@ def decoding_pool() -> Iterator[Executor]:
         try:
             yield pool
         except BrokenProcessPool:
-            raise DataError(
+            raise StorageError(
                 "a process that decodes images was killed, perhaps because memory ran out\n"
                 "  do: run the same command again, with fewer CPUs (`taskset`) or more memory"
             ) from None
 
 
-def in_order(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+def in_order(pool: Executor, function: Callable[[S], T], items: Iterable[S], at_a_time: int = AT_A_TIME) -> Iterator[T]:
     """`function` of each item, by the pool's processes, in the order of the items, which are read a little ahead."""
     left, waiting = iter(items), deque[Future[list[T]]]()
-    while chunk := list(islice(left, AT_A_TIME)):
+    while chunk := list(islice(left, at_a_time)):
         waiting.append(pool.submit(list, map(function, chunk)))  # computed where it becomes a list
         if len(waiting) > AHEAD * usable_cpus():
             yield from waiting.popleft().result()

@@ -6,6 +6,7 @@ earlier set stays whole until it is replaced; the manifest is written last, so t
 """
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,7 +18,7 @@ from PIL.Image import Image
 
 from imgcls import records, storage
 from imgcls.data.archives import printable
-from imgcls.data.images import DECODER, EXTENSIONS, decode, decoding_pool, in_order, pixels_digest
+from imgcls.data.images import AT_A_TIME, DECODER, EXTENSIONS, decode, decoding_pool, in_order, pixels_digest
 from imgcls.data.order import permutation
 from imgcls.data.sources import Sample, Source
 from imgcls.errors import DataError, MissingError, StorageError
@@ -215,7 +216,7 @@ def _put_in_place(set_url: str, manifest: Manifest, pixels: bytes) -> None:
         storage.move(storage.join(under_way, waiting), storage.join(set_url, waiting))
     storage.write_bytes(storage.join(set_url, _PIXELS), pixels)
     for file in storage.files(set_url):
-        if file.endswith(".tar") and file not in shards:
+        if re.fullmatch(r"(train|val|test)-\d{5,}\.tar", file) and file not in shards:  # no other tar is ours
             storage.delete(storage.join(set_url, file))
     records.write(manifest, manifest_url(set_url))
     storage.delete(under_way)
@@ -287,13 +288,16 @@ def decoded_images(
 ) -> Iterator[T]:
     """`convert` of each image, computed in the pool's processes; in the order of the manifest.
 
-    Raises DataError where a shard is not what the manifest says, or an image has other pixels than when it was packed.
+    Raises DataError where a shard is not what the manifest says, or an image has other pixels than when it was packed;
+    StorageError where a process of the pool was killed.
     """
     packed = read_pixel_digests(set_url, manifest).tobytes()
     named = [(storage.join(set_url, shard.name), path) for shard in manifest.shards for path in shard.paths]
     images = (image for shard in manifest.shards for image, _ in read_samples(shard, fetch(set_url, shard)))
+    # 4 MiB at most, by their mean size: those that wait are in memory.
+    at_a_time = max(1, min(AT_A_TIME, (manifest.num_samples << 22) // sum(shard.num_bytes for shard in manifest.shards)))
     with decoding_pool() as pool:
-        decoded = in_order(pool, partial(_decoded, convert), images)
+        decoded = in_order(pool, partial(_decoded, convert), images, at_a_time)
         for row, ((where, path), (digest, converted)) in enumerate(zip(named, decoded, strict=True)):
             if digest != packed[8 * row : 8 * row + 8]:
                 raise DataError(

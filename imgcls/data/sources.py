@@ -33,6 +33,8 @@ NEEDED = "three are needed, one each to train, validate and test", "two are need
 """Training images of a class, in a set that brings none, one, or both of test/ and val/."""
 CUT_SEED, TEST_FRACTION = 42, 0.2
 """How a test set is cut from a folder that brings none."""
+CUT_NOTE = f"no test set there: {TEST_FRACTION:.0%} of every class was cut as the test set, seed {CUT_SEED}"
+"""Manifests hold it: in another set of the same images the cut falls elsewhere."""
 
 IMAGENETTE_CLASSES = {
     "n01440764": "tench",
@@ -190,7 +192,7 @@ def _from_files(name: str, files: dict[str, Bytes], folders: set[str]) -> Source
     _check_classes(name, class_names, samples)
     if not any(sample.split == "test" for sample in samples):
         samples = _cut_test(samples)
-        notes.append(f"no test set there: {TEST_FRACTION:.0%} of every class was cut as the test set, seed {CUT_SEED}")
+        notes.append(CUT_NOTE)
     return Source(name, class_names, samples, tuple(notes), _identity(files))
 
 

@@ -157,8 +157,7 @@ def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Prediction
     rows: list[tuple[str, ...]] = [("recipe", "seeds", "test n", a.id, b.id, "difference", "95%", "verdict")]
     for name in dict.fromkeys(run.recipe.name for run in (*a.runs, *b.runs)):
         ours, theirs = groups(a, name), groups(b, name)
-        alone = len(ours) == len(theirs) == 1
-        common = alone and ours[0].keys() & theirs[0].keys()
+        common = len(ours) == len(theirs) == 1 and ours[0].keys() & theirs[0].keys()
         second, first, gap = paired(theirs[0], of_b, ours[0], of_a) if common else ([], [], None)
         if gap is None:
             why = NOT_PAIRED if common else "no seed of it is finished in both, or it has several settings in one"
@@ -166,9 +165,8 @@ def beside(a: SuiteResults, of_a: Predictions, b: SuiteResults, of_b: Prediction
             continue
         means = (f"{mean([run.test.accuracy for run in runs if run.test]):.4f}" for runs in (first, second))
         count = first[0].test.num_samples if first[0].test else 0
-        interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
-        verdict = verdict_of(gap, b.id, a.id)
-        rows.append((name, f"{len(first)}", f"{count:,}", *means, f"{gap.center:+.4f}", interval, verdict))
+        figures = (f"{gap.center:+.4f}", f"{gap.low:+.4f} to {gap.high:+.4f}", verdict_of(gap, b.id, a.id))
+        rows.append((name, f"{len(first)}", f"{count:,}", *means, *figures))
     return rows
 
 

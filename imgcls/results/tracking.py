@@ -70,12 +70,10 @@ def _log(client: "MlflowClient", experiment_id: str, run: RunResult, rows: Rows,
     for row, at_ms in [*zip(rows, ended_ms, strict=False)][done:]:
         metrics = [Metric(name, row[name], at_ms, int(row["step"])) for name in METRICS]
         client.log_batch(run_id, metrics, tags=[RunTag(EPOCHS, f"{row['epoch']:.0f}")])
-    status = STATUSES.get(run.status, "RUNNING")
-    if tracked.info.status == status:
+    if tracked.info.status == (status := STATUSES.get(run.status, "RUNNING")):
         return
     scores = {"loss": run.test.loss, "accuracy": run.test.accuracy} if run.test else {}
     facts = {"weights_sha256": run.weights_sha256, "commit": run.commit, "checkpoint": run.checkpoint}
     metrics = [Metric(f"test/{name}", value, ended_ms[-1], run.steps) for name, value in scores.items()]
-    told = [RunTag(f"imgcls.{name}", value) for name, value in facts.items() if value]
-    client.log_batch(run_id, metrics, tags=told)
+    client.log_batch(run_id, metrics, tags=[RunTag(f"imgcls.{name}", value) for name, value in facts.items() if value])
     client.set_terminated(run_id, status, ended_ms[-1])

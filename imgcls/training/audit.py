@@ -79,8 +79,7 @@ def _pieces(store: CheckpointStore, config: RunConfig) -> list[Piece]:
         raise CheckpointError(f"{store.url} holds no checkpoint to compare with")
     for marker in there:
         if marker.run_digest != config.digest():
-            other = f"is of another request than {RunFolder.CONFIG}: one was altered"
-            raise CheckpointError(f"{store.place(marker.step)} {other}")
+            raise CheckpointError(f"{store.place(marker.step)} is of another request than {RunFolder.CONFIG}: one is wrong")
     whole, pairs = {None, *(marker.step for marker in there)}, zip([None, *there], there, strict=False)
     return [Piece(first, last) for first, last in pairs if first is None or first.best_step in whole]
 
@@ -109,10 +108,10 @@ def _trained_again(piece: Piece, run: RunFolder, config: RunConfig, result: RunR
     numerics = piece.last.numerics
     with _as_then(numerics) as world, storage.temporary_folder("audit") as folder:
         here = environment.numerics(config.recipe, world_size=1, accelerator=world.accelerator)
-        if changes := differing_fields(numerics, here):
+        if changes := [*result.numerics_changes, *differing_fields(numerics, here)]:
             raise NumericsError(
                 f"{config.name} cannot be compared here: it was trained under other numerics: {'; '.join(changes)} "
-                "(then / now)\n  do: audit it on a machine of that kind"
+                "(before / after)\n  do: audit it on such a machine; a run of several ddp workers, or a moved one, has none"
             )
         again = RunFolder(storage.join(folder, storage.name_of(run.suite.url), run.name))
         _lay_out(piece, run, config, again)

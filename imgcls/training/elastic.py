@@ -64,8 +64,7 @@ def virtual_step(
         found.append(torch.cat([t.reshape(-1) for t in (*gradients, *(b / virtual_ranks for b in buffers))]))
     whole = tree_sum(gather(tree_sum(found), torch.stack(all_finite).all()))
     tensors = [*parameters, *buffers]
-    flat = whole.split([tensor.numel() for tensor in tensors])
-    pieces = [piece.view_as(tensor) for piece, tensor in zip(flat, tensors, strict=True)]
+    pieces = [p.view_as(t) for p, t in zip(whole.split([t.numel() for t in tensors]), tensors, strict=True)]
     for parameter, gradient in zip(parameters, pieces, strict=False):
         # In the parameter's own memory format: a fused optimizer walks both as they lie.
         parameter.grad = torch.empty_like(parameter).copy_(gradient)

@@ -6,6 +6,7 @@ from imgcls import storage
 from imgcls.data.batches import ImageData
 from imgcls.data.cache import Cache, open_cache
 from imgcls.data.shards import read_manifest
+from imgcls.data.sources import CUT_NOTE
 from imgcls.data.splits import Splits, split_ids
 from imgcls.errors import DataError
 from imgcls.records import Manifest, Scores, Split
@@ -47,10 +48,11 @@ def manifest_for(source: Model, *, data_url: str, split: Split) -> Manifest:
     do = "\n  do: name the data that it was trained on with --data"
     if names != manifest.class_names:
         raise DataError(f"{source.url} knows {_shortly(names)}; {set_url} has {_shortly(manifest.class_names)}{do}")
-    if split != "test" and manifest.digest != source.data_digest:
+    remedy = do if (cut := CUT_NOTE in manifest.notes) else f"{do}, or --split test"
+    if manifest.digest != source.data_digest and (cut or split != "test"):
         raise DataError(
             f"{set_url} has digest {manifest.digest[:12]}, {source.url} was trained on {source.data_digest[:12]}: "
-            f"its {split} split would hold other images, perhaps some that the model was trained on{do}, or --split test"
+            f"its {split} split may hold other images, and some that the model was trained on{remedy}"
         )
     return manifest
 

@@ -126,7 +126,7 @@ class Classifier(pl.LightningModule):
         scheduler.step()
 
     def _share(self, finite: Tensor, batch: Batch) -> None:
-        self.flags.share(finite, batch.ids, epoch=self.current_epoch, step=self.global_step)
+        self.flags.share(finite, batch.ids, epoch=self.current_epoch + 1, step=self.global_step)
 
     # The part of an epoch that lies behind a checkpoint in its middle, over all ranks: it goes on from rank 0's sums.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class Classifier(pl.LightningModule):
         with self.world.heartbeat.waiting():
             everyones = self.world.gather(mine)
         if len(set(everyones)) > 1:
-            fault = f"workers hold different weights after epoch {self.current_epoch}: their hardware computes differently"
+            fault = f"workers hold other weights after epoch {self.current_epoch + 1}: their hardware computes differently"
             raise TrainingError(f"{fault}\n  do: nodes of one kind, or --set numerics=ddp")
 
     def on_train_epoch_end(self) -> None:

@@ -207,7 +207,7 @@ class Recorder(Checkpoint):
         train, val, seen = module.scores["train"], module.scores["val"], module.seen
         if seen != plan:
             bug = f"{seen} was seen, {plan} was planned: this is a bug, report it"
-            raise TrainingError(f"epoch {trainer.current_epoch}: {bug}")
+            raise TrainingError(f"epoch {trainer.current_epoch + 1}: {bug}")
         return {
             "epoch": len(self.history.rows) + 1,
             "step": trainer.global_step,

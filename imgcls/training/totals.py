@@ -50,8 +50,7 @@ class Totals(Metric):
             raise TrainingError(
                 f"{count:,} losses are not finite: the weights have diverged\n  do: a lower --set optimizer.lr="
             )
-        confusion = self.confusion.cpu()
-        count = int(confusion.sum())
+        count = int((confusion := self.confusion.cpu()).sum())
         return Scores(
             num_samples=count,
             loss=int(self.loss) * _LOSS_UNIT / max(1, count),

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imgcls import storage
+from imgcls.disk import local_path
 from imgcls.errors import StorageError
 from tests.conftest import ROOT
 from tests.processes import until
@@ -113,6 +114,13 @@ def test_a_folder_of_any_name_is_that_folder(name: str):
         assert os.listdir(root) == [name]
         assert Path(root, name, "one").read_bytes() == b"1"
         assert storage.folders(root) == [name]
+
+
+def test_where_only_a_folder_serves_a_url_is_not_told_to_be_one():
+    with pytest.raises(StorageError, match="do: name a folder"):
+        local_path("s3://bucket/photos")
+    with pytest.raises(StorageError, match=r"do: s3://bucket/prefix with two slashes, or \./s3:/photos"):
+        local_path("s3:/photos")
 
 
 def test_a_file_url_is_the_path(tmp_path: Path):

@@ -380,10 +380,11 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+PROVED_APART = ("autoscaling", "hosts", "recovery", "goodput", "search")
 TABLES: dict[str, Callable[[Path], str]] = {
     "numerics": numerics_table,
     "proof": proof_table,
-    **{part: partial(proof_table, subject=part, details=True) for part in ("autoscaling", "hosts", "recovery", "goodput")},
+    **{part: partial(proof_table, subject=part, details=True) for part in PROVED_APART},
     "faults": faults_table,
     "published-paper": published_table,
     "search-basic-cnn": partial(search_table, recipe="basic-cnn"),

@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_step_and_samples(p
     assert running.process.wait(120) == 1
     result = result_in(running.run)
     assert result.error is not None
-    assert re.search(r"not finite in epoch 1, step 5, samples \[\d+, ", result.error)
+    assert re.search(r"not finite in epoch 2, step 5, samples \[\d+, ", result.error)
     assert len(list((running.run / "attempts").iterdir())) == 1  # nobody tried again
     assert CheckpointStore(str(running.run / "checkpoints")).committed()[-1].step == 5
     proved("a loss that is not finite on one rank of two", "stopped in one attempt")

@@ -36,6 +36,13 @@ def proxy(s3: Server, in_bucket: str) -> Iterator[Proxy]:
         yield found
 
 
+@pytest.fixture
+def session() -> Iterator[Path]:
+    """Where the Ray of a command with `RAY_TMPDIR` two folders above keeps its files: other tests start others."""
+    with storage.temporary_folder("ray") as folder:
+        yield Path(folder, "ray", "session_latest")
+
+
 def environment(s3: Server, proxy: Proxy, cache: Path) -> dict[str, str]:
     return {**s3.env(port=proxy.port), "RAY_ADDRESS": "", "IMGCLS_CACHE": str(cache)}
 
@@ -58,7 +65,7 @@ def whole(s3: Server, in_bucket: str, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_secret_gets_out(
-    asked_for: None, s3: Server, proxy: Proxy, packed: Path, tmp_path: Path, proved
+    asked_for: None, s3: Server, proxy: Proxy, packed: Path, session: Path, tmp_path: Path, proved
 ):
     """One request in five fails."""
     folders = run_in(
@@ -66,7 +73,7 @@ def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_sec
     )
     assert folders.returncode == 0, folders.stdout + folders.stderr
     proxy.fail = 0.2
-    env = environment(s3, proxy, tmp_path / "cache")
+    env = environment(s3, proxy, tmp_path / "cache") | {"RAY_TMPDIR": str(session.parents[1])}
     secret, seen = s3.env()["AWS_SECRET_ACCESS_KEY"], list[str]()
     with subprocess.Popen(
         [sys.executable, "-m", "jobs.suite", *BUCKETS, "--id", "s", *TINY],
@@ -94,8 +101,8 @@ def test_the_suite_on_a_failing_server_has_the_bits_of_one_in_folders_and_no_sec
     assert secret not in said
     assert not seen
     assert not [name for name, data in objects.items() if secret.encode() in data]
-    assert not _files_with(secret, tmp_path, Path("/tmp/ray/session_latest"))
-    assert _files_with("PL_DISABLE_FORK", Path("/tmp/ray/session_latest"))  # there Ray tells of runtime environments
+    assert not _files_with(secret, tmp_path, session)
+    assert _files_with("PL_DISABLE_FORK", session)  # there Ray tells of runtime environments
     proved("the suite on S3, one request in five failing", f"{len(proxy.injected)} faults", n=len(outside.runs))
 
 

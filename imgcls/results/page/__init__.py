@@ -92,9 +92,8 @@ def _command(results: SuiteResults, run: RunResult) -> str:
     for path, value in changes_between(base, run.recipe).items() if base else ():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     source = next((other for other in results.finished if run.init is not None and other.name == run.init.run), None)
-    if run.init is not None and source is None:
-        words += ["--init-from", run.init.run]
     if source is not None:
         return f"{_command(results, source)} && {shlex.join(words)}"
+    words += ["--init-from", run.init.run] if run.init else []
     clean = run.commit and run.commit != "unknown" and not run.commit.endswith("+changes")
     return f"git checkout {run.commit} && {shlex.join(words)}" if clean else shlex.join(words)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from imgcls.data.archives import Archive, download
 from imgcls.data.sources import open_source
-from imgcls.errors import DataError
+from imgcls.errors import DataError, NoSourceError
 
 CONTENT = bytes(range(256)) * 20000
 
@@ -53,8 +53,9 @@ def archive(server: str, content: bytes = CONTENT) -> Archive:
 
 def test_a_download_that_was_cut_goes_on_where_it_stopped(server: str, tmp_path: Path):
     Server.cut_at = 1_000_000
-    with pytest.raises(DataError, match="the connection ended at 1,000,000 of 5,120,000 bytes"):
+    with pytest.raises(DataError, match="the connection ended at 1,000,000 of 5,120,000 bytes") as cut:
         download(archive(server), tmp_path)
+    assert cut.type is DataError, "there is a source: synthetic images do not take its place"
     Server.cut_at = None
     seen: list[tuple[int, int]] = []
     path = download(archive(server), tmp_path, progress=lambda done, total: seen.append((done, total)))
@@ -76,7 +77,7 @@ def test_other_bytes_than_the_official_ones_are_refused_and_deleted(server: str,
 
 
 def test_a_place_that_does_not_answer_is_named(tmp_path: Path):
-    with pytest.raises(DataError, match="cannot be fetched"):
+    with pytest.raises(NoSourceError, match="cannot be fetched"):
         download(Archive("http://127.0.0.1:9/pets.tgz", "md5", ""), tmp_path)
 
 

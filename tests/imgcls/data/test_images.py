@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from imgcls.cpus import usable_cpus
 from imgcls.data.images import decode, decoding_pool, encode_png, pixels_digest, stored_pixels
-from imgcls.errors import DataError
+from imgcls.errors import StorageError
 from tests.conftest import ROOT, image
 
 
@@ -134,7 +134,7 @@ def test_a_large_image_is_decoded_in_silence_and_one_beyond_bounds_is_refused(mo
 
 
 def test_a_pool_whose_process_was_killed_is_told_so():
-    with pytest.raises(DataError, match="a process that decodes images was killed"), decoding_pool() as pool:
+    with pytest.raises(StorageError, match="a process that decodes images was killed"), decoding_pool() as pool:
         pool.submit(os._exit, 1).result()
 
 

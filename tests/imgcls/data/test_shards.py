@@ -1,14 +1,16 @@
 import json
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from imgcls.data import shards
+from imgcls.data import images, shards
 from imgcls.data.images import decode, pixels_digest
 from imgcls.data.sources import open_source
 from imgcls.errors import DataError
+from imgcls.records import Shard
 from tests.conftest import image, image_folder
 
 
@@ -97,6 +99,45 @@ def test_a_set_stays_whole_until_another_can_take_its_place(pets: Path, tmp_path
     second = pack(pets, tmp_path / "packed", max_bad=1)
     assert shards.verify(str(tmp_path / "packed")) == second != first
     assert not (tmp_path / "packed" / ".packing").exists()
+
+
+def test_other_files_beside_a_set_stay_when_it_is_packed(pets: Path, tmp_path: Path):
+    mine = tmp_path / "packed" / "pets.tar"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    (tmp_path / "packed" / "train-00007.tar").write_bytes(b"a shard of an earlier set")
+    pack(pets, tmp_path / "packed")
+    assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "packed" / "train-00007.tar").exists()
+
+
+def test_a_set_is_read_whose_files_are_links(pets: Path, tmp_path: Path):
+    manifest = pack(pets, tmp_path / "packed")
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "packed").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    shards.check_shards(str(tmp_path / "linked"), manifest)
+
+
+def test_of_large_photos_a_few_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for folder in ("train/cat", "train/dog", "test/cat"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for number in range(16):
+            image(number, (700, 500)).save(tmp_path / "photos" / folder / f"{number}.bmp")  # a megabyte
+    manifest, ahead = pack(tmp_path / "photos", tmp_path / "packed"), list[int]()
+
+    def counted(shard: Shard, data: bytes):
+        for content, label in read_samples(shard, data):
+            ahead.append(len(content))
+            yield content, label
+
+    read_samples = shards.read_samples
+    monkeypatch.setattr(shards, "read_samples", counted)
+    monkeypatch.setattr(images, "usable_cpus", lambda: 1)
+    read = shards.decoded_images(str(tmp_path / "packed"), manifest, attrgetter("size"))
+    assert next(read) == (700, 500)
+    assert sum(ahead) <= (images.AHEAD + 1) * (4 << 20) < sum(shard.num_bytes for shard in manifest.shards)
+    assert len([*read]) == 47
 
 
 def test_the_same_image_in_two_splits_is_reported(pets: Path, tmp_path: Path):

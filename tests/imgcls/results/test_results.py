@@ -354,6 +354,13 @@ def test_the_page_is_one_file_and_names_what_failed():
     assert "SYNTHETIC" not in page
 
 
+def test_a_page_names_no_command_where_none_has_ended():
+    runs = five()
+    begun = suite(*runs).model_copy(update={"command": "", "seconds": 0.0})
+    assert "This page: <code>python -m jobs.suite" in page_of(*runs)
+    assert "This page:" not in render(begun, {one.name: HISTORY for one in runs}, predictions(*runs), {})
+
+
 def test_a_synthetic_page_says_so_in_title_heading_and_table():
     page = page_of(*five(synthetic=True), synthetic=True)
     assert "<title>SYNTHETIC" in page

@@ -192,6 +192,14 @@ def test_other_numerics_are_no_difference_but_not_comparable_here(touched: Path,
         audited(touched, packed)
 
 
+def test_a_run_that_was_moved_is_not_comparable_here(touched: Path, packed: Path):
+    result = records.read(RunResult, str(touched / "result.json"))
+    moved = result.model_copy(update={"numerics_changes": ("threads: 2 / 1",)})
+    records.write(moved, str(touched / "result.json"))
+    with pytest.raises(NumericsError, match="threads: 2 / 1"):
+        audited(touched, packed)
+
+
 def test_a_run_that_is_not_over_is_refused(touched: Path, packed: Path):
     (touched / "result.json").unlink()
     with pytest.raises(CheckpointError, match="is no run that is finished"):
@@ -233,7 +241,7 @@ def test_the_command_says_what_it_found_in_one_line_and_keeps_it_where_it_is_ask
     done = command("--seed", "5", "--record")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith("small-seed0: steps ")
+    assert line.startswith("SYNTHETIC small-seed0: steps ")
     assert "1 of 7 pieces, seed 5" in line
     (kept,) = RunFolder(str(touched)).audits()
     assert kept.told in line

@@ -16,6 +16,7 @@ from imgcls.catalogue import CATALOGUES, quick
 from imgcls.data import cache, shards
 from imgcls.data.batches import ImageData
 from imgcls.data.shards import read_manifest
+from imgcls.data.sources import CUT_NOTE
 from imgcls.data.splits import split_ids
 from imgcls.data.synthetic import synthetic_source
 from imgcls.errors import CheckpointError, DataError, ImgclsError
@@ -490,7 +491,7 @@ def test_early_stopping_waits_for_its_patience_and_stays_where_it_was_when_the_r
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(packed: Path, tmp_path: Path):
-    with pytest.raises(ImgclsError, match=r"not finite in epoch 0, step \d+, samples \[\d+"):
+    with pytest.raises(ImgclsError, match=r"not finite in epoch 1, step \d+, samples \[\d+"):
         run(derive(SMALL, {"optimizer.lr": 1e30}), packed, tmp_path)
 
 
@@ -510,8 +511,16 @@ def test_evaluation_on_other_data_than_it_was_trained_on_is_refused_but_for_the_
     shards.pack(synthetic_source("cifar10", 400), str(tmp_path / "cifar10"), name="cifar10")
     found = find_model(str(small[0]))
     assert evaluate(found, data_url=str(tmp_path), split="test", world=World()).num_samples == 80
-    with pytest.raises(DataError, match="its val split would hold other images"):
+    with pytest.raises(DataError, match="its val split may hold other images"):
         evaluate(found, data_url=str(tmp_path), split="val", world=World())
+
+
+def test_a_test_set_that_was_cut_from_other_images_than_the_models_is_refused(small, tmp_path: Path):
+    source = replace(synthetic_source("cifar10", 100), notes=(CUT_NOTE,))
+    shards.pack(source, str(tmp_path / "cifar10"), name="cifar10")
+    with pytest.raises(DataError, match="its test split may hold other images") as refused:
+        evaluate(find_model(str(small[0])), data_url=str(tmp_path), split="test", world=World())
+    assert "or --split test" not in str(refused.value)
 
 
 def test_of_the_workers_of_an_evaluation_one_checks_a_nodes_cache(small, packed: Path, monkeypatch: pytest.MonkeyPatch):
