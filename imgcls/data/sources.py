@@ -34,7 +34,7 @@ NEEDED = "three are needed, one each to train, validate and test", "two are need
 CUT_SEED, TEST_FRACTION = 42, 0.2
 """How a test set is cut from a folder that brings none."""
 CUT_NOTE = f"no test set there: {TEST_FRACTION:.0%} of every class was cut as the test set, seed {CUT_SEED}"
-"""Manifests hold it: in another set of the same images the cut falls elsewhere."""
+"""Manifests hold it, word for word: a set of other images is cut elsewhere, and so has another test set."""
 
 IMAGENETTE_CLASSES = {
     "n01440764": "tench",
